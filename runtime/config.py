@@ -1,0 +1,188 @@
+"""YAML files and dotted overrides to frozen dataclasses.
+
+The only module that knows OmegaConf. It imports no torch, so that a typo in a configuration is reported
+before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+ConfigT = TypeVar("ConfigT")
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration that its author can mend; the message is one line."""
+
+
+def load_config(config_class: type[ConfigT], yaml_path: str, overrides: Sequence[str] = ()) -> ConfigT:
+    """Returns `config_class` filled from a YAML file and `key.sub=value` overrides.
+
+    Precedence: the dataclass's default < YAML < override.
+
+    Args:
+        config_class: a frozen, keyword-only dataclass; nested dataclasses are sections.
+        yaml_path: the YAML file.
+        overrides: dotted assignments; values are parsed as YAML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest known one), wrong type or a value that the
+            dataclass refuses. The message names key, value and remedy in one line.
+    """
+    return build_config(config_class, read_yaml(yaml_path, overrides))
+
+
+def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the mapping in a YAML file with dotted overrides applied; see `load_config`."""
+    if not Path(yaml_path).is_file():
+        raise ConfigError(f"configuration file is {yaml_path!r}; expected an existing YAML file; pass its path")
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(f"override is {override!r}; expected key.sub=value; write it with one '='")
+    try:
+        # Untrusted tags cannot construct objects: OmegaConf's loader derives from yaml.SafeLoader.
+        merged = OmegaConf.merge(OmegaConf.load(yaml_path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{yaml_path} cannot be read as YAML: {_one_line(error)}; mend the file") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{yaml_path} holds a {type(values).__name__}; expected key: value lines; mend the file")
+    return typing.cast(dict[str, Any], values)
+
+
+def build_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Returns `config_class` built from nested plain values, checking every key and type."""
+    known = set(iterate_keys(config_class))
+    return typing.cast(ConfigT, _build_section(config_class, values, prefix="", known_keys=known))
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Returns a configuration as nested plain values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_to_yaml(config: Any) -> str:
+    """Returns the resolved configuration as YAML text: what `config.yaml` of a run directory holds."""
+    return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
+
+
+def config_hash(config: Any) -> str:
+    """Returns the first 16 hexadecimal digits of the SHA-256 of the configuration's canonical JSON."""
+    canonical = json.dumps(config_to_dict(config), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def iterate_keys(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Yields every dotted leaf key of a configuration class."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        section = _section_class(hints[field.name])
+        if section is None:
+            yield prefix + field.name
+        else:
+            yield from iterate_keys(section, f"{prefix}{field.name}.")
+
+
+def _build_section(config_class: type, values: Any, prefix: str, known_keys: set[str]) -> Any:
+    if not isinstance(values, Mapping):
+        where = prefix.rstrip(".") or "the configuration"
+        raise ConfigError(f"{where} is {values!r}; expected a section of key: value lines; set {prefix}<key>")
+    hints = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(_unknown_key_message(f"{prefix}{name}", list(fields), prefix, known_keys))
+    arguments: dict[str, Any] = {}
+    for name, field in fields.items():
+        key = prefix + name
+        section = _section_class(hints[name])
+        if section is not None and (name in values or _has_no_default(field)):
+            arguments[name] = _build_section(section, values.get(name, {}), key + ".", known_keys)
+        elif name in values:
+            arguments[name] = _convert(hints[name], values[name], key)
+        elif _has_no_default(field):
+            raise ConfigError(f"{key} is missing; expected {_type_name(hints[name])}; set {key}")
+    try:
+        return config_class(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def _unknown_key_message(key: str, siblings: list[str], prefix: str, known_keys: set[str]) -> str:
+    name = key[len(prefix) :]
+    near = difflib.get_close_matches(name, siblings, n=1)
+    if near:
+        suggestion = prefix + near[0]
+    else:
+        # The key may be right and its section wrong.
+        same_leaf = sorted(known for known in known_keys if known.rsplit(".", 1)[-1] == name)
+        candidates = same_leaf or difflib.get_close_matches(key, sorted(known_keys), n=1)
+        suggestion = candidates[0] if candidates else ""
+    hint = f"did you mean {suggestion}?" if suggestion else f"known keys here: {', '.join(sorted(siblings))}"
+    return f"unknown key {key}; {hint}"
+
+
+def _convert(annotation: Any, value: Any, key: str) -> Any:
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, key)
+    if origin is typing.Literal:
+        if value in arguments and type(value) in {type(a) for a in arguments}:
+            return value
+        near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        expected = "one of " + ", ".join(str(a) for a in arguments)
+        raise ConfigError(f"{key} is {value!r}; expected {expected}; set {key}{hint}")
+    if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+        if len(arguments) == len(value):
+            pairs = enumerate(zip(arguments, value, strict=True))
+            return tuple(_convert(a, item, f"{key}[{i}]") for i, (a, item) in pairs)
+    elif origin is dict and isinstance(value, Mapping):
+        return {str(k): _convert(arguments[1], item, f"{key}.{k}") for k, item in value.items()}
+    elif annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif annotation is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif annotation in (bool, str) and isinstance(value, annotation):
+        return value
+    expected = _type_name(annotation)
+    raise ConfigError(f"{key} is {value!r} ({type(value).__name__}); expected {expected}; set {key}")
+
+
+def _section_class(annotation: Any) -> type | None:
+    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
+
+
+def _has_no_default(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return " or ".join(_type_name(a) for a in typing.get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,36 @@
+"""Exit codes and the frame in which both programs run: a user's mistake is one line, a fault a traceback."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+EXIT_DONE = 0
+EXIT_FAULT = 1
+EXIT_USER_MISTAKE = 2
+EXIT_PREEMPTED = 75  # sysexits' EX_TEMPFAIL: the state is saved, please start the same command again
+
+logger = logging.getLogger(__name__)
+
+
+class UserError(ValueError):
+    """Something that the user can mend, found outside a configuration; the message is one line."""
+
+
+def run_program(main: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Returns the exit code of `main`, turning a user's mistake into one line on stderr and exit code 2.
+
+    `ValueError` is this repository's word for "what the user can mend" while a program is being set up; once
+    training runs, `main` itself lets only `UserError` through and everything else is a fault (exit code 1,
+    with its traceback). The traceback of a mistake goes to the log at debug level.
+    """
+    try:
+        return main(arguments)
+    except ValueError as error:
+        logger.debug("the user's mistake, with its traceback", exc_info=True)
+        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        return EXIT_USER_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
