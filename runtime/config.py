@@ -47,7 +47,9 @@ def load_config(config_class: type[ConfigT], yaml_path: str, overrides: Sequence
 def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the mapping in a YAML file with dotted overrides applied; see `load_config`."""
     if not Path(yaml_path).is_file():
-        raise ConfigError(f"configuration file is {yaml_path!r}; expected an existing YAML file; pass its path")
+        raise ConfigError(
+            f"configuration file is {yaml_path!r}; expected an existing YAML file; pass its path"
+        )
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"override is {override!r}; expected key.sub=value; write it with one '='")
@@ -58,7 +60,9 @@ def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{yaml_path} cannot be read as YAML: {_one_line(error)}; mend the file") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{yaml_path} holds a {type(values).__name__}; expected key: value lines; mend the file")
+        raise ConfigError(
+            f"{yaml_path} holds a {type(values).__name__}; expected key: value lines; mend the file"
+        )
     return typing.cast(dict[str, Any], values)
 
 
