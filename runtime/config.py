@@ -164,9 +164,7 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
         return {str(k): _convert(arguments[1], item, f"{key}.{k}") for k, item in value.items()}
     elif annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif annotation is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif annotation in (bool, str) and isinstance(value, annotation):
+    elif annotation in (bool, str, int) and type(value) is annotation:  # a bool is no int here
         return value
     expected = _type_name(annotation)
     raise ConfigError(f"{key} is {value!r} ({type(value).__name__}); expected {expected}; set {key}")

@@ -80,8 +80,8 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Process:
     """Joins the process group and returns this process. Collective.
 
     Rendezvous comes from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (torchrun, deepspeed and
-    accelerate export them), else from SLURM_*, else this is a single process on a free local port. All five are
-    exported afterwards: DeepSpeed would otherwise look for MPI.
+    accelerate export them), else from SLURM_*, else this is a single process on a free local port. All five
+    are exported afterwards: DeepSpeed would otherwise look for MPI.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
@@ -114,7 +114,7 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Process:
 
 
 def stop() -> None:
-    """Leaves the process group; safe to call twice. Not collective: a failing rank must not wait for others."""
+    """Leaves the process group; safe to call twice. Not collective: a failing rank waits for nobody."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -132,8 +132,8 @@ def find_rendezvous(environment: dict[str, str]) -> dict[str, str]:
         if "MASTER_ADDR" not in found or "MASTER_PORT" not in found:
             if int(found["WORLD_SIZE"]) > 1:
                 raise ValueError(
-                    f"WORLD_SIZE is {found['WORLD_SIZE']} without MASTER_ADDR and MASTER_PORT; expected all of "
-                    f"{', '.join(_RENDEZVOUS_KEYS)}; start with torchrun, deepspeed, accelerate launch or srun"
+                    f"WORLD_SIZE is {found['WORLD_SIZE']} without MASTER_ADDR and MASTER_PORT; expected all "
+                    f"of {', '.join(_RENDEZVOUS_KEYS)}; start with torchrun, deepspeed, accelerate or srun"
                 )
             found["MASTER_ADDR"], found["MASTER_PORT"] = "127.0.0.1", str(free_port())
         return found

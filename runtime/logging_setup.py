@@ -40,7 +40,7 @@ def set_up_logging(rank: int, level: int = logging.INFO) -> None:
 
 
 def add_log_file(path: Path, rank: int) -> None:
-    """Appends rank 0's log, debug level included, to `path`; other ranks write beside it with their number."""
+    """Appends rank 0's log, debug level included, to `path`; other ranks write beside it, by number."""
     target = path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
     handler = logging.FileHandler(target, delay=rank != 0)
     handler.setLevel(logging.DEBUG if rank == 0 else logging.WARNING)

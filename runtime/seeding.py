@@ -10,7 +10,7 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Returns a 63-bit seed from a tuple such as `(seed, "drop_path", step, rank)`; stable across machines."""
+    """Returns a 63-bit seed from parts such as `seed, "drop_path", step, rank`; equal on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
