@@ -1,0 +1,258 @@
+"""One run: every option of `pretrain.py`, with what it means and its unit. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data.config import DataConfig
+from models.config import ModelConfig
+from prototypes.config import ObjectiveConfig, PrototypesConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and how it starts.
+
+    Attributes:
+        name: the run's directory is `output_dir/name`.
+        output_dir: parent of run directories.
+        seed: the one number from which every random stream is derived.
+        device: `auto` (CUDA where there is one), `cpu` or `cuda`.
+        resume: continue from the newest complete checkpoint of the run directory where there is one.
+        dry_run: print what the run would be (parameters, FLOPs, memory, steps) and exit.
+        collective_timeout_s: seconds after which a collective that a rank never joined fails.
+    """
+
+    name: str = "run"
+    output_dir: str = "outputs"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    resume: bool = True
+    dry_run: bool = False
+    collective_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Refuses a name that would leave the output directory."""
+        if not self.name or self.name.startswith(("/", ".")) or ".." in self.name.split("/"):
+            raise ValueError(f"run.name is {self.name!r}; expected a plain directory name; set run.name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The batch: `global_batch_size = micro_batch_size_per_gpu * gradient_accumulation_steps * world size`.
+
+    Attributes:
+        global_batch_size: images per optimizer step over all ranks.
+        gradient_accumulation_steps: micro-batches per optimizer step on each rank.
+    """
+
+    global_batch_size: int = 1024
+    gradient_accumulation_steps: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses empty batches."""
+        for name in ("global_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"batch.{name} is {getattr(self, name)}; expected at least 1; set batch.{name}"
+                )
+
+    def micro_batch_size_per_gpu(self, world_size: int) -> int:
+        """Returns images per rank and micro-batch.
+
+        Raises:
+            ValueError: the global batch does not divide.
+        """
+        parts = world_size * self.gradient_accumulation_steps
+        if self.global_batch_size % parts:
+            raise ValueError(
+                f"batch.global_batch_size is {self.global_batch_size}; expected a multiple of world size "
+                f"{world_size} x gradient_accumulation_steps {self.gradient_accumulation_steps} = {parts}; "
+                "set batch.global_batch_size"
+            )
+        return self.global_batch_size // parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and schedules. Learning rates are per 256 images of global batch (linear scaling).
+
+    Attributes:
+        optimizer: `adamw`, or `lars` (CARP's ResNet recipe; plain replicas, ZeRO-0, only).
+        lr: peak learning rate per 256 images.
+        min_lr: the learning rate at the end, per 256 images.
+        warmup_epochs: epochs of linear warm-up from 0.
+        epochs: length of the run; `steps` overrides it.
+        steps: optimizer steps of the run, or null to derive them from `epochs`.
+        weight_decay: at the start.
+        weight_decay_end: at the end, along a cosine.
+        betas: Adam's decay rates of the two moments.
+        momentum: LARS's momentum.
+        trust_coefficient: LARS's trust coefficient.
+        clip_grad_norm: largest 2-norm of the gradient, or null for no clipping.
+        layer_decay: learning rate of block i times `layer_decay ** (depth - i)`; 1 leaves it out.
+        prototype_lr_scale: learning rate of prototypes that the encoder's loss trains, relative to the rest.
+        ema_momentum: of the teacher, at the start.
+        ema_momentum_end: at the end, along a cosine.
+        max_skipped_steps: non-finite steps in a row after which the run stops.
+        spike_factor: skip a step whose loss exceeds this multiple of the recent median; null leaves it out.
+    """
+
+    optimizer: Literal["adamw", "lars"] = "adamw"
+    lr: float = 5e-4
+    min_lr: float = 1e-6
+    warmup_epochs: float = 10.0
+    epochs: float = 100.0
+    steps: int | None = None
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.9
+    trust_coefficient: float = 1e-3
+    clip_grad_norm: float | None = 3.0
+    layer_decay: float = 1.0
+    prototype_lr_scale: float = 1.0
+    ema_momentum: float = 0.996
+    ema_momentum_end: float = 1.0
+    max_skipped_steps: int = 10
+    spike_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses rates outside their ranges."""
+        for name in ("ema_momentum", "ema_momentum_end"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f"optim.{name} is {getattr(self, name)}; expected 0 <= momentum <= 1; set optim.{name}"
+                )
+        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"optim.{name} is {getattr(self, name)}; expected at least 0; set optim.{name}"
+                )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"optim.steps is {self.steps}; expected at least 1 or null; set optim.steps")
+        if self.steps is None and self.epochs <= 0:
+            raise ValueError(f"optim.epochs is {self.epochs}; expected more than 0; set optim.epochs")
+        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+            raise ValueError(
+                f"optim.clip_grad_norm is {self.clip_grad_norm}; expected more than 0 or null; set optim.clip_grad_norm"
+            )
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ValueError(
+                f"optim.spike_factor is {self.spike_factor}; expected more than 1 or null; set optim.spike_factor"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the step is executed; none of this changes the result beyond rounding.
+
+    Attributes:
+        name: `deepspeed` or `fsdp2`.
+        deepspeed_config: JSON file of DeepSpeed mechanics: ZeRO stage, precision (see `ds_configs/`).
+        precision: of FSDP2's compute; DeepSpeed's comes from its JSON file.
+        checksum_every: steps between comparisons of the replicas' checksums over ranks; 0 leaves them out.
+        hang_timeout_s: seconds without a finished step after which stacks are dumped and the silent rank named.
+    """
+
+    name: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    deepspeed_config: str = "ds_configs/zero1_fp32.json"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checksum_every: int = 100
+    hang_timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When states are saved and which stay.
+
+    Attributes:
+        every_steps: optimizer steps between checkpoints; the last step is always saved.
+        keep_last: newest complete checkpoints that stay.
+        keep_every: additionally keep checkpoints at multiples of this step; 0 keeps none.
+    """
+
+    every_steps: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses a rotation that could leave nothing."""
+        for name in ("every_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"checkpoint.{name} is {getattr(self, name)}; expected at least 1; set checkpoint.{name}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is written while training.
+
+    Attributes:
+        every_steps: steps between lines of `metrics.jsonl`.
+        wandb_mode: `disabled`, `offline` or `online`; wandb is a view of `metrics.jsonl` and cannot stop a run.
+        wandb_project: project of the wandb run.
+        unique_early_steps: steps at which unique prototypes are counted besides once an epoch: collapse is early.
+    """
+
+    every_steps: int = 10
+    wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "decoupled-prototypes"
+    unique_early_steps: tuple[int, ...] = (0, 100, 300, 1000, 3000, 10000)
+
+    def __post_init__(self) -> None:
+        """Refuses an interval of nothing."""
+        if self.every_steps < 1:
+            raise ValueError(
+                f"logging.every_steps is {self.every_steps}; expected at least 1; set logging.every_steps"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InTrainingEvaluationConfig:
+    """The k-NN probe beside training.
+
+    Attributes:
+        knn_every_steps: optimizer steps between probes; 0 leaves them out.
+        knn_train_images: images of the training split in the probe's bank.
+        knn_test_images: images of the test split that are classified.
+        test_split: name of the split that is classified.
+    """
+
+    knn_every_steps: int = 0
+    knn_train_images: int = 10000
+    knn_test_images: int = 2000
+    test_split: str = "test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything that `pretrain.py` reads from a YAML file and its overrides."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prototypes: PrototypesConfig = field(default_factory=PrototypesConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: InTrainingEvaluationConfig = field(default_factory=InTrainingEvaluationConfig)
+
+    def __post_init__(self) -> None:
+        """Refuses sections that contradict each other."""
+        if self.model.head.projection_dim != self.prototypes.dim:
+            raise ValueError(
+                f"prototypes.dim is {self.prototypes.dim}; expected model.head.projection_dim "
+                f"{self.model.head.projection_dim}; set prototypes.dim"
+            )
+
+    def num_steps(self, num_samples: int) -> int:
+        """Returns the optimizer steps of the run for an epoch of `num_samples` images."""
+        if self.optim.steps is not None:
+            return self.optim.steps
+        return max(1, round(self.optim.epochs * num_samples / self.batch.global_batch_size))

@@ -1,0 +1,129 @@
+"""What a sharding engine must do for one training step; `deepspeed_engine.py` and `fsdp_engine.py` do it.
+
+An engine owns the student, its optimizer and the teacher. It knows nothing of losses, prototypes' statistics or
+data. All states leave and enter it in one world-size-independent format: full fp32 tensors by parameter name, of
+which every rank hands over (and writes) its share.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from models.student_teacher import SelfSupervisedNetwork
+from training.schedules import StepSchedule
+
+
+class NetworkOutput(NamedTuple):
+    """What one forward pass gives.
+
+    Attributes:
+        projections: [N, P] fp32, all crops in order.
+        learned_prototypes: [K, P] unit rows where the encoder's loss trains prototypes, else None.
+    """
+
+    projections: Tensor
+    learned_prototypes: Tensor | None
+
+
+class TrainedNetwork(nn.Module):
+    """What an engine wraps: the network and, in modes that train prototypes with it, the prototypes.
+
+    The prototypes' unit rows are computed inside `forward`, so that an engine's gather hooks see their use.
+    """
+
+    def __init__(self, network: SelfSupervisedNetwork, learned_prototypes: nn.Module | None) -> None:
+        super().__init__()
+        self.network = network
+        self.learned_prototypes = learned_prototypes
+
+    def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Returns (projections [N, P], prototypes [K, P] or None)."""
+        prototypes = None if self.learned_prototypes is None else self.learned_prototypes()
+        return self.network(crops), prototypes
+
+
+class Engine(ABC):
+    """One student under one optimizer, one teacher, sharded or not.
+
+    Attributes:
+        student: the student's module as the engine holds it.
+        teacher: the teacher's module, fp32, in train mode with its own BatchNorm buffers and no gradient.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+
+    @abstractmethod
+    def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
+        """Returns the student's output with its graph. Collective under sharded parameters."""
+
+    @abstractmethod
+    def forward_teacher(self, crops: Sequence[Tensor]) -> NetworkOutput:
+        """Returns the teacher's output, no gradient. Collective under sharded parameters."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
+        """Adds this micro-batch's gradients, divided by the number of micro-batches. Collective.
+
+        Gradients are averaged over ranks by the time the last micro-step returns.
+        """
+
+    @abstractmethod
+    def gradients_are_finite(self) -> bool:
+        """Returns whether every gradient on every rank is finite. Collective; call before `step` or `skip`."""
+
+    @abstractmethod
+    def step(self, schedule: StepSchedule) -> float:
+        """Updates the student and returns the gradient's 2-norm before clipping. Collective."""
+
+    @abstractmethod
+    def skip(self) -> None:
+        """Drops the accumulated gradients; parameters and moments keep every bit. Not collective."""
+
+    @abstractmethod
+    def update_teacher(self, ema_momentum: float) -> None:
+        """Moves the teacher's parameters towards the student's, on local shards, in fp32. Not collective."""
+
+    @abstractmethod
+    def iterate_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name, full CPU tensor) of everything a resume needs. Collective.
+
+        Names are `student/PARAMETER`, `teacher/PARAMETER`, `optimizer/PARAMETER/MOMENT` (fp32) and, for buffers,
+        `student/BUFFER`, `teacher/BUFFER`. Every rank takes part in every gather; a rank may let go of a tensor
+        that it does not write before it asks for the next.
+        """
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `iterate_state` gave, under any world size and engine. Collective.
+
+        Raises:
+            ValueError: a name is missing, unknown, or of another shape.
+        """
+
+    def teacher_network(self) -> SelfSupervisedNetwork:
+        """Returns the teacher's network, for evaluation and export; parameters may be shards."""
+        network = self.teacher.network
+        assert isinstance(network, SelfSupervisedNetwork)
+        return network
+
+
+def check_names(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
+    """Raises a one-line ValueError unless `state` has exactly the expected names and shapes."""
+    missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    if missing or unknown:
+        problem = f"lacks {missing[0]}" if missing else f"has the unknown {unknown[0]}"
+        raise ValueError(
+            f"the checkpoint {problem} ({len(missing)} missing, {len(unknown)} unknown tensors); "
+            "expected the state of the same model and prototypes; set run.name to a new run"
+        )
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(state[name].shape)} in the checkpoint; expected {shape}; "
+                "set run.name to a new run"
+            )
