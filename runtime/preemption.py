@@ -114,6 +114,6 @@ def _signal_by_name(name: str) -> signal.Signals:
     if known is None or known in (signal.SIGKILL, signal.SIGSTOP):
         raise ValueError(
             f"preemption signal is {name!r}; expected a signal that can be caught, such as USR2 or TERM; "
-            "set run.preemption_signals"
+            "pass names without SIG"
         )
     return known

@@ -116,7 +116,7 @@ def test_only_the_chosen_signals_are_caught() -> None:
 
 @pytest.mark.parametrize("name", ["KILL", "USR3", ""])
 def test_signals_that_cannot_be_caught_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"expected a signal .*; set run\.preemption_signals"):
+    with pytest.raises(ValueError, match=r"expected a signal .*; pass names"):
         PreemptionFlag(signals=(name,))
 
 
