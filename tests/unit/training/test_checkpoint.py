@@ -1,0 +1,306 @@
+"""The checkpoint protocol in one process, and among threads that play the ranks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from training.checkpoint import CheckpointStore, check_checkpoint, find_latest_checkpoint, save_checkpoint
+from training.checkpoint_files import CheckpointError, list_committed, load_manifest
+from training.state_files import (
+    ConsolidatedState,
+    collect_rng_state,
+    collect_share,
+    load_tree,
+    restore_rng_state,
+    save_tensors,
+    save_tree,
+    share_path,
+)
+
+
+class ThreadPeers:
+    """The ranks of a run as threads: collectives through one shared list and a barrier."""
+
+    def __init__(self, rank: int, world_size: int, shared: dict[str, Any]) -> None:
+        self.rank, self.world_size, self._shared = rank, world_size, shared
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        self._shared["values"][self.rank] = value
+        self._shared["barrier"].wait(timeout=20)
+        values = list(self._shared["values"])
+        self._shared["barrier"].wait(timeout=20)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self.all_gather_object(value)[0]
+
+    def agree_any(self, flag: bool) -> bool:
+        return any(self.all_gather_object(flag))
+
+
+ALONE = ThreadPeers(0, 1, {})
+
+
+def on_ranks(world_size: int, work: Any) -> list[Any]:
+    """Runs `work(process)` on every rank and returns what each returned or raised."""
+    shared = {"values": [None] * world_size, "barrier": threading.Barrier(world_size)}
+    results: list[Any] = [None] * world_size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(ThreadPeers(rank, world_size, shared))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+    return results
+
+
+def writer(value: float, rank: int = 0):
+    def write(directory: Path) -> None:
+        save_tensors(directory / f"part-{rank}.safetensors", {"weight": torch.full((64,), value)})
+        (directory / "notes").mkdir()
+        (directory / "notes" / f"rank-{rank}.json").write_text(json.dumps({"value": value}))
+
+    return write
+
+
+def save(root: Path, step: int, **options: Any):
+    return save_checkpoint(root, step, writer(float(step)), ALONE, **options)
+
+
+def test_a_save_is_committed_listed_and_found(tmp_path: Path) -> None:
+    outcome = save(tmp_path / "checkpoints", 7, facts={"config": "abc"})
+    assert outcome.path == tmp_path / "checkpoints" / "step-00000007"
+    manifest = load_manifest(outcome.path)
+    assert [entry["path"] for entry in manifest["files"]] == ["notes/rank-0.json", "part-0.safetensors"]
+    assert manifest["facts"] == {"config": "abc"} and manifest["step"] == 7
+    assert find_latest_checkpoint(tmp_path / "checkpoints", ALONE) == outcome.path
+
+
+def test_all_ranks_write_side_by_side(tmp_path: Path) -> None:
+    outcomes = on_ranks(3, lambda peers: save_checkpoint(tmp_path, 5, writer(1.0, peers.rank), peers))
+    assert len({outcome.path for outcome in outcomes}) == 1
+    assert len(load_manifest(outcomes[0].path)["files"]) == 6
+    assert {e["rank"] for e in load_manifest(outcomes[0].path)["files"]} == {0, 1, 2}
+    assert on_ranks(2, lambda peers: find_latest_checkpoint(tmp_path, peers)) == [outcomes[0].path] * 2
+
+
+def test_ranks_that_disagree_on_the_step_stop(tmp_path: Path) -> None:
+    results = on_ranks(2, lambda peers: save_checkpoint(tmp_path, 5 + peers.rank, writer(1.0), peers))
+    assert all(isinstance(result, RuntimeError) for result in results)
+
+
+def test_two_ranks_cannot_write_the_same_file(tmp_path: Path) -> None:
+    outcomes = on_ranks(2, lambda peers: save_checkpoint(tmp_path, 5, writer(1.0, 0), peers))
+    assert "both wrote" in outcomes[0].error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_full_disk_on_any_rank_keeps_the_old_and_goes_on(tmp_path: Path, bad_rank: int, caplog) -> None:
+    old = on_ranks(2, lambda peers: save_checkpoint(tmp_path, 10, writer(1.0, peers.rank), peers))[0].path
+
+    def work(peers: ThreadPeers):
+        def write(directory: Path) -> None:
+            (directory / f"half-{peers.rank}").write_bytes(b"x" * 100)
+            if peers.rank == bad_rank:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        return save_checkpoint(tmp_path, 20, write, peers, keep_last=1)
+
+    with caplog.at_level(logging.ERROR):
+        outcomes = on_ranks(2, work)
+    assert [outcome.path for outcome in outcomes] == [None, None]
+    assert f"rank {bad_rank}" in outcomes[0].error and "No space left" in outcomes[1].error
+    assert "the run goes on" in caplog.text
+    assert sorted(tmp_path.iterdir()) == [old]
+    retried = on_ranks(2, lambda peers: save_checkpoint(tmp_path, 20, writer(2.0, peers.rank), peers))
+    assert retried[0].path is not None
+
+
+def test_a_bug_in_a_writer_stops_all_ranks(tmp_path: Path) -> None:
+    def work(peers: ThreadPeers):
+        def write(directory: Path) -> None:
+            if peers.rank == 1:
+                raise KeyError("no such moment")
+
+        return save_checkpoint(tmp_path, 20, write, peers)
+
+    results = on_ranks(2, work)
+    assert all(isinstance(result, RuntimeError) and "rank 1" in str(result) for result in results)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pruning_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        save(tmp_path, step, keep_last=2, keep_every=30)
+    assert [path.name[-2:] for path in list_committed(tmp_path)] == ["70", "60", "30"]
+
+
+def test_pruning_does_not_count_a_rejected_checkpoint(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path, step)
+    flip_bit(tmp_path / "step-00000020" / "part-0.safetensors", 300)
+    assert find_latest_checkpoint(tmp_path, ALONE).name == "step-00000010"
+    save(tmp_path, 25)
+    assert [path.name[-2:] for path in list_committed(tmp_path)] == ["25", "10"]
+
+
+def test_a_rejected_checkpoint_is_replaced_by_the_same_step(tmp_path: Path) -> None:
+    save(tmp_path, 20)
+    flip_bit(tmp_path / "step-00000020" / "part-0.safetensors", 300)
+    assert find_latest_checkpoint(tmp_path, ALONE) is None
+    save(tmp_path, 20)
+    assert find_latest_checkpoint(tmp_path, ALONE).name == "step-00000020"
+
+
+def flip_bit(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_every_bit_flip_is_detected_names_its_file_and_falls_back(tmp_path: Path, caplog) -> None:
+    caplog.set_level(logging.CRITICAL)
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    files = sorted(path for path in (tmp_path / "step-00000020").rglob("*") if path.is_file())
+    generator = random.Random(0)
+    for _ in range(300):
+        path = generator.choice(files)
+        bit = generator.randrange(path.stat().st_size * 8)
+        flip_bit(path, bit)
+        with pytest.raises(CheckpointError, match=path.name):
+            check_checkpoint(tmp_path / "step-00000020", ALONE)
+        assert find_latest_checkpoint(tmp_path, ALONE) == tmp_path / "step-00000010"
+        flip_bit(path, bit)
+    assert find_latest_checkpoint(tmp_path, ALONE) == tmp_path / "step-00000020"
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncate", "empty", "remove", "remove manifest", "remove commit", "extra"]
+)
+def test_damaged_checkpoints_are_passed_over(tmp_path: Path, damage: str) -> None:
+    for step in (10, 20):
+        save(tmp_path, step)
+    newest = tmp_path / "step-00000020"
+    victim = newest / "part-0.safetensors"
+    match damage:
+        case "truncate":
+            victim.write_bytes(victim.read_bytes()[:-1])
+        case "empty":
+            victim.write_bytes(b"")
+        case "remove":
+            victim.unlink()
+        case "extra":
+            (newest / "planted.pkl").write_bytes(b"")
+        case _:
+            (newest / {"remove manifest": "MANIFEST.json", "remove commit": "COMMIT"}[damage]).unlink()
+    assert find_latest_checkpoint(tmp_path, ALONE).name == "step-00000010"
+
+
+def test_stale_leftovers_and_pointers_are_ignored_and_cleaned(tmp_path: Path, caplog) -> None:
+    save(tmp_path, 10)
+    (tmp_path / "step-00000020.tmp").mkdir()
+    (tmp_path / "step-00000020.tmp" / "half").write_bytes(b"x")
+    (tmp_path / "step-00000030").mkdir()
+    (tmp_path / "latest").write_text("step-00000030")
+    with caplog.at_level(logging.WARNING):
+        assert find_latest_checkpoint(tmp_path, ALONE).name == "step-00000010"
+    assert "step-00000020.tmp" in caplog.text and "step-00000030" in caplog.text
+    save(tmp_path, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010", "step-00000020"]
+
+
+def test_nothing_to_resume_from(tmp_path: Path) -> None:
+    assert find_latest_checkpoint(tmp_path / "absent", ALONE) is None
+
+
+def test_background_saves_publish_at_a_step_boundary(tmp_path: Path) -> None:
+    gate = threading.Event()
+    store = CheckpointStore(tmp_path, ALONE, asynchronous=True)
+
+    def write(directory: Path) -> None:
+        gate.wait(timeout=10)
+        writer(1.0)(directory)
+
+    assert store.save(10, write) is None
+    assert store.poll() is None and list_committed(tmp_path) == []
+    gate.set()
+    assert store.finish().path == tmp_path / "step-00000010"
+    assert store.poll() is None and store.finish() is None
+
+
+def test_a_background_failure_is_reported_and_the_next_save_works(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, ALONE, asynchronous=True)
+
+    def full(directory: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.save(10, full)
+    assert "No space left" in store.finish().error
+    store.save(20, writer(1.0))
+    assert store.finish().path is not None
+
+
+def test_trees_come_back_with_types_keys_and_bits(tmp_path: Path) -> None:
+    tree = {
+        "state": {0: {"exp_avg": torch.randn(3, 4), "step": torch.tensor(3.0)}, 1: {}},
+        "betas": (0.9, 0.999),
+        "names": ["a", None, True, 1, float("inf")],
+        "half": torch.randn(5).bfloat16(),
+        "numbers": np.arange(4, dtype=np.uint32),
+    }
+    save_tree(tmp_path, "tree", tree)
+    loaded = load_tree(tmp_path, "tree")
+    assert loaded["betas"] == (0.9, 0.999) and loaded["names"] == tree["names"]
+    assert list(loaded["state"]) == [0, 1]
+    assert torch.equal(loaded["state"][0]["exp_avg"], tree["state"][0]["exp_avg"])
+    assert loaded["half"].dtype == torch.bfloat16 and torch.equal(loaded["half"], tree["half"])
+    assert loaded["numbers"].dtype == np.uint32 and (loaded["numbers"] == tree["numbers"]).all()
+    with pytest.raises(TypeError, match="hook"):
+        save_tree(tmp_path, "bad", {"hook": print})
+
+
+def test_random_states_come_back(tmp_path: Path) -> None:
+    save_tree(tmp_path, "rng", collect_rng_state())
+    expected = (random.random(), np.random.rand(), torch.rand(3))
+    restore_rng_state(load_tree(tmp_path, "rng"))
+    again = (random.random(), np.random.rand(), torch.rand(3))
+    assert expected[:2] == again[:2] and torch.equal(expected[2], again[2])
+    with pytest.raises(CheckpointError, match="torch_cpu"):
+        broken = collect_rng_state()
+        del broken["torch_cpu"]
+        restore_rng_state(broken)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_shares_of_all_ranks_make_the_whole_state(tmp_path: Path, world_size: int) -> None:
+    state = {f"tensor{i}": torch.randn(i + 1, 3) for i in range(7)}
+    for rank in range(world_size):
+        share = collect_share(state.items(), rank, world_size)
+        save_tensors(share_path(tmp_path, rank, world_size), share)
+    loaded = ConsolidatedState(tmp_path)
+    assert set(loaded) == set(state)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    if world_size > 1:
+        share_path(tmp_path, 1, world_size).unlink()
+        with pytest.raises(CheckpointError, match="state files"):
+            ConsolidatedState(tmp_path)

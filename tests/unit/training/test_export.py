@@ -1,0 +1,148 @@
+"""The exported folder is a timm and a transformers checkpoint with the live network's features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from models import vit
+from models.config import ModelConfig
+from training.checkpoint_files import CheckpointError
+from training.export import Preprocessing, assemble_backbone, export_encoder, load_exported
+
+CONFIGS = {
+    "small ViT, grey": ModelConfig(
+        name="vit_tiny_patch16_224",
+        image_size=28,
+        patch_size=4,
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        channels=1,
+    ),
+    "small ViT, colour, registers": ModelConfig(
+        name="vit_tiny_patch16_224",
+        image_size=28,
+        patch_size=4,
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        init_values=1e-5,
+        num_registers=4,
+        global_pool="avg",
+    ),
+    "resnet50": ModelConfig(name="resnet50", image_size=64),
+}
+
+
+def live_backbone(config: ModelConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    backbone = vit.build_backbone(config)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        backbone.train()(
+            torch.randn(8, config.channels, config.image_size, config.image_size)
+        )  # BatchNorm buffers
+    return backbone.eval()
+
+
+def export(config: ModelConfig, backbone: torch.nn.Module, out: Path) -> None:
+    export_encoder(
+        backbone,
+        out,
+        model_args=vit.backbone_arguments(config),
+        preprocessing=Preprocessing(
+            image_size=config.image_size,
+            channels=config.channels,
+            mean=(0.3,) * config.channels,
+            std=(0.4,) * config.channels,
+        ),
+        prototypes={"means": torch.randn(16, 8)},
+        provenance={"run": "a test", "step": 12},
+    )
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_timm_transformers_and_we_load_the_same_features(name: str, tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, AutoModel
+
+    config = CONFIGS[name]
+    backbone = live_backbone(config)
+    export(config, backbone, tmp_path / "out")
+    images = torch.randn(4, config.channels, config.image_size, config.image_size)
+    with torch.no_grad():
+        live = backbone(images)
+        from_timm = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()(images)
+        from_transformers = AutoModel.from_pretrained(tmp_path / "out").eval()(images).pooler_output
+        ours, prototypes = load_exported(tmp_path / "out")
+        from_us = ours(images)
+    assert live.std() > 1e-3
+    for features in (from_timm, from_transformers.flatten(1), from_us):
+        assert (features - live).abs().max() < 1e-5
+    assert prototypes["means"].shape == (16, 8)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor is not None
+
+
+def test_other_crop_sizes_give_the_same_features(tmp_path: Path) -> None:
+    config = CONFIGS["small ViT, grey"]
+    backbone = live_backbone(config)
+    export(config, backbone, tmp_path / "out")
+    images = torch.randn(2, 1, 20, 20)
+    with torch.no_grad():
+        reloaded = load_exported(tmp_path / "out")[0](images)
+        assert (reloaded - backbone(images)).abs().max() < 1e-5
+
+
+def test_the_card_and_the_config_tell_the_truth(tmp_path: Path) -> None:
+    config = CONFIGS["small ViT, grey"]
+    export(config, live_backbone(config), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "num_classes" not in written["model_args"] and "tag" not in written["pretrained_cfg"]
+    assert written["pretrained_cfg"]["input_size"] == [1, 28, 28]
+    assert written["pretrained_cfg"]["mean"] == pytest.approx([0.3])
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in ("library_name: timm", "pipeline_tag: image-feature-extraction", "license: apache-2.0"):
+        assert line in card
+    assert "| run | a test |" in card and "| `means` | 16 x 8 |" in card
+
+
+def test_a_live_backbone_stays_as_it_is_and_half_weights_become_fp32(tmp_path: Path) -> None:
+    config = CONFIGS["small ViT, grey"]
+    backbone = live_backbone(config).bfloat16()
+    export(config, backbone, tmp_path / "out")
+    assert next(backbone.parameters()).dtype == torch.bfloat16
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_what_cannot_be_exported_or_loaded_is_an_error(tmp_path: Path) -> None:
+    config = CONFIGS["small ViT, grey"]
+    backbone = live_backbone(config)
+    with torch.no_grad():
+        backbone.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"norm\.weight holds NaN"):
+        export(config, backbone, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="lacks"):
+        load_exported(tmp_path / "out")
+    export(config, live_backbone(config), tmp_path / "good")
+    weights = tmp_path / "good" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_exported(tmp_path / "good")
+
+
+def test_a_backbone_is_assembled_strictly_from_a_checkpoint_state() -> None:
+    config = CONFIGS["small ViT, grey"]
+    backbone = live_backbone(config)
+    state = {f"teacher/network.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    rebuilt = assemble_backbone(config, state, "teacher")
+    assert all(torch.equal(a, b) for a, b in zip(rebuilt.parameters(), backbone.parameters(), strict=True))
+    del state["teacher/network.backbone.norm.weight"]
+    with pytest.raises(CheckpointError, match=r"norm\.weight"):
+        assemble_backbone(config, state, "teacher")

@@ -1,0 +1,320 @@
+"""The encoder as a folder that timm, transformers and this project load alike.
+
+`python -m training.export RUN OUT [--which teacher|student]` exports from the newest whole checkpoint of a run
+directory, or from the checkpoint that RUN names.
+
+The folder holds what `timm.models.save_for_hf(..., safe_serialization=True)` writes (`config.json` with
+`model_args`, `model.safetensors`), `prototypes.safetensors` and a model card. `timm.create_model(
+"local-dir:OUT", pretrained=True)` and `transformers.AutoModel.from_pretrained(OUT)` give the same features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from models import vit
+from models.config import ModelConfig
+from runtime.config import load_config
+from runtime.distributed import Process
+from runtime.files import fsync_directory, write_atomically
+from runtime.program import UserError, run_program
+from training.checkpoint import check_checkpoint, find_latest_checkpoint
+from training.checkpoint_files import CheckpointError, load_manifest
+from training.config import PretrainConfig
+from training.state_files import (
+    ConsolidatedState,
+    as_os_error,
+    load_tensors,
+    save_tensors,
+)
+
+logger = logging.getLogger(__name__)
+
+PROTOTYPES_NAME = "prototypes.safetensors"
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes the encoder's input; written as timm's `pretrained_cfg`.
+
+    Attributes:
+        image_size: side in pixels.
+        channels: 1 or 3.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel.
+        interpolation: of the resize.
+        crop_fraction: side of the centre crop over the side of the resized image.
+    """
+
+    image_size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_fraction: float = 1.0
+
+
+def export_encoder(
+    backbone: nn.Module,
+    out_dir: Path,
+    *,
+    model_args: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    prototypes: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    license_name: str = "apache-2.0",
+) -> None:
+    """Writes a backbone, its prototypes and a model card into `out_dir`. Not collective: call on one rank.
+
+    Args:
+        backbone: a timm model with `num_classes=0` and whole (unsharded) parameters; saved in fp32.
+        out_dir: the folder; made if missing, files in it are replaced.
+        model_args: timm arguments that rebuild the backbone (`models.vit.backbone_arguments`).
+        preprocessing: how images were normalised.
+        prototypes: name to tensor, e.g. `means` [K, P], `variances` [K, P], `mixing_weights` [K].
+        provenance: JSON-able facts for the model card: run, step, data, method, configuration hash.
+        license_name: of the weights, as the model hub writes it.
+
+    Raises:
+        OSError: the disk is full or not writable.
+        ValueError: a parameter is not finite, or lives on the meta device.
+    """
+    state = {name: _whole(name, tensor) for name, tensor in backbone.state_dict().items()}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    size = (preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
+    data_config = {
+        "input_size": size,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        "interpolation": preprocessing.interpolation,
+        "crop_pct": preprocessing.crop_fraction,
+    }
+    with as_os_error(out_dir.name):
+        # save_for_hf takes the tensors from the model; a stand-in keeps a live model on its device.
+        save_for_hf(
+            _StandIn(backbone, state),  # type: ignore[arg-type]
+            str(out_dir),
+            model_args=dict(model_args),
+            safe_serialization=True,
+            data_config=data_config,
+        )
+    _mend_config(out_dir / "config.json")
+    save_tensors(out_dir / PROTOTYPES_NAME, dict(prototypes))
+    card = _model_card(backbone, preprocessing, prototypes, provenance, license_name)
+    write_atomically(out_dir / CARD_NAME, card)
+
+
+def load_exported(directory: Path) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Returns (backbone in eval mode, prototypes by name) of an exported folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or weights and configuration do not belong together.
+    """
+    for name in ("config.json", "model.safetensors", PROTOTYPES_NAME):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory} lacks {name}; expected a folder that training.export wrote")
+    try:
+        backbone = timm.create_model(f"local-dir:{directory}", pretrained=True)
+    except (RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
+    return backbone.eval(), load_tensors(directory / PROTOTYPES_NAME)
+
+
+def assemble_backbone(config: ModelConfig, state: Mapping[str, Tensor], which: str) -> nn.Module:
+    """Returns the backbone of one role from a checkpoint's full tensors, strictly.
+
+    Args:
+        config: the run's model options.
+        state: full tensors by name, as `Engine.iterate_state` names them.
+        which: `teacher` or `student`.
+
+    Raises:
+        CheckpointError: the state lacks tensors of this backbone, or has others.
+    """
+    prefix = f"{which}/network.backbone."
+    own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+    backbone = vit.build_backbone(config, drop_path_rate=0.0)
+    try:
+        backbone.load_state_dict(own, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's {which} is not {config.name}: {error}") from error
+    return backbone
+
+
+def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
+    """Exports one role of a run's newest whole checkpoint (or of the checkpoint `run`); returns the checkpoint.
+
+    Raises:
+        UserError: no run, no whole checkpoint, or `out_dir` holds something else than an export.
+        CheckpointError: the named checkpoint is damaged.
+    """
+    process = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    if run.name.startswith("step-"):
+        checkpoint, run_dir = run, run.parent.parent
+        check_checkpoint(checkpoint, process)
+    else:
+        run_dir = run
+        latest = find_latest_checkpoint(run / "checkpoints", process)
+        if latest is None:
+            raise UserError(
+                f"{run} has no whole checkpoint; expected a run directory or a checkpoint; set RUN"
+            )
+        checkpoint = latest
+    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "config.json").exists():
+        raise UserError(f"OUT is {out_dir}, which holds other files; expected an empty folder; set OUT")
+    config = load_config(PretrainConfig, str(run_dir / "config.yaml"))
+    backbone = assemble_backbone(config.model, ConsolidatedState(checkpoint), which)
+    exported = checkpoint / "teacher"
+    temporary = out_dir.with_name(out_dir.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    export_encoder(
+        backbone,
+        temporary,
+        model_args=vit.backbone_arguments(config.model),
+        preprocessing=preprocessing_of(config),
+        prototypes=load_tensors(exported / PROTOTYPES_NAME),
+        provenance=load_manifest(checkpoint)["facts"]
+        | {"role": which, "step": load_manifest(checkpoint)["step"]},
+    )
+    shutil.rmtree(out_dir, ignore_errors=True)
+    temporary.rename(out_dir)
+    fsync_directory(out_dir.parent)
+    return checkpoint
+
+
+def preprocessing_of(config: PretrainConfig) -> Preprocessing:
+    """Returns how the images of a run were normalised."""
+    channels = config.model.channels
+    mean, std = config.data.mean, config.data.std
+    return Preprocessing(
+        image_size=config.model.image_size,
+        channels=channels,
+        mean=mean * channels if len(mean) == 1 else mean,
+        std=std * channels if len(std) == 1 else std,
+        interpolation=config.data.interpolation,
+    )
+
+
+class _StandIn:
+    """A timm model with other tensors: attributes of the model, `state_dict` from the side."""
+
+    def __init__(self, backbone: nn.Module, state: dict[str, Tensor]) -> None:
+        self._backbone = backbone
+        self._state = state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._state
+
+
+def _whole(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(f"{name} lives on the meta device; expected whole parameters; gather them first")
+    whole = tensor.detach().to(
+        "cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True
+    )
+    if not bool(torch.isfinite(whole).all()):
+        raise ValueError(
+            f"{name} holds NaN or infinity; expected finite weights; export an earlier checkpoint"
+        )
+    return whole.contiguous()
+
+
+def _mend_config(path: Path) -> None:
+    """Removes what breaks or misleads readers of timm's config.json.
+
+    transformers passes `num_classes=0` itself and fails on a second one in `model_args`; the tag names the
+    released weights of the same architecture, which these are not.
+    """
+    config = json.loads(path.read_text())
+    config.get("model_args", {}).pop("num_classes", None)
+    for key in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
+        config["pretrained_cfg"].pop(key, None)
+    write_atomically(path, json.dumps(config, indent=2))
+
+
+def _model_card(
+    backbone: nn.Module,
+    preprocessing: Preprocessing,
+    prototypes: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    license_name: str,
+) -> str:
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    shapes = [f"| `{name}` | {' x '.join(map(str, tensor.shape))} |" for name, tensor in prototypes.items()]
+    facts = [f"| {key} | {value} |" for key, value in provenance.items()]
+    size = preprocessing.image_size
+    side = math.ceil(size / preprocessing.crop_fraction)
+    lines = [
+        "---",
+        "library_name: timm",
+        "pipeline_tag: image-feature-extraction",
+        f"license: {license_name}",
+        "tags:",
+        "- timm",
+        "- transformers",
+        "- self-supervised-learning",
+        "---",
+        "",
+        f"# {backbone.pretrained_cfg['architecture']}, pretrained with prototypical self-supervision",  # type: ignore[index]
+        "",
+        f"{parameters:,} parameters, embedding of {backbone.num_features} numbers, no classifier. "
+        f"Input: {preprocessing.channels} x {size} x {size}, resized to {side}, pixels in [0, 1] normalised with mean "
+        f"{list(preprocessing.mean)} and standard deviation {list(preprocessing.std)}.",
+        "",
+        "```python",
+        "import timm",
+        'encoder = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()',
+        "",
+        "from transformers import AutoModel",
+        'encoder = AutoModel.from_pretrained("THIS_FOLDER")  # pooler_output is the same embedding',
+        "```",
+        "",
+        "## Provenance",
+        "",
+        "| fact | value |",
+        "|---|---|",
+        *facts,
+        "",
+        f"## Prototypes (`{PROTOTYPES_NAME}`)",
+        "",
+        "| tensor | shape |",
+        "|---|---|",
+        *shapes,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m training.export", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run directory, or one of its checkpoints")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--which", choices=("teacher", "student"), default="teacher")
+    options = parser.parse_args(arguments)
+    checkpoint = export_from_run(options.run, options.out, options.which)
+    print(f"exported the {options.which} of {checkpoint} to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:]))
