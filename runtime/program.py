@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -29,7 +30,9 @@ def run_program(main: Callable[[list[str]], int], arguments: list[str]) -> int:
         return main(arguments)
     except ValueError as error:
         logger.debug("the user's mistake, with its traceback", exc_info=True)
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        prefix = "error: " if rank == "0" else f"error on rank {rank}: "
+        print(prefix + " ".join(str(error).split()), file=sys.stderr, flush=True)
         return EXIT_USER_MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -1,0 +1,58 @@
+"""Pretrains a student and its EMA teacher with prototypes.
+
+    python pretrain.py CONFIG.yaml [key.sub=value ...]
+    torchrun --nproc_per_node 2 pretrain.py CONFIG.yaml [key.sub=value ...]
+
+The same under `deepspeed`, `accelerate launch` and `srun`. A run lives in `outputs/RUN/`; the same command again
+continues it. Exit codes: 0 done, 1 a fault, 2 the user's mistake (one line), 75 preempted with the state saved.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from runtime.config import load_config
+from runtime.preemption import PreemptionFlag
+from runtime.program import UserError, run_program
+from training.config import PretrainConfig
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code of one pretraining job."""
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        raise UserError("no configuration given; expected CONFIG.yaml [key.sub=value ...]; see configs/")
+    config = load_config(PretrainConfig, arguments[0], arguments[1:])
+    with PreemptionFlag() as preemption:  # before the slow imports: until then the signals kill
+        return pretrain(config, preemption)
+
+
+def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
+    """Starts the runtime, builds and trains; returns the exit code."""
+    from runtime import distributed
+    from runtime.logging_setup import add_log_file, set_up_logging
+    from training.run_directory import prepare_run_directory
+
+    process = distributed.start(config.run.device, config.run.collective_timeout_s)
+    set_up_logging(process.rank)
+    try:
+        if config.run.dry_run:
+            from training.dry_run import describe_run
+
+            print(describe_run(config, process) if process.is_main else "", end="")
+            return 0
+        run_dir = Path(config.run.output_dir) / config.run.name
+        prepare_run_directory(config, run_dir, process)
+        add_log_file(run_dir / "console.log", process.rank)
+        from evaluation.knn import build_knn_probe
+        from training.build import build_trainer
+
+        trainer = build_trainer(config, process, run_dir, preemption, build_knn_probe)
+        return trainer.fit()
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:]))

@@ -1,0 +1,167 @@
+"""From a configuration to a trainer: every part is built and checked here, before the first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.augmentations import DeviceAugmentation
+from data.pipeline import TrainingStream
+from models.student_teacher import SelfSupervisedNetwork
+from models.vit import compile_blocks, initialise_from
+from prototypes.diagnostics import UsageCounter
+from prototypes.estimator import PrototypeEstimator, build_estimator
+from runtime.config import config_hash
+from runtime.distributed import Process
+from runtime.preemption import PreemptionFlag
+from runtime.provenance import collect_provenance
+from runtime.seeding import seed_everything
+from training.checkpoint import CheckpointStore, find_latest_checkpoint
+from training.config import PretrainConfig
+from training.engine import Engine, TrainedNetwork
+from training.guards import LossSpikeGuard
+from training.optimizer import count_parameters
+from training.snapshot import Progress, load_progress, restore
+from training.step import TrainingStep
+from training.synchronization import Synchronization
+from training.trainer import Probe, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(
+    config: PretrainConfig,
+    process: Process,
+    run_dir: Path,
+    preemption: PreemptionFlag,
+    build_probe: Callable[[PretrainConfig, torch.device], Probe | None],
+) -> Trainer:
+    """Returns a trainer that continues the run directory's newest whole checkpoint, or starts. Collective.
+
+    Raises:
+        ValueError: something that the user can mend: data, sizes, an engine that refuses a combination.
+    """
+    micro_batch_size = config.batch.micro_batch_size_per_gpu(process.world_size)
+    checkpoint = find_latest_checkpoint(run_dir / "checkpoints", process) if config.run.resume else None
+    position = load_progress(checkpoint).position if checkpoint is not None else None
+    stream = TrainingStream(
+        config.data,
+        seed=config.run.seed,
+        global_batch_size=config.batch.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        position=position,
+    )
+    synchronization = Synchronization(process.world_size)
+    estimator = _build_estimator(config, stream.num_samples, process, synchronization)
+    engine = _build_engine(config, process, estimator)
+    training_step = TrainingStep(
+        engine=engine,
+        estimator=estimator,
+        prototypes=config.prototypes,
+        objective=config.objective,
+        augmentation=DeviceAugmentation(config.data).to(process.device),
+        synchronization=synchronization,
+        usage=UsageCounter(config.prototypes.num_prototypes, device=process.device),
+        spike_guard=LossSpikeGuard(config.optim.spike_factor),
+        device=process.device,
+        seed=config.run.seed,
+    )
+    progress = Progress()
+    if checkpoint is not None:
+        progress = restore(checkpoint, training_step, process)
+        logger.info("continuing from %s: %d steps done", checkpoint, progress.step)
+    provenance = collect_provenance() | {
+        "config_hash": config_hash(config),
+        "data_hash": stream.manifest.hash,
+        "run": config.run.name,
+        "mode": config.prototypes.mode,
+        "num_parameters": count_parameters(engine.teacher_network().backbone),
+    }
+    return Trainer(
+        config=config,
+        run_dir=run_dir,
+        process=process,
+        stream=stream,
+        training_step=training_step,
+        store=CheckpointStore(
+            run_dir / "checkpoints",
+            process,
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+        ),
+        progress=progress,
+        provenance=provenance,
+        probe=build_probe(config, process.device) if config.evaluation.knn_every_steps else None,
+        preemption=preemption,
+    )
+
+
+def _build_estimator(
+    config: PretrainConfig, num_samples: int, process: Process, synchronization: Synchronization
+) -> PrototypeEstimator:
+    num_views = config.data.num_global_crops
+    estimator = build_estimator(
+        config.prototypes,
+        seed=config.run.seed,
+        num_observations_per_epoch=num_views * num_samples,
+        num_observations_per_step=num_views * config.batch.global_batch_size,
+        total_steps=config.num_steps(num_samples),
+        rank=process.rank,
+        world_size=process.world_size,
+        reduce_sum=synchronization.reduce_sum,
+        all_gather=synchronization.all_gather,
+    )
+    return estimator.to(process.device)
+
+
+def _build_engine(config: PretrainConfig, process: Process, estimator: PrototypeEstimator) -> Engine:
+    # The same numbers on every rank: student and teacher start equal everywhere without a broadcast.
+    seed_everything(config.run.seed, "initialisation")
+    student = _build_network(config, "student", estimator.build_learned())
+    teacher = _build_network(config, "teacher", estimator.build_learned())
+    if config.model.init != "random":
+        counts = {k: len(v) for k, v in initialise_from(student.network.backbone, config.model.init).items()}
+        logger.info("initialised from %s: %s", config.model.init, counts)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    _synchronise_batch_norm(student, teacher, process)
+    if config.model.compile_blocks:
+        compile_blocks(student.network.backbone)
+        compile_blocks(teacher.network.backbone)
+    arguments: dict[str, Any] = {
+        "student": student.to(process.device),
+        "teacher": teacher.to(process.device),
+        "optim": config.optim,
+        "batch": config.batch,
+        "world_size": process.world_size,
+    }
+    if config.engine.name == "fsdp2":
+        from training.fsdp_engine import FSDPEngine
+
+        return FSDPEngine(**arguments, precision=config.engine.precision)
+    from training.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(**arguments, deepspeed_config=config.engine.deepspeed_config)
+
+
+def _build_network(config: PretrainConfig, role: str, learned: nn.Module | None) -> TrainedNetwork:
+    return TrainedNetwork(SelfSupervisedNetwork(config.model, role), learned)
+
+
+def _synchronise_batch_norm(student: TrainedNetwork, teacher: TrainedNetwork, process: Process) -> None:
+    """BatchNorm statistics over all ranks on GPUs; torch's SyncBatchNorm has no CPU form."""
+    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules())
+    if not has_batch_norm or process.world_size == 1:
+        return
+    if process.device.type != "cuda":
+        logger.warning("BatchNorm on %d CPU ranks uses each rank's own statistics", process.world_size)
+        return
+    for network in (student, teacher):
+        network.network = nn.SyncBatchNorm.convert_sync_batchnorm(network.network)

@@ -1,0 +1,156 @@
+"""Everything that a resume needs, gathered from all ranks before a byte is written, and put back.
+
+    checkpoints/step-00000100/
+      state-00000-of-00002.safetensors ...   student, teacher, optimizer: full tensors by name, shared out to ranks
+      estimator.{json,safetensors}           the estimator's state, equal on all ranks
+      progress.{json,safetensors}            counters, data position, usage counts, guard
+      teacher/                               the exported encoder
+
+There is no random state to save: every step seeds its generators from (seed, step, rank).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.pipeline import merge_positions
+from models.vit import build_backbone
+from runtime.distributed import Process
+from training.config import PretrainConfig
+from training.engine import Engine
+from training.export import export_encoder
+from training.state_files import (
+    ConsolidatedState,
+    collect_share,
+    load_tree,
+    save_tensors,
+    save_tree,
+    share_path,
+)
+from training.step import TrainingStep
+
+_TEACHER_BACKBONE = "teacher/network.backbone."
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        step: updates done.
+        samples_seen: images consumed, skipped steps included.
+        skipped_steps: steps that moved nothing, in all.
+        skipped_in_row: the same, since the last step that moved.
+        position: the data position after the last batch, of all ranks; None before the first.
+    """
+
+    step: int = 0
+    samples_seen: int = 0
+    skipped_steps: int = 0
+    skipped_in_row: int = 0
+    position: dict[str, Any] | None = field(default=None, compare=False)
+
+    def advanced(self, *, applied: bool, samples: int, position: dict[str, Any]) -> Progress:
+        """Returns the progress after one step."""
+        return replace(
+            self,
+            step=self.step + int(applied),
+            samples_seen=self.samples_seen + samples,
+            skipped_steps=self.skipped_steps + int(not applied),
+            skipped_in_row=0 if applied else self.skipped_in_row + 1,
+            position=position,
+        )
+
+
+class Snapshot:
+    """The state of a run in CPU memory, each rank with its share. Collective to make; `write` is not.
+
+    Args:
+        config: the run's configuration, for the export.
+        progress: where the run is; `position` is this rank's part.
+        training_step: engine, estimator, usage counts and guard.
+        process: this process.
+        provenance: plain facts for the exported encoder's model card.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        progress: Progress,
+        training_step: TrainingStep,
+        process: Process,
+        provenance: dict[str, Any],
+    ) -> None:
+        self._config = config
+        self._process = process
+        self._provenance = provenance
+        self._teacher: dict[str, Tensor] = {}
+        self._prototypes: dict[str, Tensor] = {}
+        self._share = collect_share(self._stream(training_step.engine), process.rank, process.world_size)
+        parts = process.all_gather_object(progress.position)
+        self._progress = {
+            "progress": asdict(replace(progress, position=merge_positions([part for part in parts if part]))),
+            "usage": training_step.usage.state_dict(),
+            "spike_guard": training_step.spike_guard.state_dict(),
+        }
+        self._estimator = {
+            name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+            for name, value in training_step.estimator.state_dict().items()
+        }
+        if process.is_main:
+            self._prototypes = training_step.estimator.exported_prototypes(self._prototypes.get("learned"))
+
+    def write(self, directory: Path) -> None:
+        """Writes this rank's files; rank 0 adds what is equal on all ranks and the exported teacher."""
+        save_tensors(share_path(directory, self._process.rank, self._process.world_size), self._share)
+        if not self._process.is_main:
+            return
+        save_tree(directory, "estimator", self._estimator)
+        save_tree(directory, "progress", self._progress)
+        backbone = build_backbone(self._config.model, drop_path_rate=0.0)
+        backbone.load_state_dict(self._teacher)
+        export_encoder(
+            backbone,
+            directory / "teacher",
+            model=self._config.model,
+            mean=self._config.data.mean,
+            std=self._config.data.std,
+            prototypes=self._prototypes,
+            provenance=self._provenance,
+        )
+
+    def _stream(self, engine: Engine) -> Any:
+        """The engine's state; on the way rank 0 keeps what the export needs."""
+        for name, tensor in engine.iterate_state():
+            if self._process.is_main and name.startswith(_TEACHER_BACKBONE):
+                self._teacher[name.removeprefix(_TEACHER_BACKBONE)] = tensor.detach().to("cpu", copy=True)
+            if self._process.is_main and name.startswith("teacher/learned_prototypes."):
+                self._prototypes["learned"] = tensor.detach().to("cpu", copy=True)
+            yield name, tensor
+
+
+def restore(checkpoint: Path, training_step: TrainingStep, process: Process) -> Progress:
+    """Puts a checkpoint's state into the engine, the estimator and the guards; returns the progress. Collective.
+
+    Raises:
+        ValueError: the checkpoint belongs to another model, other prototypes or another schema.
+    """
+    training_step.engine.load_state(ConsolidatedState(checkpoint))
+    training_step.estimator.load_state_dict(load_tree(checkpoint, "estimator"))
+    saved = load_tree(checkpoint, "progress")
+    # Usage counts were summed over ranks: one rank takes them over and the others start from zero.
+    training_step.usage.load_state_dict(saved["usage"], is_main=process.is_main)
+    training_step.spike_guard.load_state_dict(saved["spike_guard"])
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return load_progress(checkpoint)
+
+
+def load_progress(checkpoint: Path) -> Progress:
+    """Returns where a checkpoint's run was; not collective."""
+    return Progress(**load_tree(checkpoint, "progress")["progress"])

@@ -1,0 +1,179 @@
+"""One training step, in the order in which it must happen.
+
+The prototypes are updated before the encoder and from this step's own features: C^t is the M-step's result on
+h^t, and the encoder's loss is taken against C^t (Arteaga et al. 2026, arXiv 2510.20108, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.augmentations import Crops, DeviceAugmentation
+from data.collate import CropBatch
+from prototypes.config import ObjectiveConfig, PrototypesConfig
+from prototypes.diagnostics import UsageCounter
+from prototypes.estimator import PrototypeEstimator
+from prototypes.losses import CarpLoss, carp_loss
+from prototypes.partitions import draw_partition
+from training.engine import Engine, NetworkOutput
+from training.guards import LossSpikeGuard
+from training.schedules import StepSchedule
+from training.synchronization import Handle, Synchronization
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step did; tensors stay on the device until somebody asks.
+
+    Attributes:
+        applied: whether anything moved; a step with a non-finite loss or gradient moves nothing.
+        loss: mean over micro-batches of total, consistency and entropy, and the auxiliary loss where there is one.
+        grad_norm: 2-norm of the gradient before clipping; 0 where the step was not applied.
+        projections: [views * B, P] the teacher's projections of the last micro-batch, for diagnostics.
+        prototypes: [K, P] the teacher's prototypes of this step, C^t.
+    """
+
+    applied: bool
+    loss: dict[str, Tensor]
+    grad_norm: float
+    projections: Tensor
+    prototypes: Tensor
+
+
+class TrainingStep:
+    """Runs one optimizer step on this rank's micro-batches. Collective: every rank must call it equally often."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        estimator: PrototypeEstimator,
+        prototypes: PrototypesConfig,
+        objective: ObjectiveConfig,
+        augmentation: DeviceAugmentation,
+        synchronization: Synchronization,
+        usage: UsageCounter,
+        spike_guard: LossSpikeGuard,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.engine = engine
+        self.estimator = estimator
+        self.usage = usage
+        self.spike_guard = spike_guard
+        self._partition = prototypes.partition
+        self._objective = objective
+        self._augmentation = augmentation
+        self._synchronization = synchronization
+        self._device = device
+        self._seed = seed
+
+    def __call__(self, batches: Sequence[CropBatch], step: int, schedule: StepSchedule) -> StepOutcome:
+        """Returns what the step did.
+
+        Args:
+            batches: this rank's micro-batches, as uint8 crops.
+            step: updates done so far; with the seed it determines every random draw of the step.
+            schedule: learning rate, weight decay and EMA momentum of this step.
+        """
+        crops = [self._augmentation(batch.to(self._device)) for batch in batches]
+        # One commit per optimizer step, however many micro-batches: the mixture sees the whole global batch.
+        teacher = [self.engine.forward_teacher(_teacher_views(micro)) for micro in crops]
+        observations = [self.estimator.observe(output.projections) for output in teacher]
+        # The student's first forward needs no prototypes: it overlaps the reduction of the statistics.
+        student = self.engine.forward_student(_student_views(crops[0]))
+        self.estimator.commit(observations)
+
+        losses: list[dict[str, Tensor]] = []
+        for micro_step, micro in enumerate(crops):
+            if micro_step > 0:
+                student = self.engine.forward_student(_student_views(micro))
+            loss = self._loss(student, teacher[micro_step], micro, step, micro_step)
+            self.engine.backward(loss["total"], is_last_micro_step=micro_step == len(crops) - 1)
+            losses.append({name: value.detach() for name, value in loss.items()})
+        mean_loss = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+
+        applied, grad_norm = self._apply(mean_loss["total"], schedule)
+        if applied:
+            self._count_usage(teacher)
+        prototypes = self.estimator.prototypes("teacher", teacher[-1].learned_prototypes).detach()
+        return StepOutcome(applied, mean_loss, grad_norm, teacher[-1].projections, prototypes)
+
+    @property
+    def reduce_sum(self) -> Callable[[Tensor], Handle]:
+        """The sum over ranks, for counts that are closed at step boundaries."""
+        return self._synchronization.reduce_sum
+
+    @torch.no_grad()
+    def current_prototypes(self) -> Tensor:
+        """Returns the teacher's prototypes [K, P] before any step of this process. Collective when sharded."""
+        learned = self.engine.teacher.learned_prototypes
+        return self.estimator.prototypes("teacher", None if learned is None else learned())
+
+    def _apply(self, loss: Tensor, schedule: StepSchedule) -> tuple[bool, float]:
+        """Moves everything, or nothing: one decision that all ranks share, taken before anything moves."""
+        # The loss is a mean over ranks here, so that every rank's guard keeps the same window.
+        loss_value = float(self._synchronization.mean_over_ranks(loss.reshape(1)))
+        finite = self.engine.gradients_are_finite()
+        if not (finite and self.spike_guard.admits(loss_value)):
+            self.estimator.discard()
+            self.engine.skip()
+            return False, 0.0
+        self.spike_guard.record(loss_value)
+        self.estimator.accept()
+        grad_norm = self.engine.step(schedule)
+        self.engine.update_teacher(schedule.ema_momentum)
+        return True, grad_norm
+
+    def _loss(
+        self, student: NetworkOutput, teacher: NetworkOutput, crops: Crops, step: int, micro_step: int
+    ) -> dict[str, Tensor]:
+        partition = draw_partition(
+            self.estimator.num_prototypes,
+            self._partition.size,
+            seed=self._seed,
+            step=step,
+            micro_step=micro_step,
+            device=self._device,
+        )
+        batch_size = crops.global_crops.shape[1]
+        loss: CarpLoss = carp_loss(
+            _by_view(student.projections, batch_size),
+            _by_view(teacher.projections, batch_size),
+            self.estimator.prototypes("student", student.learned_prototypes),
+            self.estimator.prototypes("teacher", teacher.learned_prototypes),
+            partition,
+            mean_over_ranks=self._synchronization.mean_over_ranks,
+            entropy_weight=self._objective.entropy_weight,
+            blocks_per_chunk=self._objective.blocks_per_chunk,
+        )
+        terms = {"total": loss.total, "consistency": loss.consistency, "entropy": loss.entropy}
+        auxiliary = self.estimator.auxiliary_loss(student.learned_prototypes)
+        if auxiliary is not None:
+            terms |= {"total": loss.total + auxiliary, "auxiliary": auxiliary}
+        return terms
+
+    @torch.no_grad()
+    def _count_usage(self, teacher: Sequence[NetworkOutput]) -> None:
+        for output in teacher:
+            prototypes = self.estimator.prototypes("teacher", output.learned_prototypes)
+            self.usage.update(output.projections, prototypes)
+
+
+def _teacher_views(crops: Crops) -> list[Tensor]:
+    return [crops.global_crops.flatten(0, 1)]
+
+
+def _student_views(crops: Crops) -> list[Tensor]:
+    views = [crops.global_crops.flatten(0, 1)]
+    if crops.local_crops.shape[0]:
+        views.append(crops.local_crops.flatten(0, 1))
+    return views
+
+
+def _by_view(projections: Tensor, batch_size: int) -> Tensor:
+    return projections.unflatten(0, (-1, batch_size))

@@ -1,0 +1,285 @@
+"""What happens in time: steps, lines of the record, evaluations, checkpoints, and the end.
+
+Checkpoints, evaluation and preemption happen only at the step boundary, agreed by all ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.collate import CropBatch
+from data.pipeline import TrainingStream
+from prototypes.diagnostics import count_unique, effective_rank, mean_cosine
+from runtime.distributed import Process
+from runtime.preemption import PreemptionFlag
+from runtime.program import EXIT_DONE, EXIT_PREEMPTED
+from runtime.seeding import seed_everything
+from training.checkpoint import CheckpointStore
+from training.config import PretrainConfig
+from training.metrics import MetricsRecord, WandbView
+from training.schedules import StepSchedule, compute_schedule
+from training.snapshot import Progress, Snapshot
+from training.step import StepOutcome, TrainingStep
+
+logger = logging.getLogger(__name__)
+
+UNIQUE_THRESHOLDS = (0.025, 0.05, 0.1, 0.25, 0.5)
+
+Probe = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of the steps since the last line of the record, and of those, seconds waited for data."""
+
+    steps: int = 0
+    total_s: float = 0.0
+    data_wait_s: float = 0.0
+
+
+class Trainer:
+    """Trains until the schedule's end, a preemption or a fault.
+
+    Args:
+        config: the run's configuration.
+        run_dir: the run directory.
+        process: this process.
+        stream: this rank's micro-batches.
+        training_step: one optimizer step.
+        store: the run's checkpoints.
+        progress: where to begin.
+        provenance: plain facts about code and data, for exports.
+        probe: in-training evaluation of the teacher's backbone, or None.
+        preemption: the scheduler's warning, as a flag.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: PretrainConfig,
+        run_dir: Path,
+        process: Process,
+        stream: TrainingStream,
+        training_step: TrainingStep,
+        store: CheckpointStore,
+        progress: Progress,
+        provenance: dict[str, Any],
+        probe: Probe | None,
+        preemption: PreemptionFlag,
+    ) -> None:
+        self.config = config
+        self.process = process
+        self.training_step = training_step
+        self.progress = progress
+        self._run_dir = run_dir
+        self._stream = stream
+        self._store = store
+        self._provenance = provenance
+        self._probe = probe
+        self._preemption = preemption
+        self._steps_per_epoch = max(1, round(stream.num_samples / config.batch.global_batch_size))
+        self._num_steps = config.num_steps(stream.num_samples)
+        self._stopwatch = Stopwatch()
+        self._epoch_usage: dict[str, float] = {}
+        self._last_saved = progress.step if progress.step else -1
+        self._record: MetricsRecord | None = None
+        self._wandb: WandbView | None = None
+
+    def fit(self) -> int:
+        """Trains to the end of the schedule or to a preemption and returns the exit code. Collective."""
+        self._open_record()
+        if self.progress.step >= self._num_steps:
+            logger.info("nothing to do: %d of %d steps are done", self.progress.step, self._num_steps)
+        try:
+            with self._progress_bar() as bar:
+                while self.progress.step < self._num_steps:
+                    self._train_step()
+                    bar.update(self.progress.step - bar.n)
+                    if self.process.agree_any(self._preemption.is_set):
+                        return self._stop_for_preemption()
+                    if self.progress.step % self.config.checkpoint.every_steps == 0:
+                        self._save()
+            self._save()
+            return EXIT_DONE
+        finally:
+            self._close_record()
+
+    def _train_step(self) -> None:
+        started = time.perf_counter()
+        batches = list(itertools.islice(self._batches(), self.config.batch.gradient_accumulation_steps))
+        waited = time.perf_counter() - started
+        step, schedule = self.progress.step, self._schedule()
+        seed_everything(self.config.run.seed, "step", step, self.process.rank)
+        if step == 0:
+            self._log_initial_prototypes()
+        outcome = self.training_step(batches, step, schedule)
+        self.progress = self.progress.advanced(
+            applied=outcome.applied,
+            samples=self.config.batch.global_batch_size,
+            position=batches[-1].position,
+        )
+        self._stopwatch.steps += 1
+        self._stopwatch.data_wait_s += waited
+        self._stopwatch.total_s += time.perf_counter() - started
+        if not outcome.applied:
+            self._warn_of_skip(outcome)
+        else:
+            self._after_update(outcome, schedule)
+
+    def _after_update(self, outcome: StepOutcome, schedule: StepSchedule) -> None:
+        """Collects this step's line; what is collective happens on every rank, at steps all ranks agree on."""
+        step, logging_config = self.progress.step, self.config.logging
+        values: dict[str, float] = {}
+        if step % self._steps_per_epoch == 0 or step == self._num_steps:
+            self._epoch_usage = self._close_epoch()
+            values |= self._epoch_usage
+        if (
+            step % self._steps_per_epoch == 0
+            or step in logging_config.unique_early_steps
+            or step == self._num_steps
+        ):
+            values |= self._count_unique(outcome.prototypes)
+        probe_every = self.config.evaluation.knn_every_steps
+        if self._probe is not None and probe_every and (step % probe_every == 0 or step == self._num_steps):
+            values |= self._probe(self.training_step.engine.teacher_network().backbone)
+        if values or step % logging_config.every_steps == 0 or step == 1:
+            self._log(self._step_values(outcome, schedule) | values)
+
+    def _step_values(self, outcome: StepOutcome, schedule: StepSchedule) -> dict[str, float]:
+        loss = {f"loss/{name}": float(value) for name, value in outcome.loss.items()}
+        stopwatch, self._stopwatch = self._stopwatch, Stopwatch()
+        step_s = stopwatch.total_s / max(stopwatch.steps, 1)
+        values = loss | {
+            "optim/lr": schedule.lr,
+            "optim/weight_decay": schedule.weight_decay,
+            "optim/ema_momentum": schedule.ema_momentum,
+            "optim/grad_norm": outcome.grad_norm,
+            "optim/skipped_steps": float(self.progress.skipped_steps),
+            "features/norm": float(outcome.projections.norm(dim=1).mean()),
+            "features/effective_rank": float(effective_rank(outcome.projections)),
+            "features/mean_cosine": float(mean_cosine(outcome.projections)),
+            "throughput/step_s": step_s,
+            "throughput/images_per_s": self.config.batch.global_batch_size / step_s if step_s else 0.0,
+            "throughput/data_wait_fraction": stopwatch.data_wait_s / stopwatch.total_s
+            if stopwatch.total_s
+            else 0.0,
+            "memory/peak_gib": peak_memory_gib(self.process.device),
+        }
+        return values | self.training_step.estimator.metrics()
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self._record is None:
+            return
+        line = self._record.write(self.progress.step, self.progress.samples_seen, values)
+        if self._wandb is not None:
+            self._wandb.write(line)
+        interesting = ("loss/total", "prototypes/unique_0.025", "prototypes/used", "eval/knn20_top1")
+        text = "  ".join(f"{name.split('/')[1]} {values[name]:.4f}" for name in interesting if name in values)
+        speed = values.get("throughput/images_per_s", 0.0)
+        logger.info("step %d/%d  %s  %.0f images/s", self.progress.step, self._num_steps, text, speed)
+
+    def _close_epoch(self) -> dict[str, float]:
+        """Returns the usage of the epoch that ends here and starts the next count. Collective."""
+        return self.training_step.usage.close(self.training_step.reduce_sum)
+
+    def _count_unique(self, prototypes: Tensor) -> dict[str, float]:
+        """Returns the share of unique prototypes per threshold; rank 0 counts, nobody waits for it."""
+        if not self.process.is_main:
+            return {f"prototypes/unique_{threshold:g}": 0.0 for threshold in UNIQUE_THRESHOLDS}
+        counts = count_unique(prototypes, UNIQUE_THRESHOLDS)
+        return {f"prototypes/unique_{t:g}": counts[t] / prototypes.shape[0] for t in UNIQUE_THRESHOLDS}
+
+    def _log_initial_prototypes(self) -> None:
+        if 0 in self.config.logging.unique_early_steps:
+            self._log(self._count_unique(self.training_step.current_prototypes()))
+
+    def _schedule(self) -> StepSchedule:
+        optim = self.config.optim
+        return compute_schedule(
+            optim,
+            step=self.progress.step,
+            num_steps=self._num_steps,
+            warmup_steps=round(optim.warmup_epochs * self._steps_per_epoch),
+            batch=self.config.batch.global_batch_size,
+        )
+
+    def _batches(self) -> Iterator[CropBatch]:
+        if not hasattr(self, "_iterator"):
+            self._iterator = iter(self._stream)
+        return self._iterator
+
+    def _warn_of_skip(self, outcome: StepOutcome) -> None:
+        limit = self.config.optim.max_skipped_steps
+        logger.warning(
+            "step %d moved nothing: loss %.4g, non-finite loss or gradient, or a loss spike (%d in a row, limit %d)",
+            self.progress.step,
+            float(outcome.loss["total"]),
+            self.progress.skipped_in_row,
+            limit,
+        )
+        if self.progress.skipped_in_row >= limit:
+            raise RuntimeError(
+                f"{limit} steps in a row were skipped; the last checkpoint is whole; lower optim.lr"
+            )
+
+    def _save(self) -> None:
+        if self._last_saved == self.progress.step:
+            return
+        snapshot = Snapshot(self.config, self.progress, self.training_step, self.process, self._provenance)
+        outcome = self._store.save(self.progress.step, snapshot.write, self._provenance)
+        if outcome is not None and outcome.error is None:
+            self._last_saved = self.progress.step
+
+    def _stop_for_preemption(self) -> int:
+        name = self._preemption.signal_name or "a signal to another rank"
+        logger.info("stopping at step %d after %s", self.progress.step, name)
+        self._save()
+        return EXIT_PREEMPTED
+
+    def _open_record(self) -> None:
+        if not self.process.is_main:
+            return
+        self._record = MetricsRecord(self._run_dir, resume_step=self.progress.step)
+        settings = self.config.logging
+        if settings.wandb_mode != "disabled":
+            self._wandb = WandbView(
+                self._run_dir,
+                mode=settings.wandb_mode,
+                project=settings.wandb_project,
+                config=self._provenance,
+            )
+
+    def _close_record(self) -> None:
+        if self._record is not None:
+            self._record.close()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _progress_bar(self) -> tqdm:
+        """A bar on rank 0's terminal; elsewhere (batch jobs, files) the log lines are enough."""
+        return tqdm(
+            total=self._num_steps,
+            initial=self.progress.step,
+            unit="step",
+            disable=None if self.process.is_main else True,
+            dynamic_ncols=True,
+        )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the peak memory of this process in GiB: allocated on its GPU, or resident where it has none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
