@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,33 +47,14 @@ PROTOTYPES_NAME = "prototypes.safetensors"
 CARD_NAME = "README.md"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """How an image becomes the encoder's input; written as timm's `pretrained_cfg`.
-
-    Attributes:
-        image_size: side in pixels.
-        channels: 1 or 3.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel.
-        interpolation: of the resize.
-        crop_fraction: side of the centre crop over the side of the resized image.
-    """
-
-    image_size: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_fraction: float = 1.0
-
-
 def export_encoder(
     backbone: nn.Module,
     out_dir: Path,
     *,
-    model_args: Mapping[str, Any],
-    preprocessing: Preprocessing,
+    model: ModelConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
     prototypes: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
     license_name: str = "apache-2.0",
@@ -85,8 +64,10 @@ def export_encoder(
     Args:
         backbone: a timm model with `num_classes=0` and whole (unsharded) parameters; saved in fp32.
         out_dir: the folder; made if missing, files in it are replaced.
-        model_args: timm arguments that rebuild the backbone (`models.vit.backbone_arguments`).
-        preprocessing: how images were normalised.
+        model: the options that built the backbone; written so that the same network is rebuilt.
+        mean: of pixels in [0, 1], one number for all channels or one per channel.
+        std: standard deviation, likewise.
+        interpolation: of the resize to `model.image_size`; the centre crop takes the whole image.
         prototypes: name to tensor, e.g. `means` [K, P], `variances` [K, P], `mixing_weights` [K].
         provenance: JSON-able facts for the model card: run, step, data, method, configuration hash.
         license_name: of the weights, as the model hub writes it.
@@ -97,26 +78,25 @@ def export_encoder(
     """
     state = {name: _whole(name, tensor) for name, tensor in backbone.state_dict().items()}
     out_dir.mkdir(parents=True, exist_ok=True)
-    size = (preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
     data_config = {
-        "input_size": size,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-        "interpolation": preprocessing.interpolation,
-        "crop_pct": preprocessing.crop_fraction,
+        "input_size": (model.channels, model.image_size, model.image_size),
+        "mean": per_channel(mean, model.channels),
+        "std": per_channel(std, model.channels),
+        "interpolation": interpolation,
+        "crop_pct": 1.0,
     }
     with as_os_error(out_dir.name):
         # save_for_hf takes the tensors from the model; a stand-in keeps a live model on its device.
         save_for_hf(
             _StandIn(backbone, state),  # type: ignore[arg-type]
             str(out_dir),
-            model_args=dict(model_args),
+            model_args=vit.backbone_arguments(model),
             safe_serialization=True,
             data_config=data_config,
         )
     _mend_config(out_dir / "config.json")
     save_tensors(out_dir / PROTOTYPES_NAME, dict(prototypes))
-    card = _model_card(backbone, preprocessing, prototypes, provenance, license_name)
+    card = _model_card(backbone, data_config, prototypes, provenance, license_name)
     write_atomically(out_dir / CARD_NAME, card)
 
 
@@ -186,8 +166,10 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
     export_encoder(
         backbone,
         temporary,
-        model_args=vit.backbone_arguments(config.model),
-        preprocessing=preprocessing_of(config),
+        model=config.model,
+        mean=config.data.mean,
+        std=config.data.std,
+        interpolation=config.data.interpolation,
         prototypes=load_tensors(exported / PROTOTYPES_NAME),
         provenance=load_manifest(checkpoint)["facts"]
         | {"role": which, "step": load_manifest(checkpoint)["step"]},
@@ -198,17 +180,9 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
     return checkpoint
 
 
-def preprocessing_of(config: PretrainConfig) -> Preprocessing:
-    """Returns how the images of a run were normalised."""
-    channels = config.model.channels
-    mean, std = config.data.mean, config.data.std
-    return Preprocessing(
-        image_size=config.model.image_size,
-        channels=channels,
-        mean=mean * channels if len(mean) == 1 else mean,
-        std=std * channels if len(std) == 1 else std,
-        interpolation=config.data.interpolation,
-    )
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Returns one number per channel from one number or one per channel."""
+    return tuple(values) * channels if len(values) == 1 else tuple(values)
 
 
 class _StandIn:
@@ -253,7 +227,7 @@ def _mend_config(path: Path) -> None:
 
 def _model_card(
     backbone: nn.Module,
-    preprocessing: Preprocessing,
+    data_config: Mapping[str, Any],
     prototypes: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
     license_name: str,
@@ -261,8 +235,7 @@ def _model_card(
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     shapes = [f"| `{name}` | {' x '.join(map(str, tensor.shape))} |" for name, tensor in prototypes.items()]
     facts = [f"| {key} | {value} |" for key, value in provenance.items()]
-    size = preprocessing.image_size
-    side = math.ceil(size / preprocessing.crop_fraction)
+    channels, size, _ = data_config["input_size"]
     lines = [
         "---",
         "library_name: timm",
@@ -277,8 +250,8 @@ def _model_card(
         f"# {backbone.pretrained_cfg['architecture']}, pretrained with prototypical self-supervision",  # type: ignore[index]
         "",
         f"{parameters:,} parameters, embedding of {backbone.num_features} numbers, no classifier. "
-        f"Input: {preprocessing.channels} x {size} x {size}, resized to {side}, pixels in [0, 1] normalised with mean "
-        f"{list(preprocessing.mean)} and standard deviation {list(preprocessing.std)}.",
+        f"Input: {channels} x {size} x {size}, pixels in [0, 1] normalised with mean {list(data_config['mean'])} "
+        f"and standard deviation {list(data_config['std'])}.",
         "",
         "```python",
         "import timm",

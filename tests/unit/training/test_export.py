@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from models import vit
 from models.config import ModelConfig
 from training.checkpoint_files import CheckpointError
-from training.export import Preprocessing, assemble_backbone, export_encoder, load_exported
+from training.export import assemble_backbone, export_encoder, load_exported
 
 CONFIGS = {
     "small ViT, grey": ModelConfig(
@@ -56,13 +56,9 @@ def export(config: ModelConfig, backbone: torch.nn.Module, out: Path) -> None:
     export_encoder(
         backbone,
         out,
-        model_args=vit.backbone_arguments(config),
-        preprocessing=Preprocessing(
-            image_size=config.image_size,
-            channels=config.channels,
-            mean=(0.3,) * config.channels,
-            std=(0.4,) * config.channels,
-        ),
+        model=config,
+        mean=(0.3,),
+        std=(0.4,) * config.channels,
         prototypes={"means": torch.randn(16, 8)},
         provenance={"run": "a test", "step": 12},
     )
