@@ -1,0 +1,171 @@
+"""What the data room can be told: shards, crops, the augmentation recipe, lanes and workers. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RecipeName = Literal["dino", "carp", "grayscale-small", "none"]
+SamplerName = Literal["uniform", "class_balanced", "square_root"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One published augmentation recipe: the crops' geometry and what happens to their colours.
+
+    Blur and solarisation have one probability per global view; a further global view takes the last one's.
+
+    Attributes:
+        global_crop_scale: smallest and largest part of the image's area that a global crop covers.
+        local_crop_scale: the same for local crops.
+        flip: probability of a horizontal flip.
+        jitter: probability of the colour jitter.
+        jitter_strength: brightness, contrast, saturation and hue, in torchvision's sense.
+        gray: probability of dropping the colours.
+        global_blur: probability of a Gaussian blur, for each global view.
+        local_blur: the same for local crops.
+        blur_sigma: smallest and largest standard deviation of the blur, in pixels.
+        global_solarize: probability of inverting pixels of 128 and more, for each global view.
+        local_solarize: the same for local crops.
+    """
+
+    global_crop_scale: tuple[float, float]
+    local_crop_scale: tuple[float, float]
+    flip: float = 0.5
+    jitter: float = 0.8
+    jitter_strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    gray: float = 0.2
+    global_blur: tuple[float, ...] = (1.0, 0.1)
+    local_blur: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    global_solarize: tuple[float, ...] = (0.0, 0.2)
+    local_solarize: float = 0.0
+
+
+RECIPES: dict[str, Recipe] = {
+    # Caron et al. 2021, "Emerging properties in self-supervised vision transformers", official code's defaults.
+    "dino": Recipe(global_crop_scale=(0.4, 1.0), local_crop_scale=(0.05, 0.4)),
+    # Silva & Ramirez Rivera 2023, "Representation learning via consistent assignment of views over random
+    # partitions", official code's defaults.
+    "carp": Recipe(global_crop_scale=(0.2, 1.0), local_crop_scale=(0.05, 0.2)),
+    # For grey images of about 28 x 28: no colours to jitter, and a two-pixel blur would leave nothing to see.
+    "grayscale-small": Recipe(
+        global_crop_scale=(0.3, 1.0),
+        local_crop_scale=(0.1, 0.3),
+        jitter_strength=(0.4, 0.4, 0.0, 0.0),
+        gray=0.0,
+        global_blur=(0.5, 0.1),
+        local_blur=0.2,
+        blur_sigma=(0.1, 1.0),
+        global_solarize=(0.0, 0.1),
+    ),
+    # Geometry only.
+    "none": Recipe(
+        global_crop_scale=(0.4, 1.0),
+        local_crop_scale=(0.05, 0.4),
+        jitter=0.0,
+        gray=0.0,
+        global_blur=(0.0,),
+        local_blur=0.0,
+        global_solarize=(0.0,),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The training images and what is cut from them.
+
+    Attributes:
+        shards: folder that holds `{split}-*.tar` and `manifest.json`; also `s3://`-like addresses of one.
+        split: which split of that folder to train on.
+        sampler: `uniform` shows every image once an epoch; `class_balanced` gives every class the same share of
+            an epoch, `square_root` a share that grows with the square root of the class's images.
+        recipe: augmentation by name, see `RECIPES`.
+        channels: 3 decodes every image to RGB, 1 to grey values (cheaper where the images are grey).
+        num_global_crops: global crops an image, at least 1.
+        global_crop_size: side of a global crop in pixels.
+        global_crop_scale: area range of global crops; null takes the recipe's.
+        num_local_crops: local crops an image; may be 0.
+        local_crop_size: side of a local crop in pixels.
+        local_crop_scale: area range of local crops; null takes the recipe's.
+        interpolation: how crops are resized (always antialiased).
+        mean: mean of the channels in [0, 1], subtracted on the device.
+        std: standard deviation of the channels, divided by on the device.
+        num_workers: loader processes a rank; 0 loads in the training process.
+        prefetch_factor: parts of micro-batches that each worker prepares ahead.
+        num_lanes: independent streams into which an epoch is dealt; a multiple of every world size that the run
+            will ever use. Changing it changes the order of the samples.
+        shuffle_window: encoded samples that a lane reads ahead and shuffles; 1 keeps the order within shards.
+        max_skipped_fraction: the run stops once more than this part of the samples could not be decoded.
+        verify_hash: compare every shard's SHA-256 with the manifest when it is first opened.
+        max_image_pixels: a larger image counts as bad (a decompression bomb).
+        max_worker_memory_gib: a worker whose resident memory passes this stops the run.
+        cache_dir: where shards of remote addresses are kept.
+        cache_gib: bound of that folder.
+        allow_pipe: allow `pipe:` addresses, which run shell commands.
+    """
+
+    shards: str
+    split: str = "train"
+    sampler: SamplerName = "uniform"
+    recipe: RecipeName = "dino"
+    channels: Literal[1, 3] = 3
+    num_global_crops: int = 2
+    global_crop_size: int = 224
+    global_crop_scale: tuple[float, float] | None = None
+    num_local_crops: int = 6
+    local_crop_size: int = 96
+    local_crop_scale: tuple[float, float] | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    num_workers: int = 8
+    prefetch_factor: int = 2
+    num_lanes: int = 64
+    shuffle_window: int = 64
+    max_skipped_fraction: float = 0.001
+    verify_hash: bool = False
+    max_image_pixels: int = 89_478_485  # Pillow's own warning level: a quarter of a gigabyte of RGB
+    max_worker_memory_gib: float = 8.0
+    cache_dir: str = "datasets/cache"
+    cache_gib: float = 50.0
+    allow_pipe: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, one line, for the first value that cannot work."""
+        at_least_one = ("num_global_crops", "global_crop_size", "local_crop_size", "prefetch_factor")
+        for name in (*at_least_one, "num_lanes", "shuffle_window", "max_image_pixels"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("num_local_crops", "num_workers"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("max_worker_memory_gib", "cache_gib"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+        fraction = self.max_skipped_fraction
+        _require(0 <= fraction <= 1, "max_skipped_fraction", fraction, "between 0 and 1")
+        for name in ("global_crop_scale", "local_crop_scale"):
+            scale = getattr(self, name)
+            ordered = scale is None or 0 < scale[0] <= scale[1] <= 1
+            _require(ordered, name, scale, "0 < smallest <= largest <= 1")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            rule = f"one number or {self.channels}, as data.channels is {self.channels}"
+            _require(len(values) in (1, self.channels), name, values, rule)
+        _require(all(value > 0 for value in self.std), "std", self.std, "numbers above 0")
+        _require(bool(self.shards), "shards", repr(self.shards), "a folder of shards")
+        _require(bool(self.split), "split", repr(self.split), "the name of a split")
+
+    @property
+    def resolved_global_crop_scale(self) -> tuple[float, float]:
+        """The area range of global crops: the configuration's, else the recipe's."""
+        return self.global_crop_scale or RECIPES[self.recipe].global_crop_scale
+
+    @property
+    def resolved_local_crop_scale(self) -> tuple[float, float]:
+        """The area range of local crops: the configuration's, else the recipe's."""
+        return self.local_crop_scale or RECIPES[self.recipe].local_crop_scale
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"data.{name} is {value}; expected {rule}; set data.{name}")

@@ -1,0 +1,111 @@
+"""Encoded bytes to uint8 pixels: decoded right, or refused with a reason.
+
+Pillow reads the header (format, mode, size) and whatever is unusual; torchvision's libjpeg-turbo and libpng decode
+the usual cases, which are faster there. EXIF is never parsed: a damaged EXIF block cannot break a sample, and the
+orientation tag is ignored, as in every ImageNet pipeline.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+
+from data.reader import EncodedSample
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
+
+# What Pillow and torchvision raise on bytes that are no whole image.
+DECODE_ERRORS = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, IndexError, TypeError, MemoryError)
+
+
+class BadImageError(ValueError):
+    """The sample holds no image that can be decoded; the message says why."""
+
+
+def find_image(sample: EncodedSample) -> bytes:
+    """Returns the bytes of a sample's image member.
+
+    Raises:
+        BadImageError: the sample has none.
+    """
+    for suffix, data in sample.members.items():
+        if suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES:
+            return data
+    found = ", ".join(sorted(sample.members)) or "nothing"
+    raise BadImageError(f"no image among its members ({found})")
+
+
+def decode_image(data: bytes, *, channels: int, max_pixels: int) -> Tensor:
+    """Returns an image as uint8 [channels or 1, H, W].
+
+    A grey image comes back with one channel even where three are asked for: its caller repeats it after cropping,
+    which costs a third.
+
+    Args:
+        data: an encoded image.
+        channels: 3 for RGB, 1 for grey values.
+        max_pixels: larger images are refused before anything is allocated.
+
+    Raises:
+        BadImageError: not a whole image, or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            header = Image.open(io.BytesIO(data))
+            width, height = header.size
+            if width * height > max_pixels:
+                raise BadImageError(f"{width} x {height} pixels; expected at most {max_pixels}")
+            gray = channels == 1 or header.mode in (
+                "L",
+                "1",
+                "I;16",
+                "I;16B",
+                "I;16L",
+                "I;16N",
+                "I",
+                "F",
+                "LA",
+            )
+            if header.mode in ("L", "RGB") and header.format in ("JPEG", "PNG"):
+                decode = decode_jpeg if header.format == "JPEG" else decode_png
+                mode = ImageReadMode.GRAY if gray else ImageReadMode.RGB
+                # torch wants a writable buffer; the decoder does not write to it.
+                buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                pixels = decode(buffer, mode=mode)
+            else:
+                pixels = _decode_unusual(header, gray)
+    except (*DECODE_ERRORS, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        if isinstance(error, BadImageError):
+            raise
+        raise BadImageError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    if pixels.shape[-1] < 1 or pixels.shape[-2] < 1:
+        raise BadImageError("the image has no pixels")
+    return pixels
+
+
+def decode_to_pil(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Returns an image as an RGB Pillow image; see `decode_image`."""
+    pixels = decode_image(data, channels=3, max_pixels=max_pixels)
+    array = pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(array)
+
+
+def _decode_unusual(image: Image.Image, gray: bool) -> Tensor:
+    """Decodes palettes, CMYK, transparency and more than 8 bits a channel."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image).astype(np.float64)
+        # 16-bit PNGs open as I;16 or, in older files, as I; plain division keeps their range, Pillow's would clip.
+        scale = 255.0 if image.mode == "F" and values.max(initial=0.0) <= 1.0 else 1.0
+        if image.mode != "F":
+            scale = 255.0 / 65535.0
+        array = np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
+        return torch.from_numpy(array)[None]
+    array = np.array(image.convert("L" if gray else "RGB"))
+    return torch.from_numpy(array)[None] if gray else torch.from_numpy(array).permute(2, 0, 1)

@@ -1,0 +1,340 @@
+"""The endless stream of a rank's micro-batches: any number of workers, resumable at any micro-batch, on any W."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data.collate import BatchPart, CropBatch, collate_parts
+from data.config import DataConfig
+from data.cropping import Cropper, allocate_crops
+from data.decoding import BadImageError, decode_image, find_image
+from data.lanes import LaneReader
+from data.plan import SamplePlan
+from data.reader import EncodedSample, Failure, ShardReader
+from data.shards import DataError, Manifest, check_shard_files, load_manifest
+from data.workers import measure_rss_mib, start_worker
+
+logger = logging.getLogger(__name__)
+
+DataPosition = dict[str, Any]
+_NUM_NAMES_IN_MESSAGE = 20
+
+
+class TrainingStream:
+    """An iterable over this rank's micro-batches, for ever.
+
+    Each optimizer step takes `global_batch_size / (micro_batch_size * world_size)` consecutive batches on every
+    rank; together they are the slots of one global batch of the plan (`data.plan`), the same set of samples for any
+    number of ranks and workers. In a rank the order is fixed for its world size and does not depend on workers.
+    Not collective: ranks never wait for each other here.
+
+    Args:
+        config: shards, crops, lanes, workers.
+        seed: of the run; the order and the augmentation follow from it.
+        global_batch_size: samples of one optimizer step on all ranks.
+        micro_batch_size: samples of one batch of this rank.
+        rank: of this process.
+        world_size: number of processes.
+        position: a merged position (`merge_positions`) to go on from, made on any world size.
+
+    Raises:
+        DataError: everything that can be wrong with the shards, the batch sizes or the position, before step 0.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        position: DataPosition | None = None,
+    ) -> None:
+        self.config = config
+        self.manifest = load_manifest(config.shards, config.split)
+        check_shard_files(self.manifest)
+        _check_consumers(config, self.manifest, world_size)
+        _check_batch(config, global_batch_size, micro_batch_size, world_size)
+        self.plan = build_plan(config, self.manifest, seed)
+        self.num_samples = self.plan.num_samples
+        self._identity = {
+            "seed": seed,
+            "num_lanes": config.num_lanes,
+            "shuffle_window": config.shuffle_window,
+            "sampler": config.sampler,
+            "manifest": self.manifest.hash,
+        }
+        self._rank, self._world_size, self._batch_size = rank, world_size, micro_batch_size
+        used, self._samples_seen = self._read_position(position)
+        self._used = {lane: used[lane] for lane in range(rank, config.num_lanes, world_size)}
+        self._num_seen, self._skipped_names = 0, list[str]()
+        self._num_skipped = 0
+        self._close: Callable[[], None] | None = None
+        check_decodable(ShardReader(self.manifest), config)
+
+    def __iter__(self) -> Iterator[CropBatch]:
+        """Yields micro-batches from the stream's position on.
+
+        Raises:
+            DataError: more samples than `data.max_skipped_fraction` could not be decoded, or a worker outgrew
+                `data.max_worker_memory_gib`.
+        """
+        num_workers = max(1, self.config.num_workers)
+        first = self._samples_seen // self._world_size
+        parts = _LaneDataset(
+            self.config,
+            self.manifest,
+            self.plan,
+            self._rank,
+            self._world_size,
+            self._batch_size,
+            first,
+            self._used,
+        )
+        pin = torch.cuda.is_available()
+        source = self._start(parts)
+        while True:
+            received = [next(source) for _ in range(num_workers)]
+            for part in received:
+                if part.error:
+                    raise DataError(part.error)
+                self._used.update(part.used)
+            self._samples_seen += self._batch_size * self._world_size
+            batch = collate_parts(received, self._batch_size, self._position(), pin)
+            self._count_skipped(batch)
+            yield batch
+
+    def close(self) -> None:
+        """Ends the workers; the stream cannot be iterated any further."""
+        if self._close is not None:
+            self._close()
+            self._close = None
+
+    def _start(self, parts: _LaneDataset) -> Iterator[BatchPart]:
+        if self.config.num_workers == 0:
+            return iter(parts)
+        loader = DataLoader(
+            parts,
+            batch_size=None,
+            num_workers=self.config.num_workers,
+            prefetch_factor=self.config.prefetch_factor,
+            worker_init_fn=start_worker,
+        )
+        iterator = iter(loader)
+        # The workers ignore SIGTERM, by which multiprocessing would end them at exit: end them before it tries.
+        self._close = iterator._shutdown_workers  # type: ignore[attr-defined]
+        closing = weakref.WeakMethod(self.close)
+        atexit.register(lambda: (method := closing()) and method())
+        return iterator
+
+    def _position(self) -> DataPosition:
+        used = {str(lane): used for lane, used in self._used.items()}
+        return {**self._identity, "samples_seen": self._samples_seen, "used": used}
+
+    def _read_position(self, position: DataPosition | None) -> tuple[dict[int, int], int]:
+        if position is None:
+            return dict.fromkeys(range(self.config.num_lanes), 0), 0
+        for name, value in self._identity.items():
+            if position.get(name) != value:
+                raise DataError(
+                    f"the saved data position has {name} {position.get(name)}; expected {value}, as in this run; "
+                    "resume with the shards and data settings of the saved run, or start a new one"
+                )
+        used = {int(lane): int(count) for lane, count in position["used"].items()}
+        if sorted(used) != list(range(self.config.num_lanes)):
+            raise DataError(
+                f"the saved data position has {len(used)} lanes; expected {self.config.num_lanes}; merge the parts "
+                "of all ranks before saving"
+            )
+        if position["samples_seen"] % self._world_size:
+            raise DataError(
+                f"the saved data position stands at sample {position['samples_seen']}; expected a multiple of the "
+                f"world size {self._world_size}; resume on another number of ranks"
+            )
+        return used, int(position["samples_seen"])
+
+    def _count_skipped(self, batch: CropBatch) -> None:
+        self._num_seen += self._batch_size
+        self._num_skipped += len(batch.skipped)
+        room = _NUM_NAMES_IN_MESSAGE - len(self._skipped_names)
+        self._skipped_names.extend(batch.skipped[:room])
+        for name in batch.skipped:
+            logger.warning("skipped %s", name)
+        allowed = self.config.max_skipped_fraction * max(self._num_seen, self.num_samples / self._world_size)
+        if self._num_skipped > allowed:
+            raise DataError(
+                f"{self._num_skipped} samples could not be decoded; expected at most {allowed:.1f} = "
+                f"data.max_skipped_fraction x samples of this rank; mend or remove them (python -m "
+                f"data.verify_shards {self.manifest.directory}) or raise data.max_skipped_fraction: "
+                + "; ".join(self._skipped_names)
+            )
+
+
+def build_plan(config: DataConfig, manifest: Manifest, seed: int) -> SamplePlan:
+    """Returns the order in which a configuration shows the samples of a manifest."""
+    return SamplePlan(manifest, seed=seed, num_lanes=config.num_lanes, window=config.shuffle_window)
+
+
+def merge_positions(parts: Sequence[DataPosition]) -> DataPosition:
+    """Returns the position of the whole job from the ranks' parts after the same step; JSON-able.
+
+    It does not depend on the world size: it holds the number of samples seen and one counter a lane.
+
+    Raises:
+        DataError: the parts are of different steps or runs.
+    """
+    merged = {**parts[0], "used": {}}
+    for part in parts:
+        for name, value in part.items():
+            if name != "used" and value != merged[name]:
+                raise DataError(f"the ranks' data positions differ in {name}: {value} and {merged[name]}")
+        merged["used"].update(part["used"])
+    merged["used"] = dict(sorted(merged["used"].items(), key=lambda item: int(item[0])))
+    return merged
+
+
+def check_decodable(reader: ShardReader, config: DataConfig) -> None:
+    """Raises DataError unless an image can be decoded among the first samples of the first shard.
+
+    Shards without images, or with suffixes that this repository does not know, are found before step 0.
+    """
+    shard = reader.manifest.shards[0]
+    ordinals = (
+        range(min(8, shard.samples)) if shard.ordinals is None else range(shard.ordinals[0], shard.samples)
+    )
+    reason = ""
+    for _, sample in reader.read(0, ordinals[:8]):
+        if isinstance(sample, Failure):
+            reason = reason or f"{sample.name}: {sample.reason}"
+            continue
+        try:
+            decode_image(find_image(sample), channels=config.channels, max_pixels=config.max_image_pixels)
+            return
+        except BadImageError as error:
+            reason = reason or f"{sample.key}: {error}"
+    raise DataError(
+        f"{reader.manifest.path_of(shard)} has no image in its first samples ({reason}); expected members such as "
+        ".jpg or .png; set data.shards to a folder of image shards"
+    )
+
+
+class _LaneDataset(IterableDataset):
+    """A worker's parts of its rank's micro-batches."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        plan: SamplePlan,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        first: int,
+        used: dict[int, int],
+    ) -> None:
+        self.config, self.plan = config, plan
+        self.reader = ShardReader(manifest, verify_hash=config.verify_hash)
+        self.rank, self.world_size, self.batch_size, self.first = rank, world_size, batch_size, first
+        self.used = dict(used)
+
+    def __iter__(self) -> Iterator[BatchPart]:
+        info = get_worker_info()
+        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        # The lanes of a rank are rank, rank + W, ...: its i-th lane belongs to worker i mod n.
+        lanes = {
+            lane: LaneReader(self.plan, lane, used, self.reader)
+            for index, (lane, used) in enumerate(sorted(self.used.items()))
+            if index % num_workers == worker
+        }
+        cropper = Cropper(self.config)
+        first = self.first
+        while True:
+            lane_of_row = self.plan.slots_of(self.rank, self.world_size, first, self.batch_size)
+            rows = [(row, lane) for row, lane in enumerate(lane_of_row.tolist()) if lane in lanes]
+            try:
+                yield self._load(rows, lanes, cropper)
+            except DataError as error:
+                # As a value: an exception from a worker process would arrive wrapped in its traceback.
+                yield self._fail(str(error))
+                return
+            first += self.batch_size
+
+    def _load(self, rows: list[tuple[int, int]], lanes: dict[int, LaneReader], cropper: Cropper) -> BatchPart:
+        global_crops, local_crops = allocate_crops(self.config, len(rows))
+        seeds, sample_ids = (torch.empty(len(rows), dtype=torch.int64) for _ in range(2))
+        keys: list[str] = []
+        skipped: list[str] = []
+        for index, (_, lane) in enumerate(rows):
+            while True:
+                element, sample = lanes[lane].next()
+                try:
+                    image = self._decode(sample)
+                except BadImageError as error:
+                    name = sample.name if isinstance(sample, Failure) else sample.key
+                    skipped.append(f"{name} (sample {element.sample_id}): {error}")
+                    self._stop_if_all_are_bad(skipped)
+                    continue
+                break
+            seed = self.plan.augmentation_seed(element)
+            cropper.cut_(image, seed, global_crops[:, index], local_crops[:, index])
+            seeds[index], sample_ids[index] = seed, element.sample_id
+            keys.append(sample.key if isinstance(sample, EncodedSample) else sample.name)
+        used = {lane: reader.used for lane, reader in lanes.items()}
+        rss = measure_rss_mib()
+        limit = self.config.max_worker_memory_gib
+        if get_worker_info() is not None and rss > limit * 1024:
+            raise DataError(
+                f"a loader process holds {rss / 1024:.1f} GiB; expected at most {limit} GiB; lower "
+                "data.shuffle_window, data.num_lanes or data.prefetch_factor, or set data.max_worker_memory_gib"
+            )
+        places = [row for row, _ in rows]
+        return BatchPart(places, global_crops, local_crops, seeds, keys, sample_ids, used, skipped, rss)
+
+    def _decode(self, sample: EncodedSample | Failure) -> torch.Tensor:
+        if isinstance(sample, Failure):
+            raise BadImageError(sample.reason)
+        return decode_image(
+            find_image(sample), channels=self.config.channels, max_pixels=self.config.max_image_pixels
+        )
+
+    def _stop_if_all_are_bad(self, skipped: list[str]) -> None:
+        # The trainer applies data.max_skipped_fraction to whole batches; a batch that cannot be filled never comes.
+        if len(skipped) > self.plan.num_samples:
+            raise DataError(f"{len(skipped)} samples in a row could not be decoded; the first: {skipped[0]}")
+
+    def _fail(self, message: str) -> BatchPart:
+        empty = allocate_crops(self.config, 0)
+        none = torch.empty(0, dtype=torch.int64)
+        return BatchPart([], *empty, none, [], none, {}, [], 0.0, error=message)
+
+
+def _check_consumers(config: DataConfig, manifest: Manifest, world_size: int) -> None:
+    consumers = world_size * max(1, config.num_workers)
+    if len(manifest.shards) < consumers:
+        raise DataError(
+            f"{manifest.directory} holds {len(manifest.shards)} shards of split {manifest.split!r}; expected at least "
+            f"{consumers} = world size {world_size} x {max(1, config.num_workers)} workers; write smaller shards "
+            "(--samples-per-shard) or lower data.num_workers"
+        )
+    if config.num_lanes % world_size or config.num_lanes < consumers:
+        raise DataError(
+            f"data.num_lanes is {config.num_lanes}; expected a multiple of the world size {world_size} and at least "
+            f"{consumers} = world size x workers; set data.num_lanes (another number is another order of samples)"
+        )
+
+
+def _check_batch(config: DataConfig, global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
+    if micro_batch_size < 1 or global_batch_size % (micro_batch_size * world_size):
+        raise DataError(
+            f"global_batch_size is {global_batch_size}; expected a multiple of micro batch {micro_batch_size} x world "
+            f"size {world_size} = {micro_batch_size * world_size}; set global_batch_size or micro_batch_size_per_gpu"
+        )

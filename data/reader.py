@@ -1,0 +1,163 @@
+"""Encoded samples out of tars, in order, with an answer for every sample that the manifest promised.
+
+webdataset reads the tars. What it does not notice (a cut file, a changed header) is noticed here: a sample that the
+manifest lists and the tar no longer yields comes back as a `Failure`, so that seen + failed is always the
+manifest's count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+
+from data.shards import DataError, Manifest, Shard
+
+logger = logging.getLogger(__name__)
+
+_METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
+
+# What tarfile and webdataset raise on damaged tars, duplicate members and failing disks.
+READ_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, AssertionError, IndexError, TypeError)
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample as it lies in its tar: its key and the bytes of its members by suffix (`jpg`, `cls`, ...)."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that could not be had, by name, and why."""
+
+    name: str
+    reason: str
+
+
+class ShardReader:
+    """Reads samples of a manifest's shards.
+
+    Args:
+        manifest: the split.
+        verify_hash: compare each shard's SHA-256 with the manifest before its first use.
+    """
+
+    def __init__(self, manifest: Manifest, *, verify_hash: bool = False) -> None:
+        self.manifest = manifest
+        self._verify_hash = verify_hash
+        self._verified: set[int] = set()
+
+    def read(
+        self, shard_index: int, ordinals: range | NDArray[np.int64]
+    ) -> Iterator[tuple[int, EncodedSample | Failure]]:
+        """Yields (ordinal, sample or failure) for every ordinal asked for, in order, repeats included.
+
+        Args:
+            shard_index: which shard of the manifest.
+            ordinals: numbers of samples inside the tar, never descending.
+        """
+        shard = self.manifest.shards[shard_index]
+        wanted: Sequence[int] = ordinals if isinstance(ordinals, range) else ordinals.tolist()
+        if not len(wanted):
+            return
+        done = 0
+        try:
+            with self._open(shard_index, shard) as file:
+                for ordinal, sample in self._samples_from(file, shard, wanted[0]):
+                    while done < len(wanted) and wanted[done] == ordinal:
+                        yield ordinal, sample
+                        done += 1
+                    # Read on after the shard's last sample: only then is it known that there are no more.
+                    if done == len(wanted) and ordinal != shard.samples - 1:
+                        return
+            reason = f"the tar ended early; expected {shard.samples} samples"
+        except READ_ERRORS as error:
+            if isinstance(error, DataError):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        if done < len(wanted):
+            logger.warning("%s: %d samples cannot be read: %s", shard.name, len(wanted) - done, reason)
+        for ordinal in wanted[done:]:
+            yield ordinal, Failure(f"{shard.name}#{ordinal}", reason)
+
+    def _open(self, shard_index: int, shard: Shard) -> BinaryIO:
+        path = Path(self.manifest.path_of(shard))
+        if self._verify_hash and shard_index not in self._verified:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != shard.sha256:
+                raise DataError(
+                    f"{path} has SHA-256 {found[:12]}...; expected {shard.sha256[:12]}... as in the manifest; "
+                    f"restore the file, or look at it with python -m data.verify_shards {self.manifest.directory}"
+                )
+            self._verified.add(shard_index)
+        return path.open("rb")
+
+    def _samples_from(self, file: BinaryIO, shard: Shard, first: int) -> Iterator[tuple[int, EncodedSample]]:
+        ordinal = skip_samples(file, first)
+        for sample in iterate_samples(file, shard.name):
+            if ordinal >= shard.samples:
+                raise DataError(
+                    f"{shard.name} holds more than the {shard.samples} samples in the manifest; write the manifest "
+                    f"again with python -m data.verify_shards {self.manifest.directory} --write"
+                )
+            if ordinal >= first:
+                yield ordinal, sample
+            ordinal += 1
+
+
+def iterate_samples(file: BinaryIO, name: str) -> Iterator[EncodedSample]:
+    """Yields the samples of an open tar from its present position, as webdataset groups them."""
+    files = tar_file_expander(iter([{"url": name, "stream": file}]))
+    for sample in group_by_keys(files):
+        yield to_encoded(sample)
+
+
+def to_encoded(sample: dict[str, Any]) -> EncodedSample:
+    """Returns a webdataset sample without its bookkeeping members."""
+    members = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}
+    return EncodedSample(sample["__key__"], members)
+
+
+def skip_samples(file: BinaryIO, count: int) -> int:
+    """Moves an open tar to its sample number `count`, reading headers only; returns the number it stands at.
+
+    A compressed tar cannot be skipped: it stays at 0 and its caller reads on.
+
+    Raises:
+        tarfile.TarError, EOFError: the tar is damaged or ends before that sample.
+    """
+    if count == 0:
+        return 0
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (closing it must not close the file)
+    except tarfile.ReadError:
+        file.seek(0)
+        if file.read(2) == b"\x1f\x8b":
+            file.seek(0)
+            return 0
+        raise
+    samples, previous_key = 0, None
+    while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+        key = base_plus_ext(member.name)[0] if member.isreg() else None
+        if key is None or _METADATA.match(member.name):
+            continue
+        if key != previous_key:
+            if samples == count:
+                file.seek(member.offset)
+                return count
+            samples, previous_key = samples + 1, key
+    raise EOFError(f"the tar ended after {samples} samples; expected more than {count}")

@@ -1,0 +1,318 @@
+"""Images of any source to shards: shuffled globally, written in parallel, resumable, with a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+from tqdm import tqdm
+
+from data.random_numbers import draw_permutation, hash_key
+from data.shards import MANIFEST_NAME, DataError, Manifest, Shard, load_manifest, manifest_to_json
+
+logger = logging.getLogger(__name__)
+
+_RECORDS = ".records"  # one small file a finished shard: what makes a second run resume
+_NAME_PATTERN = "%s-%06d.tar"
+_SHARD_ORDER = 11  # purpose of the shuffle's random key
+
+
+@dataclass(frozen=True)
+class SourceSample:
+    """One image to be written: a unique key without dots, its members by suffix, its class index if it has one."""
+
+    key: str
+    members: dict[str, bytes]
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An image that is left out, and why: `broken`, `duplicate`, ... with a detail."""
+
+    name: str
+    kind: str
+    detail: str = ""
+
+
+class ImageSource(ABC):
+    """A picklable list of images.
+
+    Attributes:
+        classes: class names in index order; empty without labels.
+        fingerprint: text that changes whenever the images or their treatment do.
+    """
+
+    classes: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Returns the number of images."""
+
+    @abstractmethod
+    def size(self, index: int) -> int:
+        """Returns an image's approximate size in bytes."""
+
+    @abstractmethod
+    def load(self, index: int) -> SourceSample | Rejected:
+        """Returns an image's bytes; reads it once."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a finished shard."""
+
+    fingerprint: str
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    labels: list[int]
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """One shard to write: its number and which images of the source go into it, in which order."""
+
+    split: str
+    number: int
+    indices: Sequence[int]
+    directory: str
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        """The tar's file name."""
+        return _NAME_PATTERN % (self.split, self.number)
+
+
+def write_split(
+    source: ImageSource,
+    split: str,
+    directory: str,
+    *,
+    samples_per_shard: int = 1500,
+    max_shard_bytes: int = 256 * 1024 * 1024,
+    seed: int = 0,
+    num_processes: int = 1,
+) -> tuple[Manifest, list[Rejected]]:
+    """Returns the manifest of a split after writing its shards, and the images that were left out.
+
+    Finished shards of an earlier run with the same images and options are kept; `manifest.json` is written last.
+
+    Args:
+        source: the images.
+        split: prefix of the shards' names.
+        directory: where they go.
+        samples_per_shard: most images in a shard.
+        max_shard_bytes: most bytes of images in a shard, unless one image is larger.
+        seed: of the shuffle.
+        num_processes: processes that write.
+
+    Raises:
+        DataError: no images, or all were left out.
+    """
+    if len(source) == 0:
+        raise DataError(f"split {split!r} has 0 images; expected at least 1; look at the input folder")
+    records_dir = Path(directory) / _RECORDS
+    records_dir.mkdir(parents=True, exist_ok=True)
+    fingerprint = _fingerprint(source, split, samples_per_shard, max_shard_bytes, seed)
+    order = draw_permutation(hash_key(seed, _SHARD_ORDER), len(source)).tolist()
+    jobs = [
+        ShardJob(
+            split=split,
+            number=number,
+            indices=indices,
+            directory=directory,
+            fingerprint=fingerprint,
+        )
+        for number, indices in enumerate(_cut_in_shards(source, order, samples_per_shard, max_shard_bytes))
+    ]
+    records = {job.name: record for job in jobs if (record := _find_record(job)) is not None}
+    missing = [job for job in jobs if job.name not in records]
+    logger.info("%s: %d of %d shards are there already", split, len(records), len(jobs))
+    with tqdm(
+        total=len(jobs), initial=len(records), desc=split, unit="shard", disable=not sys.stderr.isatty()
+    ) as progress:
+        for record in _write_all(source, missing, num_processes):
+            records[record.name] = record
+            progress.update()
+    ordered = [records[job.name] for job in jobs]
+    manifest = _build_manifest(source, split, directory, ordered)
+    save_manifest(manifest, ordered)
+    _remove_stale_shards(directory, split, {job.name for job in jobs})
+    return manifest, [rejected for record in ordered for rejected in record.rejected]
+
+
+def save_manifest(manifest: Manifest, records: Sequence[ShardRecord] = ()) -> None:
+    """Writes a split into its folder's `manifest.json`, beside the other splits; the labels first."""
+    directory = Path(manifest.directory)
+    if manifest.labels_path:
+        labels = np.array([label for record in records for label in record.labels], dtype="<i4")
+        write_whole(directory / manifest.labels_path, labels.tobytes())
+    splits = {manifest.split: manifest}
+    path = directory / MANIFEST_NAME
+    if path.is_file():
+        for name in json.loads(path.read_bytes()).get("splits", {}):
+            splits.setdefault(name, load_manifest(str(directory), name))
+    write_whole(path, manifest_to_json([splits[name] for name in sorted(splits)]).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees all of it or none: temporary name, flush, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _cut_in_shards(
+    source: ImageSource, order: Sequence[int], samples_per_shard: int, max_shard_bytes: int
+) -> Iterator[list[int]]:
+    shard: list[int] = []
+    shard_bytes = 0
+    for index in order:
+        size = source.size(index)
+        if shard and (len(shard) >= samples_per_shard or shard_bytes + size > max_shard_bytes):
+            yield shard
+            shard, shard_bytes = [], 0
+        shard.append(index)
+        shard_bytes += size
+    yield shard
+
+
+def _write_all(source: ImageSource, jobs: Sequence[ShardJob], num_processes: int) -> Iterator[ShardRecord]:
+    if num_processes <= 1 or len(jobs) <= 1:
+        for job in jobs:
+            yield write_shard(source, job)
+        return
+    # Forked processes inherit the source: pickling it with every job would cost more than the job.
+    context = multiprocessing.get_context("fork")
+    workers = min(num_processes, len(jobs))
+    with ProcessPoolExecutor(workers, context, initializer=_Worker.start, initargs=(source,)) as pool:
+        for future in as_completed([pool.submit(_Worker.write, job) for job in jobs]):
+            yield future.result()
+
+
+class _Worker:
+    """The source in a writing process."""
+
+    source: ImageSource
+
+    @classmethod
+    def start(cls, source: ImageSource) -> None:
+        cls.source = source
+
+    @classmethod
+    def write(cls, job: ShardJob) -> ShardRecord:
+        return write_shard(cls.source, job)
+
+
+def write_shard(source: ImageSource, job: ShardJob) -> ShardRecord:
+    """Writes one shard under a temporary name, renames it, records it, and returns the record."""
+    directory = Path(job.directory)
+    temporary = directory / f".{job.name}.{os.getpid()}.tmp"
+    try:
+        labels, rejected, samples = _write_tar(source, job, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = temporary.stat().st_size
+        temporary.replace(directory / job.name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    record = ShardRecord(job.fingerprint, job.name, samples, size, digest, labels, rejected)
+    write_whole(directory / _RECORDS / f"{job.name}.json", json.dumps(asdict(record)).encode())
+    return record
+
+
+def _write_tar(source: ImageSource, job: ShardJob, temporary: Path) -> tuple[list[int], list[Rejected], int]:
+    labels: list[int] = []
+    rejected: list[Rejected] = []
+    with webdataset.ShardWriter(
+        f"{job.split}-%06d.tar",
+        maxcount=len(job.indices) + 1,
+        maxsize=float("inf"),
+        start_shard=job.number,
+        verbose=0,
+        mtime=0,  # the same images give the same bytes, and so the same hash
+        opener=lambda _: temporary.open("wb"),
+    ) as writer:
+        for index in job.indices:
+            sample = source.load(index)
+            if isinstance(sample, Rejected):
+                rejected.append(sample)
+                continue
+            members: dict[str, Any] = {"__key__": sample.key, **sample.members}
+            if sample.label is not None:
+                members["cls"] = str(sample.label).encode()
+                labels.append(sample.label)
+            writer.write(members)
+    return labels, rejected, len(job.indices) - len(rejected)
+
+
+def _find_record(job: ShardJob) -> ShardRecord | None:
+    path = Path(job.directory) / _RECORDS / f"{job.name}.json"
+    try:
+        values = json.loads(path.read_bytes())
+        rejected = [Rejected(**item) for item in values.pop("rejected")]
+        record = ShardRecord(**values, rejected=rejected)
+        size = (Path(job.directory) / job.name).stat().st_size
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return record if record.fingerprint == job.fingerprint and record.bytes == size else None
+
+
+def _fingerprint(source: ImageSource, split: str, *options: int) -> str:
+    text = json.dumps([source.fingerprint, split, len(source), list(source.classes), *options])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _build_manifest(
+    source: ImageSource, split: str, directory: str, records: Sequence[ShardRecord]
+) -> Manifest:
+    shards = tuple(
+        Shard(name=record.name, samples=record.samples, bytes=record.bytes, sha256=record.sha256)
+        for record in records
+        if record.samples
+    )
+    rejected = [item for record in records for item in record.rejected]
+    if not shards:
+        raise DataError(
+            f"all {len(source)} images of split {split!r} were left out; the first: {rejected[0]}"
+        )
+    counts = Counter(label for record in records for label in record.labels)
+    return Manifest(
+        split=split,
+        shards=shards,
+        classes=source.classes,
+        images_per_class=tuple(counts[index] for index in range(len(source.classes))),
+        directory=directory,
+        labels_path=f"{split}.labels" if source.classes else "",
+        notes={"left_out": dict(Counter(item.kind for item in rejected))},
+    )
+
+
+def _remove_stale_shards(directory: str, split: str, names: set[str]) -> None:
+    """Removes the shards that an earlier run with other options wrote and the new manifest does not list."""
+    for path in Path(directory).glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
+        if path.name not in names:
+            path.unlink()
+            (Path(directory) / _RECORDS / f"{path.name}.json").unlink(missing_ok=True)

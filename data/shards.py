@@ -1,0 +1,206 @@
+"""The manifest of a folder of shards: what is in which tar, and how to notice that it no longer is.
+
+A tar that was cut, or of which one header byte changed, reads like a shorter tar: webdataset and tarfile report
+nothing for five of six kinds of damage. The manifest's counts, sizes and hashes are what makes a loss visible.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "manifest.json"
+_SCHEMA = 1
+
+
+class DataError(ValueError):
+    """Something wrong with the images or shards that the user can mend; the message is one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar of a split.
+
+    Attributes:
+        name: file name, relative to the manifest's folder.
+        samples: image samples in the tar.
+        bytes: size of the tar.
+        sha256: hash of the tar in hexadecimal.
+        ordinals: which of the samples belong to the split, ascending; None means all. Sub-samples of a set
+            share its tars in this way.
+    """
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    ordinals: tuple[int, ...] | None = None
+
+    @property
+    def num_selected(self) -> int:
+        """How many of the tar's samples belong to the split."""
+        return self.samples if self.ordinals is None else len(self.ordinals)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One split of a folder of shards.
+
+    Attributes:
+        split: its name.
+        shards: the tars in the order that numbers the samples.
+        classes: class names in index order; empty where the images carry no labels.
+        images_per_class: number of images of each class, in the same order.
+        directory: the folder in which the tars lie.
+        labels_path: file of one little-endian int32 label a sample, relative to the folder; empty if there is none.
+    """
+
+    split: str
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...] = ()
+    images_per_class: tuple[int, ...] = ()
+    directory: str = ""
+    labels_path: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of images of the split."""
+        return sum(shard.num_selected for shard in self.shards)
+
+    @property
+    def hash(self) -> str:
+        """The first 16 hexadecimal digits of a hash of everything that decides the order of the samples."""
+        parts = [(shard.name, shard.samples, shard.sha256, shard.ordinals) for shard in self.shards]
+        canonical = json.dumps([self.split, parts, list(self.classes)], sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def path_of(self, shard: Shard) -> str:
+        """Returns the shard's path or address."""
+        return join_address(self.directory, shard.name)
+
+
+def join_address(directory: str, name: str) -> str:
+    """Returns the path of a file in a folder that may be an address such as `s3://bucket/folder`."""
+    if is_remote(directory):
+        return f"{directory.rstrip('/')}/{name}"
+    return str(Path(directory) / name)
+
+
+def is_remote(address: str) -> bool:
+    """Returns whether an address names something other than a local path."""
+    return re.match(r"^[a-z][a-z0-9+.-]*:", address) is not None
+
+
+def load_manifest(directory: str, split: str) -> Manifest:
+    """Returns one split of the manifest in a folder.
+
+    Raises:
+        DataError: no such folder or manifest, an unreadable one, or no such split in it.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    if not Path(directory).is_dir():
+        raise DataError(
+            f"data.shards is {directory!r}; expected an existing folder of shards; write one with "
+            "python -m data.make_shards, or set data.shards"
+        )
+    if not path.is_file():
+        raise DataError(
+            f"{directory} has no {MANIFEST_NAME}; expected one beside the shards; write it with "
+            f"python -m data.verify_shards {directory} --write"
+        )
+    return parse_manifest(path.read_bytes(), directory, split)
+
+
+def parse_manifest(content: bytes, directory: str, split: str) -> Manifest:
+    """Returns one split out of a manifest's bytes; see `load_manifest`."""
+    where = join_address(directory, MANIFEST_NAME)
+    try:
+        document = json.loads(content)
+        splits = document["splits"]
+        if document["schema"] != _SCHEMA:
+            raise DataError(f"{where} has schema {document['schema']}; expected {_SCHEMA}; write it again")
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where} cannot be read ({type(error).__name__}); write it again") from error
+    if split not in splits:
+        known = ", ".join(sorted(splits)) or "none"
+        raise DataError(f"data.split is {split!r}; expected one of {where}: {known}; set data.split")
+    return _split_from_dict(splits[split], directory, split, where)
+
+
+def _split_from_dict(values: dict[str, Any], directory: str, split: str, where: str) -> Manifest:
+    try:
+        shards = tuple(_shard_from_dict(shard) for shard in values["shards"])
+        manifest = Manifest(
+            split=split,
+            shards=shards,
+            classes=tuple(values["classes"]),
+            images_per_class=tuple(values["images_per_class"]),
+            directory=directory,
+            labels_path=values.get("labels_path", ""),
+            notes=values.get("notes", {}),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{where} is damaged at split {split!r} ({error!r}); write it again") from error
+    if not manifest.shards:
+        raise DataError(f"{where} lists no shard of split {split!r}; expected at least one; write it again")
+    for shard in manifest.shards:
+        if shard.samples < 1:
+            raise DataError(
+                f"{shard.name} holds {shard.samples} samples; expected at least 1; remove that shard"
+            )
+    return manifest
+
+
+def _shard_from_dict(values: dict[str, Any]) -> Shard:
+    ordinals = values.get("ordinals")
+    return Shard(
+        name=str(values["name"]),
+        samples=int(values["samples"]),
+        bytes=int(values["bytes"]),
+        sha256=str(values["sha256"]),
+        ordinals=None if ordinals is None else tuple(int(ordinal) for ordinal in ordinals),
+    )
+
+
+def manifest_to_json(manifests: Sequence[Manifest]) -> str:
+    """Returns the text of `manifest.json` for the splits of one folder."""
+    splits = {}
+    for manifest in manifests:
+        values = asdict(manifest)
+        del values["directory"], values["split"]
+        for shard in values["shards"]:
+            if shard["ordinals"] is None:
+                del shard["ordinals"]
+        splits[manifest.split] = values
+    return json.dumps({"schema": _SCHEMA, "splits": splits}, indent=1) + "\n"
+
+
+def check_shard_files(manifest: Manifest) -> None:
+    """Raises DataError if a local shard is missing or has another size than the manifest says.
+
+    One `stat` a shard: cheap enough before every run. It finds every cut tar; `python -m data.verify_shards`
+    finds the rest.
+    """
+    if is_remote(manifest.directory):
+        return
+    for shard in manifest.shards:
+        path = Path(manifest.path_of(shard))
+        if not path.is_file():
+            raise DataError(
+                f"{path} is missing; the manifest lists it with {shard.samples} samples; restore it, or write the "
+                f"manifest again with python -m data.verify_shards {manifest.directory} --write"
+            )
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise DataError(
+                f"{path} has {size} bytes; expected {shard.bytes} as in the manifest; restore the file, or look at "
+                f"it with python -m data.verify_shards {manifest.directory}"
+            )
