@@ -1,0 +1,263 @@
+"""Options of the prototypes: modes, the mixture, partitions and the objective. No torch is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Mode = Literal["full", "joint", "frozen_random"]
+EstimatorName = Literal["gmm_diag"]
+
+
+def _require(holds: bool, key: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{key} is {value}; expected {rule}; set {key}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """Random partitions of the prototypes inside the loss (CARP, section 3).
+
+    Attributes:
+        size: prototypes in one block, N_B; must divide the number of prototypes.
+        blocks_per_chunk: blocks whose logits exist at once; lower needs less memory, the result is the same.
+    """
+
+    size: int = 512
+    blocks_per_chunk: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self.size >= 2, "prototypes.partition.size", self.size, "at least 2")
+        _require(
+            self.blocks_per_chunk >= 1,
+            "prototypes.partition.blocks_per_chunk",
+            self.blocks_per_chunk,
+            "at least 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Effective memory M = 1 / (1 - lambda) of a component, in assigned samples.
+
+    Attributes:
+        samples: M itself; null derives it as `epochs` of the samples that one component sees in an epoch.
+        epochs: share of an epoch's assigned samples per component.
+        minimum: lower bound of the derived M.
+        maximum: upper bound of the derived M.
+    """
+
+    samples: float | None = None
+    epochs: float = 0.5
+    minimum: float = 4.0
+    maximum: float = 200.0
+
+    def __post_init__(self) -> None:
+        if self.samples is not None:
+            _require(self.samples > 1, "prototypes.gmm.memory.samples", self.samples, "more than 1, or null")
+        _require(self.epochs > 0, "prototypes.gmm.memory.epochs", self.epochs, "more than 0")
+        _require(
+            1 < self.minimum <= self.maximum,
+            "prototypes.gmm.memory.minimum",
+            self.minimum,
+            "more than 1 and at most maximum",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnealingConfig:
+    """Inverse temperature beta of the responsibilities over the steps.
+
+    Attributes:
+        schedule: "constant" (beta = end), "geometric" (start -> end over `fraction` of the steps) or
+            "perplexity" (beta is steered so that the perplexity of the responsibilities goes from
+            `perplexity_start` to `perplexity_end` over `fraction` of the steps).
+        start: beta at step 0; null takes min(1, max(.3, 3 beta_critical)).
+        end: last beta.
+        fraction: share of the training over which beta moves.
+        guard: "critical" keeps beta >= min(1, 2 beta_critical), below which all means merge; null switches
+            the guard off.
+        perplexity_start: target of the controller at step 0.
+        perplexity_end: target of the controller after `fraction` of the steps.
+    """
+
+    schedule: Literal["constant", "geometric", "perplexity"] = "geometric"
+    start: float | None = None
+    end: float = 1.0
+    fraction: float = 0.1
+    guard: Literal["critical"] | None = "critical"
+    perplexity_start: float = 8.0
+    perplexity_end: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.start is not None:
+            _require(self.start > 0, "prototypes.gmm.beta.start", self.start, "more than 0, or null")
+        _require(self.end > 0, "prototypes.gmm.beta.end", self.end, "more than 0")
+        _require(0 <= self.fraction <= 1, "prototypes.gmm.beta.fraction", self.fraction, "0 to 1")
+        for name in ("perplexity_start", "perplexity_end"):
+            _require(
+                getattr(self, name) > 1, f"prototypes.gmm.beta.{name}", getattr(self, name), "more than 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingWeightsConfig:
+    """Mixing weights pi of the mixture.
+
+    Attributes:
+        mode: "tracked" (running share of responsibility), "uniform" (1 / K) or "from_counts" (nearly uniform:
+            the counts saturate at M).
+        floor: every weight stays at least floor / K.
+    """
+
+    mode: Literal["tracked", "uniform", "from_counts"] = "tracked"
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(0 < self.floor < 1, "prototypes.gmm.mixing_weights.floor", self.floor, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarianceConfig:
+    """What keeps the variances of the components away from zero and from noise.
+
+    Attributes:
+        floor: a component's variance stays at least floor x the features' own variance, per dimension.
+        shrinkage: strength of the MAP shrinkage towards the features' variance, in units of the memory M.
+    """
+
+    floor: float = 0.05
+    shrinkage: float = 0.25
+
+    def __post_init__(self) -> None:
+        _require(0 < self.floor <= 1, "prototypes.gmm.variance.floor", self.floor, "above 0 and at most 1")
+        _require(self.shrinkage >= 0, "prototypes.gmm.variance.shrinkage", self.shrinkage, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialisationConfig:
+    """How the means start.
+
+    Attributes:
+        method: "sphere" (random unit vectors), "data" (the first K features) or "data_spread" (features at
+            least `spread_distance` apart in cosine distance, the rest random unit vectors).
+        spread_distance: least cosine distance between features accepted by "data_spread".
+        warmup_fraction: share of the training after which "data_spread" starts to collect.
+    """
+
+    method: Literal["sphere", "data", "data_spread"] = "sphere"
+    spread_distance: float = 0.1
+    warmup_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.spread_distance < 2,
+            "prototypes.gmm.init.spread_distance",
+            self.spread_distance,
+            "between 0 and 2",
+        )
+        _require(
+            0 <= self.warmup_fraction < 1,
+            "prototypes.gmm.init.warmup_fraction",
+            self.warmup_fraction,
+            "at least 0 and below 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GmmConfig:
+    """The online mixture of the mode `full`.
+
+    Attributes:
+        input: "l2" (unit rows) or "raw" (the projections as they are).
+        center: subtract the running mean of the projections first.
+        standardise: divide by the running standard deviation too.
+        forgetting: "responsibility" (old statistics are forgotten as new mass arrives) or "uniform" (by the
+            same factor every step; the ablation).
+        uniform_rate: the factor of uniform forgetting.
+        responsibility_scale: exponent of the forgetting: "sum" or "mean" of a component's responsibilities.
+        gain: "omega" (exact for split samples) or "simple" (the mass itself).
+        memory: effective memory of a component.
+        beta: annealing of the responsibilities.
+        mixing_weights: how pi is tracked.
+        variance: floor and shrinkage.
+        init: how the means start.
+        balance: strength with which the log of the running usage is subtracted from the logits; 0 is off.
+    """
+
+    input: Literal["l2", "raw"] = "l2"
+    center: bool = False
+    standardise: bool = False
+    forgetting: Literal["responsibility", "uniform"] = "responsibility"
+    uniform_rate: float = 0.05
+    responsibility_scale: Literal["sum", "mean"] = "sum"
+    gain: Literal["omega", "simple"] = "omega"
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    beta: AnnealingConfig = field(default_factory=AnnealingConfig)
+    mixing_weights: MixingWeightsConfig = field(default_factory=MixingWeightsConfig)
+    variance: VarianceConfig = field(default_factory=VarianceConfig)
+    init: InitialisationConfig = field(default_factory=InitialisationConfig)
+    balance: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.uniform_rate < 1, "prototypes.gmm.uniform_rate", self.uniform_rate, "between 0 and 1"
+        )
+        _require(self.balance >= 0, "prototypes.gmm.balance", self.balance, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrototypesConfig:
+    """The prototypes: who estimates them, how many there are and how the loss partitions them.
+
+    Attributes:
+        mode: "full" (estimated by an online mixture, detached from the encoder), "joint" (learned by the
+            encoder's loss) or "frozen_random" (fixed random directions, the control).
+        estimator: the mixture of the mode `full`.
+        num_prototypes: K.
+        dim: width of the projections, P.
+        partition: random blocks inside the loss.
+        gmm: options of the mixture.
+    """
+
+    mode: Mode = "full"
+    estimator: EstimatorName = "gmm_diag"
+    num_prototypes: int = 65536
+    dim: int = 256
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    gmm: GmmConfig = field(default_factory=GmmConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.num_prototypes >= 2, "prototypes.num_prototypes", self.num_prototypes, "at least 2")
+        _require(self.dim >= 2, "prototypes.dim", self.dim, "at least 2")
+        _require(
+            self.num_prototypes % self.partition.size == 0,
+            "prototypes.partition.size",
+            self.partition.size,
+            f"a divisor of prototypes.num_prototypes ({self.num_prototypes})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The consistency objective between student and teacher.
+
+    Attributes:
+        name: "carp": -log<p, q> inside random partitions, plus the entropy of the mean probabilities.
+        logits: "dot" (projection . unit prototype), "cosine" (unit projection . unit prototype /
+            temperature) or "posterior" (tempered log joint density of the mixture; mode `full` only).
+        student_temperature: temperature of the student's "cosine" logits.
+        teacher_temperature: temperature of the teacher's "cosine" logits.
+        entropy_weight: weight of the entropy term, the only guard against feature collapse.
+    """
+
+    name: Literal["carp"] = "carp"
+    logits: Literal["dot", "cosine", "posterior"] = "dot"
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.1
+    entropy_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("student_temperature", "teacher_temperature"):
+            _require(getattr(self, name) > 0, f"objective.{name}", getattr(self, name), "more than 0")
+        _require(self.entropy_weight >= 0, "objective.entropy_weight", self.entropy_weight, "at least 0")

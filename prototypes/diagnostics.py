@@ -1,0 +1,165 @@
+"""What the prototypes are worth beside the loss: uniqueness, usage, spread of the features.
+
+Uniqueness alone is no evidence of a working mixture: random unit vectors are unique. Read it beside usage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+UNIQUE_THRESHOLDS = (0.025, 0.05, 0.1, 0.25, 0.5)
+_BLOCK_ROWS = 1024
+_LEADERS_PER_CHUNK = 8192
+_BORDER = 1e-5
+
+
+@torch.no_grad()
+def count_unique(
+    prototypes: Float[Tensor, "K P"], thresholds: Sequence[float] = UNIQUE_THRESHOLDS
+) -> dict[float, int]:
+    """Returns the number of unique prototypes at each threshold eps.
+
+    The greedy leader cover of Definition 2.1 (Govindarajan et al. 2024; Arteaga et al. 2026): scan k = 0 ..
+    K - 1; c_k becomes a representative iff no earlier representative r has 1 - c_k . r < eps; the number of
+    representatives is returned. Deterministic; a permutation of the rows may change it. Pairs within 1e-5 of
+    the threshold are decided in fp64. Not collective.
+
+    Args:
+        prototypes: any length but zero.
+        thresholds: cosine distances eps.
+
+    Raises:
+        ValueError: a row is zero or not finite.
+    """
+    norms = torch.linalg.vector_norm(prototypes.float(), dim=1)
+    bad = ~(norms.isfinite() & (norms > 0))
+    if bool(bad.any()):
+        raise ValueError(
+            f"prototype {int(bad.nonzero()[0])} is zero or not finite; expected a direction; "
+            "inspect the checkpoint"
+        )
+    return {eps: len(greedy_leader_index(prototypes, eps)) for eps in thresholds}
+
+
+def greedy_leaders(
+    rows: Float[Tensor, "N P"], eps: float, leaders: Float[Tensor, "M P"] | None = None
+) -> Float[Tensor, "L P"]:
+    """Returns the rows at cosine distance >= eps from `leaders` and from each other, greedily, in order."""
+    return rows[greedy_leader_index(rows, eps, leaders)]
+
+
+@torch.no_grad()
+def greedy_leader_index(
+    rows: Float[Tensor, "N P"], eps: float, leaders: Float[Tensor, "M P"] | None = None
+) -> Tensor:
+    """Returns the indices of the greedy leader cover of `rows`, beside existing `leaders`."""
+    unit = nn.functional.normalize(rows.float(), dim=1)
+    found = (
+        torch.empty_like(unit)
+        if leaders is None
+        else torch.cat([nn.functional.normalize(leaders.float(), dim=1), torch.empty_like(unit)])
+    )
+    num_found = 0 if leaders is None else len(leaders)
+    index: list[Tensor] = []
+    for start in range(0, len(unit), _BLOCK_ROWS):
+        block = unit[start : start + _BLOCK_ROWS]
+        free = torch.ones(len(block), dtype=torch.bool, device=block.device)
+        for chunk in found[:num_found].split(_LEADERS_PER_CHUNK):
+            free &= ~_covers(block, chunk, eps).any(dim=1)
+        new = _scan(block, free, eps)
+        found[num_found : num_found + len(new)] = block[new]
+        num_found += len(new)
+        index.append(new + start)
+    return torch.cat(index) if index else torch.empty(0, dtype=torch.int64)
+
+
+def _covers(rows: Float[Tensor, "n P"], leaders: Float[Tensor, "m P"], eps: float) -> Tensor:
+    """Returns 1 - row . leader < eps for all pairs; pairs near the threshold are decided in fp64."""
+    margin = (rows @ leaders.T).sub_(1 - eps)
+    covered = margin > 0
+    border = (margin.abs_() < _BORDER).nonzero()
+    if len(border):
+        left, right = rows[border[:, 0]].double(), leaders[border[:, 1]].double()
+        cosine = nn.functional.cosine_similarity(left, right, dim=1)
+        covered[border[:, 0], border[:, 1]] = 1 - cosine < eps
+    return covered
+
+
+def _scan(block: Float[Tensor, "n P"], free: Tensor, eps: float) -> Tensor:
+    """Returns the leaders among the free rows of one block, in order."""
+    candidates = free.nonzero().squeeze(1)
+    covered = _covers(block[candidates], block[candidates], eps).cpu()
+    alive = torch.ones(len(candidates), dtype=torch.bool)
+    for position in range(len(candidates)):
+        if alive[position]:
+            alive[position + 1 :] &= ~covered[position, position + 1 :]
+    return candidates[alive.to(candidates.device)]
+
+
+class UsageCounter:
+    """Counts which of all K prototypes is the argmax of the teacher's logits, over an epoch.
+
+    The same code for every mode. `used` is the share of prototypes hit at least once, `dead` = 1 - used,
+    `usage_perplexity` = exp(entropy of the hits) / K.
+    """
+
+    def __init__(self, num_prototypes: int, device: torch.device | str = "cpu") -> None:
+        self.hits = torch.zeros(num_prototypes, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, rows: Float[Tensor, "... Q"], prototypes: Float[Tensor, "K Q"]) -> None:
+        """Adds the argmax of rows . prototypes for every row, a chunk of prototypes at a time.
+
+        Args:
+            rows: teacher projections as `logit_operands` gives them.
+            prototypes: its second operand.
+        """
+        rows = rows.flatten(0, -2).float()
+        best = rows.new_full((len(rows),), -torch.inf)
+        winner = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        for start in range(0, len(prototypes), _LEADERS_PER_CHUNK):
+            values, index = (rows @ prototypes[start : start + _LEADERS_PER_CHUNK].float().T).max(dim=1)
+            winner = torch.where(values > best, index + start, winner)
+            best = torch.maximum(values, best)
+        self.hits += torch.bincount(winner, minlength=len(self.hits))
+
+    def reset(self) -> None:
+        """Starts a new epoch."""
+        self.hits.zero_()
+
+    def metrics(self) -> dict[str, float]:
+        """Returns `prototypes/{used,dead,usage_perplexity}`; sum `hits` over ranks first."""
+        share = self.hits.double() / self.hits.sum().clamp_min(1)
+        entropy = -torch.special.xlogy(share, share).sum()
+        used = float((self.hits > 0).double().mean())
+        return {
+            "prototypes/used": used,
+            "prototypes/dead": 1.0 - used,
+            "prototypes/usage_perplexity": float(entropy.exp()) / len(self.hits),
+        }
+
+
+@torch.no_grad()
+def effective_rank(features: Float[Tensor, "N P"]) -> float:
+    """Returns exp of the entropy of the normalised singular values of the features (Roy & Vetterli 2007)."""
+    values = torch.linalg.svdvals(features.float())
+    share = values / values.sum().clamp_min(1e-30)
+    return float((-torch.special.xlogy(share, share).sum()).exp())
+
+
+@torch.no_grad()
+def mean_cosine(features: Float[Tensor, "N P"]) -> float:
+    """Returns the mean cosine over all pairs of different rows: near 1 when the features have collapsed."""
+    unit = nn.functional.normalize(features.float(), dim=1)
+    number = len(unit)
+    if number < 2:
+        return 1.0
+    return float((unit.sum(0).square().sum() - unit.square().sum()) / (number * (number - 1)))

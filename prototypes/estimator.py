@@ -1,0 +1,269 @@
+"""The one interface behind which every mode and estimator of the prototypes stands."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prototypes.config import PrototypesConfig
+from prototypes.statistics import Collectives, Gather, Handle, ReduceSum
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+Role = Literal["student", "teacher"]
+LogitKind = Literal["dot", "cosine", "posterior"]
+
+STATE_SCHEMA = 1
+
+
+@dataclass
+class Observation:
+    """What `observe` has started and `commit` waits for.
+
+    Attributes:
+        handle: the reduction under way; None while more micro-batches follow, or where nothing is reduced.
+        rows: rows gathered from all ranks, where the estimator keeps rows rather than statistics.
+    """
+
+    handle: Handle | None = None
+    rows: Tensor | None = None
+
+
+class PrototypeEstimator(nn.Module, ABC):
+    """Estimates K prototypes from teacher projections, outside the engine-wrapped network, in fp32.
+
+    One step calls, in this order, `observe` (once per micro-batch), `commit`, `prototypes`, and after the
+    finite check that all ranks agree on `accept` or `discard`. `observe` uses the state of the previous step;
+    `commit` writes a candidate and publishes its prototypes; `accept` makes the candidate the state,
+    `discard` drops it and leaves every state tensor as it was, bit for bit.
+
+    Attributes:
+        num_prototypes: K.
+        dim: width of the projections, P.
+    """
+
+    name = "none"
+
+    def __init__(self, config: PrototypesConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_prototypes = config.num_prototypes
+        self.dim = config.dim
+        self.step = 0
+
+    def observe(
+        self,
+        projections: Float[Tensor, "N P"],
+        weight: Float[Tensor, " N"] | None = None,
+        group: Int64[Tensor, " N"] | None = None,
+        is_last: bool = True,
+    ) -> Observation:
+        """Returns an observation of this rank's teacher projections; no gradient.
+
+        Collective on the call with `is_last`, which starts the asynchronous reduction of everything observed
+        since the last commit; earlier calls only keep their rows. The base class observes nothing.
+
+        Args:
+            projections: teacher projections, any float dtype; rows that are not finite are dropped, counted.
+            weight: weight of each row, >= 0; None is 1 for every row.
+            group: group of each row (token position, crop); used where targets are balanced within groups.
+            is_last: whether this is the last micro-batch of the step.
+        """
+        del projections, weight, group, is_last
+        return Observation()
+
+    def commit(self, observation: Observation) -> None:
+        """Waits for the reduction and writes the candidate state, whose prototypes are published."""
+        del observation
+
+    def accept(self) -> None:
+        """Makes the candidate the state: the step was taken."""
+        self.step += 1
+
+    def discard(self) -> None:
+        """Drops the candidate: the step was skipped, the state is bitwise what it was before `observe`."""
+
+    @abstractmethod
+    def prototypes(self, role: Role, learned: Float[Tensor, "K P"] | None = None) -> Float[Tensor, "K P"]:
+        """Returns the unit rows that `role` compares its projections with.
+
+        Args:
+            role: "student" or "teacher".
+            learned: output of the module of `build_learned`, from the student's or the teacher's network;
+                needed by estimators that have one.
+        """
+
+    def build_learned(self) -> nn.Module | None:
+        """Returns the module of the prototypes that the encoder's loss trains, or None where there are none.
+
+        Its forward returns unit rows [K, P]. It belongs inside the engine-wrapped student; the teacher's
+        network holds the EMA copy.
+        """
+        return None
+
+    def logit_operands(
+        self,
+        projections: Float[Tensor, "... P"],
+        role: Role,
+        learned: Float[Tensor, "K P"] | None = None,
+        kind: LogitKind = "dot",
+        temperature: float = 1.0,
+    ) -> tuple[Float[Tensor, "... Q"], Float[Tensor, "K Q"]]:
+        """Returns (rows, columns) with logits = rows @ columns.T: what the objective takes.
+
+        Args:
+            projections: projections of `role`; gradient flows through them.
+            role: "student" or "teacher".
+            learned: as in `prototypes`.
+            kind: "dot": projections . prototypes, as CARP; "cosine": unit projections . prototypes /
+                temperature; "posterior": tempered log joint density, mixtures only.
+            temperature: of the "cosine" logits.
+
+        Raises:
+            ValueError: "posterior" without a mixture.
+        """
+        if kind == "posterior":
+            raise ValueError(
+                f"objective.logits is posterior with the mode {self.config.mode}; expected a mixture; "
+                "set prototypes.mode=full or objective.logits=dot"
+            )
+        if kind == "cosine":
+            projections = nn.functional.normalize(projections.float(), dim=-1) / temperature
+        return projections, self.prototypes(role, learned)
+
+    def logits(
+        self,
+        projections: Float[Tensor, "N P"],
+        index: Int64[Tensor, " k"] | None = None,
+        role: Role = "teacher",
+        learned: Float[Tensor, "K P"] | None = None,
+    ) -> Float[Tensor, "N k"]:
+        """Returns the "dot" logits of rows against all prototypes or those at `index`; small inputs only."""
+        rows, columns = self.logit_operands(projections, role, learned)
+        columns = columns if index is None else columns[index]
+        return rows @ columns.to(rows.dtype).T
+
+    def auxiliary_loss(
+        self,
+        learned: Float[Tensor, "K P"] | None = None,
+        partition: Int64[Tensor, "G S"] | None = None,
+    ) -> Float[Tensor, ""] | None:
+        """Returns a loss of the learned prototypes to add to the objective, or None."""
+        del learned, partition
+        return None
+
+    def reseed(self, step: int) -> int:
+        """Revives starved components, alike on every rank; returns how many. Off unless configured."""
+        del step
+        return 0
+
+    def metrics(self) -> dict[str, float]:
+        """Returns scalars of the last committed step under the names of the metrics file; waits for it."""
+        return {}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Returns what identifies the state beside its tensors: schema, estimator, sizes, step."""
+        return {
+            "schema": STATE_SCHEMA,
+            "estimator": self.name,
+            "num_prototypes": self.num_prototypes,
+            "dim": self.dim,
+            "step": self.step,
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores the step."""
+        self.step = int(state["step"])
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state strictly.
+
+        Raises:
+            ValueError: another schema, estimator or K, a missing or unexpected tensor, a wrong shape or
+                dtype: one line naming it. Nothing is loaded then.
+        """
+        problem = self._find_state_problem(state_dict)
+        if problem is not None:
+            raise ValueError(
+                f"the state of the prototypes does not fit: {problem}; resume with the configuration it was "
+                "written with, or set run.resume=false"
+            )
+        self._drop_candidate()
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _drop_candidate(self) -> None:
+        """Forgets what was observed and committed since the last `accept`."""
+
+    def _find_state_problem(self, state_dict: Any) -> str | None:
+        identity = state_dict.get("_extra_state")
+        if not isinstance(identity, dict):
+            return "_extra_state is missing"
+        expected_identity = self.get_extra_state()
+        for key in ("schema", "estimator", "num_prototypes", "dim"):
+            if identity.get(key) != expected_identity[key]:
+                return f"{key} is {identity.get(key)}, expected {expected_identity[key]}"
+        expected = {key: value for key, value in self.state_dict().items() if isinstance(value, Tensor)}
+        for key, value in expected.items():
+            found = state_dict.get(key)
+            if not isinstance(found, Tensor):
+                return f"{key} is missing"
+            if found.shape != value.shape:
+                return f"{key} has shape {tuple(found.shape)}, expected {tuple(value.shape)}"
+            if found.dtype != value.dtype:
+                return f"{key} has dtype {found.dtype}, expected {value.dtype}"
+        unexpected = sorted(set(state_dict) - set(expected) - {"_extra_state"})
+        return f"{unexpected[0]} is not expected" if unexpected else None
+
+
+def build_estimator(
+    config: PrototypesConfig,
+    *,
+    seed: int,
+    num_observations_per_epoch: int,
+    total_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    reduce_sum: ReduceSum | None = None,
+    gather: Gather | None = None,
+    device: torch.device | str = "cpu",
+) -> PrototypeEstimator:
+    """Returns the estimator of `config.mode` and `config.estimator`, its state on `device`, fp32.
+
+    Every rank builds the same state from `seed`; nothing is sent.
+
+    Args:
+        config: the prototypes' options.
+        seed: the run's seed.
+        num_observations_per_epoch: teacher rows in one epoch over all ranks, V_t * images.
+        total_steps: optimizer steps of the whole training; schedules run over them.
+        rank: this process's rank.
+        world_size: number of ranks.
+        reduce_sum: asynchronous in-place all-reduce(SUM); required for more than one rank.
+        gather: asynchronous all-gather of equal shapes to [world_size, ...]; None builds it on `reduce_sum`.
+        device: where the state lives.
+
+    Raises:
+        ValueError: more than one rank without `reduce_sum`.
+    """
+    from prototypes import gmm, learned
+
+    collectives = Collectives(rank=rank, world_size=world_size, reduce_sum=reduce_sum, gather=gather)
+    estimator: PrototypeEstimator
+    if config.mode == "joint":
+        estimator = learned.JointEstimator(config, seed=seed)
+    elif config.mode == "frozen_random":
+        estimator = learned.FrozenRandomEstimator(config, seed=seed)
+    else:
+        estimator = gmm.DiagonalGmm(
+            config,
+            seed=seed,
+            num_observations_per_epoch=num_observations_per_epoch,
+            total_steps=total_steps,
+            collectives=collectives,
+        )
+    return estimator.to(device)

@@ -1,0 +1,109 @@
+"""The diagonal Gaussian mixture: the estimator of the paper."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prototypes.mixture import OnlineMixture
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+class DiagonalGmm(OnlineMixture):
+    """Online EM of a Gaussian mixture with diagonal covariances (Arteaga et al. 2026, section 3).
+
+    log rho_ik = log pi_k - 1/2 sum_d [ log 2 pi v_kd + (h_id - mu_kd)^2 / v_kd ], computed as one GEMM of
+    [H, H*H] with [mu/v, -1/(2 v)] on rows and means shifted by the running mean m of the rows: the raw form
+    cancels badly when features share a direction. v is the variance after MAP shrinkage.
+    """
+
+    name = "gmm_diag"
+
+    @property
+    def num_moments(self) -> int:  # type: ignore[override]
+        """Columns of the statistics: first and second moments."""
+        return 2 * self.dim
+
+    def family_tables(self) -> dict[str, Tensor]:
+        """Returns `variances` [K, P], ones until the first batch is known."""
+        self.variances: Tensor
+        return {"variances": torch.ones(self.num_prototypes, self.dim)}
+
+    def reset_components(self) -> None:
+        """Every component starts with the variance of the rows."""
+        self.variances.copy_(self.row_covariance.diagonal())
+
+    def reset_moments(self) -> None:
+        """Undoes `reset_components` too."""
+        super().reset_moments()
+        self.variances.fill_(1.0)
+
+    def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
+        """Returns [h, h*h]."""
+        return torch.cat([rows, rows * rows], dim=1)
+
+    def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k F"], Float[Tensor, " k"]]:
+        """Returns ([mu/v, -1/(2v)], -1/2 sum_d [mu^2/v + log 2 pi v]) with mu shifted by m."""
+        variances = self.shrunk_variances(chunk)
+        means = self.means[chunk] - self._reference()
+        theta = torch.empty(len(means), 2 * self.dim, device=means.device)
+        linear, quadratic = theta.split(self.dim, dim=1)
+        torch.div(means, variances, out=linear)
+        torch.reciprocal(variances, out=quadratic).mul_(-0.5)
+        bias = -0.5 * (torch.linalg.vecdot(means, linear) + variances.log_().sum(1) + self.dim * _LOG_2PI)
+        return theta, bias
+
+    def shrunk_variances(self, chunk: slice) -> Float[Tensor, "k P"]:
+        """Returns v = (n var + k0 gvar) / (n + k0), k0 = shrinkage * M: MAP with the rows' variance gvar."""
+        prior = self.gmm.variance.shrinkage * self.memory
+        if prior == 0:
+            return self.variances[chunk].clone()
+        weight = prior / (self.counts[chunk, None] + prior)
+        return torch.lerp(self.variances[chunk], self.row_covariance.diagonal(), weight)
+
+    def centre_statistics_(
+        self, chunk: slice, mass: Float[Tensor, " k"], moments: Float[Tensor, "k F"]
+    ) -> None:
+        """Replaces S1, S2 by T1 = S1 - w mu, T2 = S2 - 2 mu S1 + w mu^2 with mu shifted by m, in place."""
+        means = self.means[chunk] - self._reference()
+        first, second = moments.split(self.dim, dim=1)
+        weighted = mass[:, None] * means
+        # S2 - mu (2 S1 - w mu) before S1 is overwritten
+        second.sub_(means.mul_((2 * first).sub_(weighted)))
+        first.sub_(weighted)
+
+    def m_step(
+        self,
+        chunk: slice,
+        rate: Float[Tensor, " k"],
+        mass: Float[Tensor, " k"],
+        moments: Float[Tensor, "k F"],
+    ) -> None:
+        """Moves means and variances by the rate rho_k, exactly as S/S0 and S2/S0 - mu^2 would.
+
+        mu  <- mu + rho T1/w;    var <- (1 - rho) var + rho T2/w - rho^2 (T1/w)^2,   floored
+        """
+        first, second = moments.split(self.dim, dim=1)
+        scale = torch.where(rate > 0, rate / mass.clamp_min(1e-30), 0.0)[:, None]
+        means, variances = self._candidate["means"][chunk], self._candidate["variances"][chunk]
+        step = torch.mul(first, scale, out=means)
+        torch.addcmul(self.variances[chunk], self.variances[chunk], rate[:, None], value=-1, out=variances)
+        variances.addcmul_(second, scale).addcmul_(step, step, value=-1)
+        means.add_(self.means[chunk])
+        floor = self.gmm.variance.floor * self._candidate["row_covariance"].diagonal()
+        # A component without mass keeps its variance bit-exactly, also when the floor has moved past it.
+        torch.where(rate[:, None] > 0, variances.clamp_min(floor), variances, out=variances)
+
+    def metrics(self) -> dict[str, float]:
+        """Adds the share of variances at the floor."""
+        values = super().metrics()
+        floor = self.gmm.variance.floor * self.row_covariance.diagonal()
+        values["gmm/variance_at_floor"] = float((self.variances <= floor * 1.0001).float().mean())
+        return values

@@ -1,0 +1,74 @@
+"""Prototypes that the encoder's loss trains (CARP, DINO), and fixed random ones, the mandatory control."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from prototypes.config import PrototypesConfig
+from prototypes.estimator import PrototypeEstimator, Role
+from prototypes.partitions import make_generator
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def draw_unit_vectors(num_prototypes: int, dim: int, seed: int) -> Float[Tensor, "K P"]:
+    """Returns random directions, uniform on the sphere, fp32: a pure function of its arguments."""
+    rows = torch.randn(num_prototypes, dim, generator=make_generator("prototypes", seed))
+    return nn.functional.normalize(rows, dim=1)
+
+
+class LearnedPrototypes(nn.Module):
+    """A parameter [K, P] whose forward returns its rows at unit length.
+
+    The same function as CARP's weight-normalised last layer with its gain frozen at 1; it starts at random
+    directions. Gradient flows to the parameter, through the normalisation.
+    """
+
+    def __init__(self, num_prototypes: int, dim: int, seed: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(draw_unit_vectors(num_prototypes, dim, seed))
+
+    def forward(self) -> Float[Tensor, "K P"]:
+        """Returns unit rows, fp32, a fresh tensor."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return nn.functional.normalize(self.weight.float(), dim=1)
+
+
+class JointEstimator(PrototypeEstimator):
+    """Prototypes trained by the consistency loss itself; the teacher's are their EMA copy (CARP)."""
+
+    name = "joint"
+
+    def __init__(self, config: PrototypesConfig, *, seed: int) -> None:
+        super().__init__(config)
+        self.seed = seed
+
+    def build_learned(self) -> nn.Module:
+        """Returns the trainable prototypes."""
+        return LearnedPrototypes(self.num_prototypes, self.dim, self.seed)
+
+    def prototypes(self, role: Role, learned: Float[Tensor, "K P"] | None = None) -> Float[Tensor, "K P"]:
+        """Returns `learned` as it is; gradient flows to it for the student."""
+        if learned is None:
+            raise ValueError("learned is None; expected the output of build_learned(); pass it")
+        return learned.detach() if role == "teacher" else learned
+
+
+class FrozenRandomEstimator(PrototypeEstimator):
+    """Fixed random unit prototypes: the control arm. Unique by construction, tied to nothing."""
+
+    name = "frozen_random"
+
+    def __init__(self, config: PrototypesConfig, *, seed: int) -> None:
+        super().__init__(config)
+        self.means: Tensor
+        self.register_buffer("means", draw_unit_vectors(self.num_prototypes, self.dim, seed))
+
+    def prototypes(self, role: Role, learned: Float[Tensor, "K P"] | None = None) -> Float[Tensor, "K P"]:
+        """Returns the fixed directions."""
+        del role, learned
+        return self.means

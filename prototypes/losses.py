@@ -1,0 +1,132 @@
+"""The consistency objective inside random partitions (CARP), block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+    from torch import Tensor
+
+MeanOverRanks = Callable[["Tensor"], "Tensor"]
+
+
+class CarpLoss(NamedTuple):
+    """Scalars of the objective: total = consistency + entropy_weight * entropy; entropy >= 0."""
+
+    total: Tensor
+    consistency: Tensor
+    entropy: Tensor
+
+
+def carp_loss(
+    student: Float[Tensor, "V B Q"],
+    teacher: Float[Tensor, "W B Q"],
+    student_prototypes: Float[Tensor, "K Q"],
+    teacher_prototypes: Float[Tensor, "K Q"],
+    partition: Int64[Tensor, "G S"],
+    *,
+    mean_over_ranks: MeanOverRanks | None = None,
+    entropy_weight: float = 1.0,
+    blocks_per_chunk: int = 8,
+) -> CarpLoss:
+    """Returns CARP's consistency and entropy inside the blocks of a random partition.
+
+    With p, q the softmax of student and teacher logits inside each block (no temperature)::
+
+        consistency = mean_{i != j, block, sample} -log clamp(<p_i, q_j>, eps, 1 - eps)
+        entropy     = mean_block [ log S + sum_c m_c log clamp(m_c, eps, 1 - eps) ],   m = mean of p and q
+
+    where i runs over the V student views, j over the W teacher views, view j of both networks shows the
+    same crop, and m is the mean over all student and teacher views, samples and ranks. Source: CARP (Silva &
+    Ramirez Rivera 2023), section 3, and its public code. There the probabilities themselves are gathered for
+    m; here only K floats are reduced, which gives the same value and the same gradient.
+
+    Peak memory is (V + W) * B * blocks_per_chunk * S floats: logits are computed for a few blocks at a time,
+    dropped, and recomputed in the backward pass. Collective through `mean_over_ranks` (one reduction of K
+    floats). Logits follow the ambient autocast; softmax and everything after it is fp32. Gradient reaches
+    `student` and, where they require it, `student_prototypes`; teacher inputs are detached.
+
+    Args:
+        student: projections, global views first.
+        teacher: projections of the global views, W <= V.
+        student_prototypes: the student's prototypes.
+        teacher_prototypes: the teacher's prototypes.
+        partition: indices of the prototypes of each block.
+        mean_over_ranks: forward: mean over ranks; backward: identity, which is exact once the engine averages
+            gradients. None: a single process.
+        entropy_weight: weight of the entropy term.
+        blocks_per_chunk: blocks whose logits exist at once.
+
+    Returns:
+        Scalars, fp32. Both a uniform and a constant one-hot solution give log S.
+    """
+    num_blocks, block_size = partition.shape
+    # Sample-major rows make the products <p_i, q_j> of one sample one small matrix product without a copy.
+    student_rows = student.transpose(0, 1).contiguous()
+    teacher_rows = teacher.detach().transpose(0, 1).contiguous()
+    consistency_sums, mean_probs = [], []
+    for blocks in partition.split(blocks_per_chunk):
+        consistency, mean_prob = checkpoint(
+            _compute_blocks,
+            student_rows,
+            teacher_rows,
+            student_prototypes,
+            teacher_prototypes.detach(),
+            blocks,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        consistency_sums.append(consistency)
+        mean_probs.append(mean_prob)
+    consistency = torch.stack(consistency_sums).sum() / num_blocks
+    mean_prob = torch.cat(mean_probs)
+    if mean_over_ranks is not None:
+        mean_prob = mean_over_ranks(mean_prob)
+    entropy = math.log(block_size) - _compute_entropy(mean_prob).mean()
+    return CarpLoss(consistency + entropy_weight * entropy, consistency, entropy)
+
+
+def _compute_blocks(
+    student: Float[Tensor, "B V Q"],
+    teacher: Float[Tensor, "B W Q"],
+    student_prototypes: Float[Tensor, "K Q"],
+    teacher_prototypes: Float[Tensor, "K Q"],
+    blocks: Int64[Tensor, "g S"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "g S"]]:
+    """Returns the consistency summed over the blocks and the mean probabilities of the blocks' prototypes."""
+    student_probs = _compute_block_probs(student, student_prototypes, blocks)
+    teacher_probs = _compute_block_probs(teacher, teacher_prototypes, blocks)
+    num_student_views, num_teacher_views = student.shape[1], teacher.shape[1]
+    eps = torch.finfo(torch.float32).eps
+    with torch.autocast(student.device.type, enabled=False):
+        # [g, B, V, W]: agreement of every student view with every teacher view of the same sample
+        agreement = student_probs @ teacher_probs.transpose(-1, -2)
+        losses = -agreement.clamp(eps, 1 - eps).log()
+        same_crop = torch.eye(num_student_views, num_teacher_views, dtype=torch.bool, device=student.device)
+        num_pairs = num_student_views * num_teacher_views - min(num_student_views, num_teacher_views)
+        consistency = losses.masked_fill(same_crop, 0.0).sum() / (num_pairs * student.shape[0])
+        num_rows = student.shape[0] * (num_student_views + num_teacher_views)
+        mean_prob = (student_probs.sum((1, 2)) + teacher_probs.sum((1, 2))) / num_rows
+    return consistency, mean_prob
+
+
+def _compute_block_probs(
+    rows: Float[Tensor, "B V Q"], prototypes: Float[Tensor, "K Q"], blocks: Int64[Tensor, "g S"]
+) -> Float[Tensor, "g B V S"]:
+    """Returns the softmax of rows . prototypes inside each block, fp32."""
+    num_samples, num_views, width = rows.shape
+    block_prototypes = prototypes[blocks].transpose(1, 2)
+    logits = torch.matmul(rows.view(1, num_samples * num_views, width), block_prototypes)
+    probs = torch.softmax(logits.float(), dim=-1)
+    return probs.view(len(blocks), num_samples, num_views, blocks.shape[1])
+
+
+def _compute_entropy(probs: Float[Tensor, "g S"]) -> Float[Tensor, " g"]:
+    eps = torch.finfo(torch.float32).eps
+    return -(probs * probs.clamp(eps, 1 - eps).log()).sum(-1)
