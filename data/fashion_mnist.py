@@ -129,6 +129,7 @@ class FashionMnistSource(ImageSource):
 
 
 def _fetch_package(scratch: Path) -> Path:
+    scratch = scratch.resolve()  # the tools run inside it
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
             raise DataError(f"{tool} is not installed")
