@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runtime.config import load_config
 from runtime.preemption import PreemptionFlag
-from runtime.program import UserError, run_program
+from runtime.program import UserError, faults_unless, run_program
 from training.config import PretrainConfig
 
 
@@ -45,11 +45,13 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
         run_dir = Path(config.run.output_dir) / config.run.name
         prepare_run_directory(config, run_dir, process)
         add_log_file(run_dir / "console.log", process.rank)
+        from data.shards import DataError
         from evaluation.knn import build_knn_probe
         from training.build import build_trainer
 
         trainer = build_trainer(config, process, run_dir, preemption, build_knn_probe)
-        return trainer.fit()
+        with faults_unless(DataError):
+            return trainer.fit()
     finally:
         distributed.stop()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXIT_DONE = 0
 EXIT_FAULT = 1
@@ -37,3 +38,18 @@ def run_program(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+
+
+@contextmanager
+def faults_unless(*users_mistakes: type[ValueError]) -> Iterator[None]:
+    """Inside this block a `ValueError` is a fault, with its traceback, unless it is one of `users_mistakes`.
+
+    Raises:
+        RuntimeError: in the place of any other ValueError.
+    """
+    try:
+        yield
+    except (UserError, *users_mistakes):
+        raise
+    except ValueError as error:
+        raise RuntimeError(f"fault: {error}") from error

@@ -39,7 +39,7 @@ def build_trainer(
     process: Process,
     run_dir: Path,
     preemption: PreemptionFlag,
-    build_probe: Callable[[PretrainConfig, torch.device], Probe | None],
+    build_probe: Callable[[PretrainConfig, torch.device, Process], Probe],
 ) -> Trainer:
     """Returns a trainer that continues the run directory's newest whole checkpoint, or starts. Collective.
 
@@ -98,7 +98,7 @@ def build_trainer(
         ),
         progress=progress,
         provenance=provenance,
-        probe=build_probe(config, process.device) if config.evaluation.knn_every_steps else None,
+        probe=build_probe(config, process.device, process) if config.evaluation.knn_every_steps else None,
         preemption=preemption,
     )
 
@@ -107,18 +107,17 @@ def _build_estimator(
     config: PretrainConfig, num_samples: int, process: Process, synchronization: Synchronization
 ) -> PrototypeEstimator:
     num_views = config.data.num_global_crops
-    estimator = build_estimator(
+    return build_estimator(
         config.prototypes,
         seed=config.run.seed,
         num_observations_per_epoch=num_views * num_samples,
-        num_observations_per_step=num_views * config.batch.global_batch_size,
         total_steps=config.num_steps(num_samples),
         rank=process.rank,
         world_size=process.world_size,
         reduce_sum=synchronization.reduce_sum,
-        all_gather=synchronization.all_gather,
+        gather=synchronization.gather,
+        device=process.device,
     )
-    return estimator.to(process.device)
 
 
 def _build_engine(config: PretrainConfig, process: Process, estimator: PrototypeEstimator) -> Engine:

@@ -250,6 +250,16 @@ class PretrainConfig:
                 f"prototypes.dim is {self.prototypes.dim}; expected model.head.projection_dim "
                 f"{self.model.head.projection_dim}; set prototypes.dim"
             )
+        if self.model.channels != self.data.channels:
+            raise ValueError(
+                f"model.channels is {self.model.channels}; expected data.channels {self.data.channels}; "
+                "set model.channels"
+            )
+        if self.model.image_size != self.data.global_crop_size:
+            raise ValueError(
+                f"model.image_size is {self.model.image_size}; expected data.global_crop_size "
+                f"{self.data.global_crop_size}; set model.image_size"
+            )
 
     def num_steps(self, num_samples: int) -> int:
         """Returns the optimizer steps of the run for an epoch of `num_samples` images."""

@@ -91,11 +91,12 @@ class Snapshot:
         self._provenance = provenance
         self._teacher: dict[str, Tensor] = {}
         self._prototypes: dict[str, Tensor] = {}
+        self._learned: Tensor | None = None
         self._share = collect_share(self._stream(training_step.engine), process.rank, process.world_size)
         parts = process.all_gather_object(progress.position)
         self._progress = {
             "progress": asdict(replace(progress, position=merge_positions([part for part in parts if part]))),
-            "usage": training_step.usage.state_dict(),
+            "usage_hits": self._sum_over_ranks(training_step.usage.hits),
             "spike_guard": training_step.spike_guard.state_dict(),
         }
         self._estimator = {
@@ -103,7 +104,7 @@ class Snapshot:
             for name, value in training_step.estimator.state_dict().items()
         }
         if process.is_main:
-            self._prototypes = training_step.estimator.exported_prototypes(self._prototypes.get("learned"))
+            self._prototypes = _exported_prototypes(self._estimator, self._learned)
 
     def write(self, directory: Path) -> None:
         """Writes this rank's files; rank 0 adds what is equal on all ranks and the exported teacher."""
@@ -130,8 +131,20 @@ class Snapshot:
             if self._process.is_main and name.startswith(_TEACHER_BACKBONE):
                 self._teacher[name.removeprefix(_TEACHER_BACKBONE)] = tensor.detach().to("cpu", copy=True)
             if self._process.is_main and name.startswith("teacher/learned_prototypes."):
-                self._prototypes["learned"] = tensor.detach().to("cpu", copy=True)
+                self._learned = tensor.detach().to("cpu", copy=True)
             yield name, tensor
+
+    def _sum_over_ranks(self, hits: Tensor) -> Tensor:
+        """The epoch's usage so far. A copy: the counters themselves go on per rank."""
+        return torch.stack(self._process.all_gather_object(hits.cpu())).sum(0)
+
+
+def _exported_prototypes(estimator: dict[str, Any], learned: Tensor | None) -> dict[str, Tensor]:
+    """Returns the teacher's prototypes for evaluation: learned rows, or a mixture with its parameters."""
+    if learned is not None:
+        return {"means": torch.nn.functional.normalize(learned.float(), dim=1)}
+    names = ("means", "variances", "mixing_weights")
+    return {name: estimator[name].float() for name in names if name in estimator}
 
 
 def restore(checkpoint: Path, training_step: TrainingStep, process: Process) -> Progress:
@@ -144,7 +157,7 @@ def restore(checkpoint: Path, training_step: TrainingStep, process: Process) -> 
     training_step.estimator.load_state_dict(load_tree(checkpoint, "estimator"))
     saved = load_tree(checkpoint, "progress")
     # Usage counts were summed over ranks: one rank takes them over and the others start from zero.
-    training_step.usage.load_state_dict(saved["usage"], is_main=process.is_main)
+    training_step.usage.hits.copy_(saved["usage_hits"] * int(process.is_main))
     training_step.spike_guard.load_state_dict(saved["spike_guard"])
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

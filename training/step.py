@@ -16,8 +16,8 @@ from data.augmentations import Crops, DeviceAugmentation
 from data.collate import CropBatch
 from prototypes.config import ObjectiveConfig, PrototypesConfig
 from prototypes.diagnostics import UsageCounter
-from prototypes.estimator import PrototypeEstimator
-from prototypes.losses import CarpLoss, carp_loss
+from prototypes.estimator import PrototypeEstimator, Role
+from prototypes.losses import carp_loss
 from prototypes.partitions import draw_partition
 from training.engine import Engine, NetworkOutput
 from training.guards import LossSpikeGuard
@@ -83,10 +83,11 @@ class TrainingStep:
         crops = [self._augmentation(batch.to(self._device)) for batch in batches]
         # One commit per optimizer step, however many micro-batches: the mixture sees the whole global batch.
         teacher = [self.engine.forward_teacher(_teacher_views(micro)) for micro in crops]
-        observations = [self.estimator.observe(output.projections) for output in teacher]
+        for index, output in enumerate(teacher):
+            observation = self.estimator.observe(output.projections, is_last=index == len(teacher) - 1)
         # The student's first forward needs no prototypes: it overlaps the reduction of the statistics.
         student = self.engine.forward_student(_student_views(crops[0]))
-        self.estimator.commit(observations)
+        self.estimator.commit(observation)
 
         losses: list[dict[str, Tensor]] = []
         for micro_step, micro in enumerate(crops):
@@ -141,27 +142,41 @@ class TrainingStep:
             device=self._device,
         )
         batch_size = crops.global_crops.shape[1]
-        loss: CarpLoss = carp_loss(
-            _by_view(student.projections, batch_size),
-            _by_view(teacher.projections, batch_size),
-            self.estimator.prototypes("student", student.learned_prototypes),
-            self.estimator.prototypes("teacher", teacher.learned_prototypes),
+        student_rows, student_prototypes = self._logit_operands(student, "student")
+        teacher_rows, teacher_prototypes = self._logit_operands(teacher, "teacher")
+        loss = carp_loss(
+            student_rows.unflatten(0, (-1, batch_size)),
+            teacher_rows.unflatten(0, (-1, batch_size)),
+            student_prototypes,
+            teacher_prototypes,
             partition,
             mean_over_ranks=self._synchronization.mean_over_ranks,
             entropy_weight=self._objective.entropy_weight,
-            blocks_per_chunk=self._objective.blocks_per_chunk,
+            blocks_per_chunk=self._partition.blocks_per_chunk,
         )
         terms = {"total": loss.total, "consistency": loss.consistency, "entropy": loss.entropy}
-        auxiliary = self.estimator.auxiliary_loss(student.learned_prototypes)
+        auxiliary = self.estimator.auxiliary_loss(student.learned_prototypes, partition)
         if auxiliary is not None:
             terms |= {"total": loss.total + auxiliary, "auxiliary": auxiliary}
         return terms
 
+    def _logit_operands(self, output: NetworkOutput, role: Role) -> tuple[Tensor, Tensor]:
+        temperatures = {
+            "student": self._objective.student_temperature,
+            "teacher": self._objective.teacher_temperature,
+        }
+        return self.estimator.logit_operands(
+            output.projections,
+            role,
+            output.learned_prototypes,
+            kind=self._objective.logits,
+            temperature=temperatures[role],
+        )
+
     @torch.no_grad()
     def _count_usage(self, teacher: Sequence[NetworkOutput]) -> None:
         for output in teacher:
-            prototypes = self.estimator.prototypes("teacher", output.learned_prototypes)
-            self.usage.update(output.projections, prototypes)
+            self.usage.update(*self._logit_operands(output, "teacher"))
 
 
 def _teacher_views(crops: Crops) -> list[Tensor]:
@@ -173,7 +188,3 @@ def _student_views(crops: Crops) -> list[Tensor]:
     if crops.local_crops.shape[0]:
         views.append(crops.local_crops.flatten(0, 1))
     return views
-
-
-def _by_view(projections: Tensor, batch_size: int) -> Tensor:
-    return projections.unflatten(0, (-1, batch_size))

@@ -45,13 +45,15 @@ class Synchronization:
             return Handle(tensor)
         return Handle(tensor, dist.all_reduce(tensor, group=self._statistics_group, async_op=True))
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Returns the ranks' equally shaped tensors concatenated along axis 0. Collective, no gradient."""
+    def gather(self, tensor: Tensor) -> Handle:
+        """Starts gathering the ranks' equally shaped tensors to [world_size, ...]. Asynchronous collective."""
+        gathered = tensor.new_empty((self.world_size, *tensor.shape))
         if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self._statistics_group)
-        return torch.cat(parts)
+            gathered.copy_(tensor.unsqueeze(0))
+            return Handle(gathered)
+        parts = list(gathered.unbind(0))
+        work = dist.all_gather(parts, tensor.contiguous(), group=self._statistics_group, async_op=True)
+        return Handle(gathered, work)
 
     def mean_over_ranks(self, tensor: Tensor) -> Tensor:
         """Returns the mean over ranks; the backward pass is the identity. Collective.

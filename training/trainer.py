@@ -190,7 +190,11 @@ class Trainer:
 
     def _close_epoch(self) -> dict[str, float]:
         """Returns the usage of the epoch that ends here and starts the next count. Collective."""
-        return self.training_step.usage.close(self.training_step.reduce_sum)
+        usage = self.training_step.usage
+        self.training_step.reduce_sum(usage.hits).wait()
+        values = usage.metrics()
+        usage.reset()
+        return values
 
     def _count_unique(self, prototypes: Tensor) -> dict[str, float]:
         """Returns the share of unique prototypes per threshold; rank 0 counts, nobody waits for it."""

@@ -1,0 +1,62 @@
+# Every target works on a bare machine with Python 3.11, make and a C++ compiler: it makes .venv when needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+DATASETS ?= datasets
+OUTPUTS ?= outputs
+FASHION := $(DATASETS)/fashion-mnist
+DEMO := configs/pretrain_vit-mini_fashion-mnist_full.yaml
+# DeepSpeed and torch probe the machine loudly on import; the programs log what matters themselves.
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+FAST := not slow and not slurm and not browser
+
+.PHONY: help demo test test-all lint format bench audit audit-all clean
+
+help:
+	@echo "make demo      install, fetch Fashion-MNIST, pretrain a small ViT, evaluate, write the report"
+	@echo "make test      the fast suite;  make test-all  also Slurm, browser, fault loops, long runs"
+	@echo "make lint      ruff and mypy;   make format    ruff format"
+	@echo "make bench     speed ratios;    make audit     the collapse audit, three seeds an arm"
+	@echo "make clean     remove caches (not datasets, not outputs)"
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no python3.11 on PATH; expected Python 3.11 or newer; set PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m data.make_shards fashion-mnist --out $(FASHION)
+	$(BIN)/python pretrain.py $(DEMO) run.name=demo run.output_dir=$(OUTPUTS) data.shards=$(FASHION)
+	$(BIN)/python evaluate.py configs/evaluate_fashion-mnist.yaml encoder=$(OUTPUTS)/demo 'probes=[prototypes,knn]' data.shards=$(FASHION)
+	$(BIN)/python -m evaluation.report $(OUTPUTS)/demo --out $(OUTPUTS)/demo/report
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "$(FAST)" -n 2 --dist loadscope -q
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "$(FAST)" -n 2 --dist loadscope -q
+	$(BIN)/python -m pytest -m "slow or slurm or browser" -q --timeout 3600
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gmm
+	$(BIN)/python -m benchmarks.unique
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

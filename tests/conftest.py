@@ -1,0 +1,35 @@
+"""Shared set-up: shapes in signatures are checked, threads are few, nothing leaks into the home directory."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")
+
+import pytest
+import torch
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Public functions of these rooms state their shapes; under pytest every call is checked.
+_hook = install_import_hook(["models", "prototypes", "evaluation"], "beartype.beartype")
+
+settings.register_profile("suite", deadline=None, print_blob=True)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_fixed_seed():
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU, none is visible")
+    for item in items:
+        if "gpu" in item.keywords or "/tests/gpu/" in item.path.as_posix():
+            item.add_marker(skip)

@@ -1,0 +1,137 @@
+"""Every YAML and JSON loads, every option is read by code, and a typo is one line within seconds."""
+
+import ast
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime.config import ConfigError, build_config, iterate_keys, load_config
+from training.config import PretrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("models", "prototypes", "data", "training", "evaluation", "runtime", "slurm", "benchmarks")
+PRETRAIN_CONFIGS = sorted((ROOT / "configs").glob("pretrain_*.yaml"))
+DEMO = ROOT / "configs" / "pretrain_vit-mini_fashion-mnist_full.yaml"
+
+
+def attributes_read():
+    """Names that code reads as an attribute, outside the dataclass declarations themselves."""
+    names = set()
+    paths = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    for path in [*paths, ROOT / "pretrain.py", ROOT / "evaluate.py"]:
+        tree = ast.parse(path.read_text())
+        # What __post_init__ reads is validation: an option that only its own check reads does nothing.
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                node.body = [item for item in node.body if getattr(item, "name", "") != "__post_init__"]
+        names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return names
+
+
+def unread_options(config_class):
+    read = attributes_read()
+    return sorted(key for key in iterate_keys(config_class) if key.rsplit(".", 1)[-1] not in read)
+
+
+@pytest.mark.parametrize("path", PRETRAIN_CONFIGS, ids=lambda path: path.stem)
+def test_pretrain_config_loads(path):
+    load_config(PretrainConfig, str(path))
+    header = path.read_text().splitlines()[:6]
+    assert any("python pretrain.py" in line or "torchrun" in line or "sbatch" in line for line in header), (
+        "the first lines of a configuration say how to run it"
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_deepspeed_config_sets_mechanics_only(path):
+    from training.deepspeed_engine import read_mechanics
+
+    assert "zero_optimization" in read_mechanics(str(path))
+
+
+def test_deepspeed_config_that_sets_the_batch_is_refused(tmp_path):
+    from training.deepspeed_engine import read_mechanics
+
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": 8}))
+    with pytest.raises(ValueError, match="train_batch_size"):
+        read_mechanics(str(path))
+
+
+def test_every_pretrain_option_is_read():
+    assert unread_options(PretrainConfig) == []
+
+
+def test_an_option_that_nobody_reads_is_found():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Planted:
+        an_option_that_no_code_reads: int = 1
+
+    assert unread_options(Planted) == ["an_option_that_no_code_reads"]
+
+
+def run_pretrain(*arguments):
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "pretrain.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    return result, time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.learning_rate=1", "unknown key optim.learning_rate"),
+        ("optim.lrr=1", "did you mean optim.lr?"),
+        ("num_prototypes=8", "did you mean prototypes.num_prototypes?"),
+        ("optim.lr=fast", "optim.lr is 'fast' (str); expected float"),
+        ("prototypes.mode=ful", "did you mean full?"),
+        ("prototypes.partition.size=1000", "prototypes.partition.size"),
+        ("data=3", "expected a section"),
+        ("nonsense", "expected key.sub=value"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(override, expected):
+    result, seconds = run_pretrain(str(DEMO), override)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    assert seconds < 5 * (1 + 2 * int(sys.gettrace() is not None))
+
+
+@pytest.mark.parametrize("path", ["missing.yaml", "LICENSE", "README.md"])
+def test_what_is_no_configuration_is_refused(path):
+    result, _ = run_pretrain(path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+
+
+def test_configuration_modules_import_no_torch():
+    modules = "runtime.config, runtime.program, training.config, evaluation.config"
+    code = f"import sys, {modules}\nassert 'torch' not in sys.modules, 'torch is loaded'"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_missing_key_names_itself():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Section:
+        shards: str
+
+    with pytest.raises(ConfigError, match="shards is missing"):
+        build_config(Section, {})
+
+
+def test_tagged_yaml_constructs_nothing(tmp_path):
+    canary = tmp_path / "canary"
+    path = tmp_path / "hostile.yaml"
+    path.write_text(
+        f"run: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{canary}']]\n"
+    )
+    with pytest.raises(ConfigError):
+        load_config(PretrainConfig, str(path))
+    assert not canary.exists()
