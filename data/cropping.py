@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resized_crop_image
 
 from data.config import RECIPES, DataConfig
 from data.random_numbers import draw_uniforms, hash_array
@@ -23,99 +22,82 @@ _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 GEOMETRY_PURPOSE = 0
 
 
-@dataclass(frozen=True)
-class CropBoxes:
-    """Where the crops of one image lie: int64 [V] each, and flips bool [V]."""
-
-    top: NDArray[np.int64]
-    left: NDArray[np.int64]
-    height: NDArray[np.int64]
-    width: NDArray[np.int64]
-    flip: NDArray[np.bool_]
-
-
 def draw_boxes(
-    seed: int, height: int, width: int, scales: NDArray[np.float64], flip_probability: float
-) -> CropBoxes:
-    """Returns the boxes of an image's crops, drawn as torchvision's RandomResizedCrop draws them.
+    seeds: NDArray[np.uint64],
+    sizes: NDArray[np.int64],
+    scales: NDArray[np.float64],
+    flip_probability: float,
+) -> NDArray[np.int64]:
+    """Returns the boxes of the crops of n images, drawn as torchvision's RandomResizedCrop draws them.
 
     Args:
-        seed: the sample's augmentation seed; the boxes depend on it, on the image's size and on the view's number.
-        height: of the image.
-        width: of the image.
+        seeds: uint64 [n], augmentation seeds; a box depends on its image's seed and size and on its view's number.
+        sizes: int64 [n, 2], heights and widths of the images.
         scales: float64 [V, 2], smallest and largest part of the area for each view.
         flip_probability: of a horizontal flip.
+
+    Returns:
+        int64 [n, V, 5]: top, left, height, width and whether to flip.
     """
-    num_views = len(scales)
-    keys = hash_array(hash_array(seed, np.array([GEOMETRY_PURPOSE])), range(num_views))
+    keys = hash_array(hash_array(seeds, np.array([GEOMETRY_PURPOSE]))[:, None], range(len(scales)))
     numbers = draw_uniforms(keys, 2 * _NUM_TRIES + 3)
+    height, width = sizes[:, 0, None, None], sizes[:, 1, None, None]
     low, high = scales[:, :1], scales[:, 1:]
-    areas = height * width * (low + (high - low) * numbers[:, :_NUM_TRIES])
-    logs = _LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * numbers[:, _NUM_TRIES : 2 * _NUM_TRIES]
+    areas = height * width * (low + (high - low) * numbers[..., :_NUM_TRIES])
+    logs = _LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * numbers[..., _NUM_TRIES : 2 * _NUM_TRIES]
     ratios = np.exp(logs)
     widths = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
     heights = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    first = fits.argmax(axis=1)
-    rows = np.arange(num_views)
-    found = fits[rows, first]
-    fallback_height, fallback_width = _largest_box(height, width)
-    box_height = np.where(found, heights[rows, first], fallback_height)
-    box_width = np.where(found, widths[rows, first], fallback_width)
-    place_y, place_x, flip = numbers[:, -3], numbers[:, -2], numbers[:, -1]
-    top = np.where(found, np.floor(place_y * (height - box_height + 1)), (height - box_height) // 2)
-    left = np.where(found, np.floor(place_x * (width - box_width + 1)), (width - box_width) // 2)
-    return CropBoxes(
-        top.astype(np.int64), left.astype(np.int64), box_height, box_width, flip < flip_probability
-    )
+    first = fits.argmax(axis=-1)[..., None]
+    found = np.take_along_axis(fits, first, -1)[..., 0]
+    largest = np.array([_largest_box(*size) for size in sizes.tolist()], dtype=np.int64)[:, None]
+    box_height = np.where(found, np.take_along_axis(heights, first, -1)[..., 0], largest[..., 0])
+    box_width = np.where(found, np.take_along_axis(widths, first, -1)[..., 0], largest[..., 1])
+    room_y, room_x = height[..., 0] - box_height, width[..., 0] - box_width
+    place_y, place_x, flip = numbers[..., -3], numbers[..., -2], numbers[..., -1]
+    # An image without a fitting box gives its centre.
+    top = np.where(found, np.floor(place_y * (room_y + 1)), room_y // 2).astype(np.int64)
+    left = np.where(found, np.floor(place_x * (room_x + 1)), room_x // 2).astype(np.int64)
+    return np.stack([top, left, box_height, box_width, flip < flip_probability], axis=-1)
 
 
 class Cropper:
-    """Cuts an image's global and local crops; see `data.config.DataConfig` for their numbers and sizes."""
+    """Cuts images' global and local crops; see `data.config.DataConfig` for their numbers and sizes."""
 
     def __init__(self, config: DataConfig) -> None:
-        self.config = config
         global_scales = [config.resolved_global_crop_scale] * config.num_global_crops
         local_scales = [config.resolved_local_crop_scale] * config.num_local_crops
         self._scales = np.array(global_scales + local_scales, dtype=np.float64)
         self._flip = RECIPES[config.recipe].flip
-        self._interpolation = InterpolationMode(config.interpolation)
+        self._interpolation = config.interpolation
 
-    def cut_(self, image: Tensor, seed: int, global_crops: Tensor, local_crops: Tensor) -> None:
-        """Writes an image's crops in place.
+    def cut_(
+        self, images: Sequence[Tensor], seeds: Sequence[int], global_crops: Tensor, local_crops: Tensor
+    ) -> None:
+        """Writes the crops of n images in place.
 
         Args:
-            image: uint8 [1 or C, H, W].
-            seed: the sample's augmentation seed.
-            global_crops: uint8 [V_g, C, size, size], overwritten.
-            local_crops: uint8 [V_l, C, size, size], overwritten.
+            images: n times uint8 [1 or C, H, W].
+            seeds: their augmentation seeds.
+            global_crops: uint8 [V_g, n, C, size, size], overwritten.
+            local_crops: uint8 [V_l, n, C, size, size], overwritten.
         """
-        height, width = image.shape[-2:]
-        boxes = draw_boxes(seed, height, width, self._scales, self._flip)
-        num_global = self.config.num_global_crops
-        for view, (top, left, box_height, box_width, flip) in enumerate(
-            zip(
-                boxes.top.tolist(),
-                boxes.left.tolist(),
-                boxes.height.tolist(),
-                boxes.width.tolist(),
-                boxes.flip.tolist(),
-                strict=True,
-            )
-        ):
-            target = global_crops[view] if view < num_global else local_crops[view - num_global]
-            crop = resized_crop_image(
-                image,
-                top,
-                left,
-                box_height,
-                box_width,
-                list(target.shape[-2:]),
-                self._interpolation,
-                antialias=True,
-            )
-            # copy_ repeats a grey image's one channel where the target has three.
-            target.copy_(crop.flip(-1) if flip else crop)
+        sizes = np.array([image.shape[-2:] for image in images], dtype=np.int64)
+        boxes = draw_boxes(np.array(seeds, dtype=np.uint64), sizes, self._scales, self._flip).tolist()
+        targets = [*global_crops.unbind(0), *local_crops.unbind(0)]
+        for index, image in enumerate(images):
+            for target, box in zip(targets, boxes[index], strict=True):
+                # copy_ repeats a grey image's one channel where the target has three.
+                target[index].copy_(self._cut(image, box, target.shape[-2:]))
+
+    def _cut(self, image: Tensor, box: list[int], size: Sequence[int]) -> Tensor:
+        top, left, height, width, flip = box
+        crop = image[None, :, top : top + height, left : left + width]
+        # What torchvision's v2 resized_crop calls for uint8 images, without its dispatch, which costs as much as a
+        # small crop. "bicubic" and uint8 round and clamp inside the kernel.
+        resized = F.interpolate(crop, size=list(size), mode=self._interpolation, antialias=True)[0]
+        return resized.flip(-1) if flip else resized
 
 
 def allocate_crops(config: DataConfig, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from data.collate import BatchPart, CropBatch, collate_parts
 from data.config import DataConfig
-from data.cropping import Cropper, allocate_crops
 from data.decoding import BadImageError, decode_image, find_image
-from data.lanes import LaneReader
+from data.loading import LaneDataset
 from data.plan import SamplePlan
-from data.reader import EncodedSample, Failure, ShardReader
+from data.reader import Failure, ShardReader
 from data.shards import DataError, Manifest, check_shard_files, load_manifest
-from data.workers import measure_rss_mib, start_worker
+from data.workers import start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -89,16 +88,15 @@ class TrainingStream:
                 `data.max_worker_memory_gib`.
         """
         num_workers = max(1, self.config.num_workers)
-        first = self._samples_seen // self._world_size
-        parts = _LaneDataset(
+        parts = LaneDataset(
             self.config,
             self.manifest,
             self.plan,
-            self._rank,
-            self._world_size,
-            self._batch_size,
-            first,
-            self._used,
+            rank=self._rank,
+            world_size=self._world_size,
+            batch_size=self._batch_size,
+            first=self._samples_seen // self._world_size,
+            used=self._used,
         )
         pin = torch.cuda.is_available()
         source = self._start(parts)
@@ -119,7 +117,7 @@ class TrainingStream:
             self._close()
             self._close = None
 
-    def _start(self, parts: _LaneDataset) -> Iterator[BatchPart]:
+    def _start(self, parts: LaneDataset) -> Iterator[BatchPart]:
         if self.config.num_workers == 0:
             return iter(parts)
         loader = DataLoader(
@@ -225,96 +223,6 @@ def check_decodable(reader: ShardReader, config: DataConfig) -> None:
         f"{reader.manifest.path_of(shard)} has no image in its first samples ({reason}); expected members such as "
         ".jpg or .png; set data.shards to a folder of image shards"
     )
-
-
-class _LaneDataset(IterableDataset):
-    """A worker's parts of its rank's micro-batches."""
-
-    def __init__(
-        self,
-        config: DataConfig,
-        manifest: Manifest,
-        plan: SamplePlan,
-        rank: int,
-        world_size: int,
-        batch_size: int,
-        first: int,
-        used: dict[int, int],
-    ) -> None:
-        self.config, self.plan = config, plan
-        self.reader = ShardReader(manifest, verify_hash=config.verify_hash)
-        self.rank, self.world_size, self.batch_size, self.first = rank, world_size, batch_size, first
-        self.used = dict(used)
-
-    def __iter__(self) -> Iterator[BatchPart]:
-        info = get_worker_info()
-        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        # The lanes of a rank are rank, rank + W, ...: its i-th lane belongs to worker i mod n.
-        lanes = {
-            lane: LaneReader(self.plan, lane, used, self.reader)
-            for index, (lane, used) in enumerate(sorted(self.used.items()))
-            if index % num_workers == worker
-        }
-        cropper = Cropper(self.config)
-        first = self.first
-        while True:
-            lane_of_row = self.plan.slots_of(self.rank, self.world_size, first, self.batch_size)
-            rows = [(row, lane) for row, lane in enumerate(lane_of_row.tolist()) if lane in lanes]
-            try:
-                yield self._load(rows, lanes, cropper)
-            except DataError as error:
-                # As a value: an exception from a worker process would arrive wrapped in its traceback.
-                yield self._fail(str(error))
-                return
-            first += self.batch_size
-
-    def _load(self, rows: list[tuple[int, int]], lanes: dict[int, LaneReader], cropper: Cropper) -> BatchPart:
-        global_crops, local_crops = allocate_crops(self.config, len(rows))
-        seeds, sample_ids = (torch.empty(len(rows), dtype=torch.int64) for _ in range(2))
-        keys: list[str] = []
-        skipped: list[str] = []
-        for index, (_, lane) in enumerate(rows):
-            while True:
-                element, sample = lanes[lane].next()
-                try:
-                    image = self._decode(sample)
-                except BadImageError as error:
-                    name = sample.name if isinstance(sample, Failure) else sample.key
-                    skipped.append(f"{name} (sample {element.sample_id}): {error}")
-                    self._stop_if_all_are_bad(skipped)
-                    continue
-                break
-            seed = self.plan.augmentation_seed(element)
-            cropper.cut_(image, seed, global_crops[:, index], local_crops[:, index])
-            seeds[index], sample_ids[index] = seed, element.sample_id
-            keys.append(sample.key if isinstance(sample, EncodedSample) else sample.name)
-        used = {lane: reader.used for lane, reader in lanes.items()}
-        rss = measure_rss_mib()
-        limit = self.config.max_worker_memory_gib
-        if get_worker_info() is not None and rss > limit * 1024:
-            raise DataError(
-                f"a loader process holds {rss / 1024:.1f} GiB; expected at most {limit} GiB; lower "
-                "data.shuffle_window, data.num_lanes or data.prefetch_factor, or set data.max_worker_memory_gib"
-            )
-        places = [row for row, _ in rows]
-        return BatchPart(places, global_crops, local_crops, seeds, keys, sample_ids, used, skipped, rss)
-
-    def _decode(self, sample: EncodedSample | Failure) -> torch.Tensor:
-        if isinstance(sample, Failure):
-            raise BadImageError(sample.reason)
-        return decode_image(
-            find_image(sample), channels=self.config.channels, max_pixels=self.config.max_image_pixels
-        )
-
-    def _stop_if_all_are_bad(self, skipped: list[str]) -> None:
-        # The trainer applies data.max_skipped_fraction to whole batches; a batch that cannot be filled never comes.
-        if len(skipped) > self.plan.num_samples:
-            raise DataError(f"{len(skipped)} samples in a row could not be decoded; the first: {skipped[0]}")
-
-    def _fail(self, message: str) -> BatchPart:
-        empty = allocate_crops(self.config, 0)
-        none = torch.empty(0, dtype=torch.int64)
-        return BatchPart([], *empty, none, [], none, {}, [], 0.0, error=message)
 
 
 def _check_consumers(config: DataConfig, manifest: Manifest, world_size: int) -> None:

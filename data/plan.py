@@ -76,7 +76,7 @@ class SamplePlan:
         ]
         self._first_selected = np.concatenate([[0], np.cumsum(self._selected)])
         # Sample ids number every sample of the tars, so that a sub-sample keeps the ids of the whole set.
-        self._first_id = np.concatenate([[0], np.cumsum([shard.samples for shard in manifest.shards])])
+        self._first_id = manifest.first_ids
         self._copies = copies
         self.num_samples = copies.num_samples if copies is not None else int(self._first_selected[-1])
         if self.num_samples < 1:
@@ -123,7 +123,7 @@ class SamplePlan:
 
     def element(self, epoch: int, shard: int, ordinal: int, copy: int) -> Element:
         """Returns the element of a sample that is shown for the `copy`-th time in an epoch."""
-        return Element(epoch, shard, ordinal, int(self._first_id[shard]) + ordinal, copy)
+        return Element(epoch, shard, ordinal, self._first_id[shard] + ordinal, copy)
 
     def augmentation_seed(self, element: Element) -> int:
         """Returns the sample's augmentation seed, a non-negative 63-bit integer, from (seed, epoch, sample)."""

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from data.shards import DataError, Manifest, Shard
+from data.shards import DataError, Manifest, Shard, load_index
 
 logger = logging.getLogger(__name__)
 
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_JUMP_SAMPLES = 4  # a gap wider than this is jumped by the index; narrower, reading on is as fast
 
 # What tarfile and webdataset raise on damaged tars, duplicate members and failing disks.
 READ_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, AssertionError, IndexError, TypeError)
@@ -49,6 +53,10 @@ class Failure:
 class ShardReader:
     """Reads samples of a manifest's shards.
 
+    With an index, a damaged sample costs itself only: reading goes on at the next one, and one flipped bit is
+    noticed. Without one, a tar is read up to its damage. Either way a sample's fate depends on the shard alone, not
+    on where reading began.
+
     Args:
         manifest: the split.
         verify_hash: compare each shard's SHA-256 with the manifest before its first use.
@@ -58,6 +66,8 @@ class ShardReader:
         self.manifest = manifest
         self._verify_hash = verify_hash
         self._verified: set[int] = set()
+        self._first_ids = manifest.first_ids
+        self._index = load_index(manifest)
 
     def read(
         self, shard_index: int, ordinals: range | NDArray[np.int64]
@@ -68,29 +78,63 @@ class ShardReader:
             shard_index: which shard of the manifest.
             ordinals: numbers of samples inside the tar, never descending.
         """
-        shard = self.manifest.shards[shard_index]
         wanted: Sequence[int] = ordinals if isinstance(ordinals, range) else ordinals.tolist()
-        if not len(wanted):
-            return
         done = 0
-        try:
-            with self._open(shard_index, shard) as file:
-                for ordinal, sample in self._samples_from(file, shard, wanted[0]):
-                    while done < len(wanted) and wanted[done] == ordinal:
-                        yield ordinal, sample
-                        done += 1
-                    # Read on after the shard's last sample: only then is it known that there are no more.
-                    if done == len(wanted) and ordinal != shard.samples - 1:
+        while done < len(wanted):
+            reason = ""
+            try:
+                for ordinal, sample in self._read_run(shard_index, wanted[done:]):
+                    done += 1
+                    yield ordinal, sample
+            except READ_ERRORS as error:
+                if isinstance(error, DataError):
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+            if done == len(wanted) or (not reason and self._index is not None):
+                continue
+            shard = self.manifest.shards[shard_index]
+            reason = reason or f"the tar ended early; expected {shard.samples} samples"
+            lost = (
+                [o for o in wanted[done:] if o == wanted[done]] if self._index is not None else wanted[done:]
+            )
+            logger.warning("%s: %d samples cannot be read: %s", shard.name, len(lost), reason)
+            for ordinal in lost:
+                done += 1
+                yield ordinal, Failure(f"{shard.name}#{ordinal}", reason)
+
+    def _read_run(
+        self, shard_index: int, wanted: Sequence[int]
+    ) -> Iterator[tuple[int, EncodedSample | Failure]]:
+        """Yields the samples asked for, until all are there, the tar ends or a wide gap is better jumped.
+
+        Raises:
+            One of READ_ERRORS: the next sample asked for cannot be read.
+        """
+        shard = self.manifest.shards[shard_index]
+        done = 0
+        with self._open(shard_index, shard) as file:
+            for ordinal, sample in self._samples_from(file, shard_index, wanted[0]):
+                checked = self._check(shard_index, ordinal, sample) if wanted[done] == ordinal else sample
+                while done < len(wanted) and wanted[done] == ordinal:
+                    yield ordinal, checked
+                    done += 1
+                if done < len(wanted):
+                    if self._index is not None and wanted[done] - ordinal > _JUMP_SAMPLES:
                         return
-            reason = f"the tar ended early; expected {shard.samples} samples"
-        except READ_ERRORS as error:
-            if isinstance(error, DataError):
-                raise
-            reason = f"{type(error).__name__}: {error}"
-        if done < len(wanted):
-            logger.warning("%s: %d samples cannot be read: %s", shard.name, len(wanted) - done, reason)
-        for ordinal in wanted[done:]:
-            yield ordinal, Failure(f"{shard.name}#{ordinal}", reason)
+                # Read on after the shard's last sample: only then is it known that there are no more.
+                elif ordinal != shard.samples - 1:
+                    return
+        if not done:
+            raise EOFError(f"the tar ended early; expected {shard.samples} samples")
+
+    def _check(self, shard_index: int, ordinal: int, sample: EncodedSample) -> EncodedSample | Failure:
+        if self._index is None:
+            return sample
+        expected = int(self._index["checksum"][self._first_ids[shard_index] + ordinal])
+        if checksum_of(sample) == expected:
+            return sample
+        name = f"{self.manifest.shards[shard_index].name}#{ordinal} ({sample.key})"
+        return Failure(name, "its bytes are not those that the index describes")
 
     def _open(self, shard_index: int, shard: Shard) -> BinaryIO:
         path = Path(self.manifest.path_of(shard))
@@ -105,8 +149,15 @@ class ShardReader:
             self._verified.add(shard_index)
         return path.open("rb")
 
-    def _samples_from(self, file: BinaryIO, shard: Shard, first: int) -> Iterator[tuple[int, EncodedSample]]:
-        ordinal = skip_samples(file, first)
+    def _samples_from(
+        self, file: BinaryIO, shard_index: int, first: int
+    ) -> Iterator[tuple[int, EncodedSample]]:
+        shard = self.manifest.shards[shard_index]
+        if self._index is not None:
+            file.seek(int(self._index["offset"][self._first_ids[shard_index] + first]))
+            ordinal = first
+        else:
+            ordinal = skip_samples(file, first)
         for sample in iterate_samples(file, shard.name):
             if ordinal >= shard.samples:
                 raise DataError(
@@ -116,6 +167,14 @@ class ShardReader:
             if ordinal >= first:
                 yield ordinal, sample
             ordinal += 1
+
+
+def checksum_of(sample: EncodedSample) -> int:
+    """Returns the CRC-32 of a sample's members and their suffixes, in their order."""
+    checksum = 0
+    for suffix, data in sample.members.items():
+        checksum = zlib.crc32(data, zlib.crc32(suffix.encode(), checksum))
+    return checksum
 
 
 def iterate_samples(file: BinaryIO, name: str) -> Iterator[EncodedSample]:
@@ -141,23 +200,35 @@ def skip_samples(file: BinaryIO, count: int) -> int:
     """
     if count == 0:
         return 0
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (closing it must not close the file)
-    except tarfile.ReadError:
+    if file.read(2) == _GZIP_MAGIC:
         file.seek(0)
-        if file.read(2) == b"\x1f\x8b":
-            file.seek(0)
-            return 0
-        raise
-    samples, previous_key = 0, None
+        return 0
+    file.seek(0)
+    for samples, offset in enumerate(_iterate_offsets(file)):
+        if samples == count:
+            file.seek(offset)
+            return count
+    raise EOFError(f"the tar ended before its sample {count}")
+
+
+def scan_offsets(path: Path) -> list[int]:
+    """Returns where each sample of an uncompressed tar starts, reading headers only.
+
+    Raises:
+        tarfile.TarError, OSError: not a tar.
+    """
+    with path.open("rb") as file:
+        return list(_iterate_offsets(file))
+
+
+def _iterate_offsets(file: BinaryIO) -> Iterator[int]:
+    tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (closing it would close nothing)
+    previous_key = None
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         key = base_plus_ext(member.name)[0] if member.isreg() else None
         if key is None or _METADATA.match(member.name):
             continue
         if key != previous_key:
-            if samples == count:
-                file.seek(member.offset)
-                return count
-            samples, previous_key = samples + 1, key
-    raise EOFError(f"the tar ended after {samples} samples; expected more than {count}")
+            yield member.offset
+            previous_key = key

@@ -14,20 +14,32 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import webdataset
 from tqdm import tqdm
 
 from data.random_numbers import draw_permutation, hash_key
-from data.shards import MANIFEST_NAME, DataError, Manifest, Shard, load_manifest, manifest_to_json
+from data.reader import EncodedSample, checksum_of
+from data.shards import (
+    INDEX_DTYPE,
+    MANIFEST_NAME,
+    DataError,
+    Manifest,
+    Shard,
+    load_manifest,
+    manifest_to_json,
+)
 
 logger = logging.getLogger(__name__)
 
 _RECORDS = ".records"  # one small file a finished shard: what makes a second run resume
 _NAME_PATTERN = "%s-%06d.tar"
 _SHARD_ORDER = 11  # purpose of the shuffle's random key
+
+
+# Offset, checksum and label, as in `INDEX_DTYPE`.
+IndexEntry = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ class ShardRecord:
     samples: int
     bytes: int
     sha256: str
-    labels: list[int]
+    index: list[IndexEntry]
     rejected: list[Rejected] = field(default_factory=list)
 
 
@@ -160,11 +172,12 @@ def write_split(
 
 
 def save_manifest(manifest: Manifest, records: Sequence[ShardRecord] = ()) -> None:
-    """Writes a split into its folder's `manifest.json`, beside the other splits; the labels first."""
+    """Writes a split into its folder's `manifest.json`, beside the other splits; its index first."""
     directory = Path(manifest.directory)
-    if manifest.labels_path:
-        labels = np.array([label for record in records for label in record.labels], dtype="<i4")
-        write_whole(directory / manifest.labels_path, labels.tobytes())
+    if records:
+        entries = [tuple(entry) for record in records for entry in record.index]
+        index = np.array(entries, dtype=INDEX_DTYPE)
+        write_whole(directory / manifest.index_path, index.tobytes())
     splits = {manifest.split: manifest}
     path = directory / MANIFEST_NAME
     if path.is_file():
@@ -230,7 +243,7 @@ def write_shard(source: ImageSource, job: ShardJob) -> ShardRecord:
     directory = Path(job.directory)
     temporary = directory / f".{job.name}.{os.getpid()}.tmp"
     try:
-        labels, rejected, samples = _write_tar(source, job, temporary)
+        entries, rejected = _write_tar(source, job, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -238,13 +251,15 @@ def write_shard(source: ImageSource, job: ShardJob) -> ShardRecord:
         temporary.replace(directory / job.name)
     finally:
         temporary.unlink(missing_ok=True)
-    record = ShardRecord(job.fingerprint, job.name, samples, size, digest, labels, rejected)
+    record = ShardRecord(job.fingerprint, job.name, len(entries), size, digest, entries, rejected)
     write_whole(directory / _RECORDS / f"{job.name}.json", json.dumps(asdict(record)).encode())
     return record
 
 
-def _write_tar(source: ImageSource, job: ShardJob, temporary: Path) -> tuple[list[int], list[Rejected], int]:
-    labels: list[int] = []
+def _write_tar(
+    source: ImageSource, job: ShardJob, temporary: Path
+) -> tuple[list[IndexEntry], list[Rejected]]:
+    entries: list[IndexEntry] = []
     rejected: list[Rejected] = []
     with webdataset.ShardWriter(
         f"{job.split}-%06d.tar",
@@ -260,12 +275,16 @@ def _write_tar(source: ImageSource, job: ShardJob, temporary: Path) -> tuple[lis
             if isinstance(sample, Rejected):
                 rejected.append(sample)
                 continue
-            members: dict[str, Any] = {"__key__": sample.key, **sample.members}
+            members = dict(sample.members)
             if sample.label is not None:
                 members["cls"] = str(sample.label).encode()
-                labels.append(sample.label)
-            writer.write(members)
-    return labels, rejected, len(job.indices) - len(rejected)
+            # The writer puts members in the order of their names.
+            encoded = EncodedSample(sample.key, {suffix: members[suffix] for suffix in sorted(members)})
+            offset = writer.tarstream.tarstream.offset
+            label = -1 if sample.label is None else sample.label
+            entries.append((offset, checksum_of(encoded), label))
+            writer.write({"__key__": sample.key, **encoded.members})
+    return entries, rejected
 
 
 def _find_record(job: ShardJob) -> ShardRecord | None:
@@ -298,14 +317,14 @@ def _build_manifest(
         raise DataError(
             f"all {len(source)} images of split {split!r} were left out; the first: {rejected[0]}"
         )
-    counts = Counter(label for record in records for label in record.labels)
+    counts = Counter(label for record in records for _, _, label in record.index)
     return Manifest(
         split=split,
         shards=shards,
         classes=source.classes,
         images_per_class=tuple(counts[index] for index in range(len(source.classes))),
         directory=directory,
-        labels_path=f"{split}.labels" if source.classes else "",
+        index_path=f"{split}.index",
         notes={"left_out": dict(Counter(item.kind for item in rejected))},
     )
 

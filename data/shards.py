@@ -11,11 +11,17 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 MANIFEST_NAME = "manifest.json"
 _SCHEMA = 1
+# Where a sample starts in its tar, the CRC-32 of its members, and its class index or -1.
+INDEX_DTYPE = np.dtype([("offset", "<i8"), ("checksum", "<u4"), ("label", "<i4")])
 
 
 class DataError(ValueError):
@@ -57,7 +63,9 @@ class Manifest:
         classes: class names in index order; empty where the images carry no labels.
         images_per_class: number of images of each class, in the same order.
         directory: the folder in which the tars lie.
-        labels_path: file of one little-endian int32 label a sample, relative to the folder; empty if there is none.
+        index_path: file of `INDEX_DTYPE`, one entry for every sample of the tars, relative to the folder; empty if
+            there is none.
+        notes: how the split was made; for people.
     """
 
     split: str
@@ -65,7 +73,7 @@ class Manifest:
     classes: tuple[str, ...] = ()
     images_per_class: tuple[int, ...] = ()
     directory: str = ""
-    labels_path: str = ""
+    index_path: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,6 +87,11 @@ class Manifest:
         parts = [(shard.name, shard.samples, shard.sha256, shard.ordinals) for shard in self.shards]
         canonical = json.dumps([self.split, parts, list(self.classes)], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    @property
+    def first_ids(self) -> tuple[int, ...]:
+        """The sample id of each shard's first sample, and one past the last id: ids number every sample of the tars."""
+        return tuple(accumulate((shard.samples for shard in self.shards), initial=0))
 
     def path_of(self, shard: Shard) -> str:
         """Returns the shard's path or address."""
@@ -144,7 +157,7 @@ def _split_from_dict(values: dict[str, Any], directory: str, split: str, where: 
             classes=tuple(values["classes"]),
             images_per_class=tuple(values["images_per_class"]),
             directory=directory,
-            labels_path=values.get("labels_path", ""),
+            index_path=values.get("index_path", ""),
             notes=values.get("notes", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -181,6 +194,25 @@ def manifest_to_json(manifests: Sequence[Manifest]) -> str:
                 del shard["ordinals"]
         splits[manifest.split] = values
     return json.dumps({"schema": _SCHEMA, "splits": splits}, indent=1) + "\n"
+
+
+def load_index(manifest: Manifest) -> NDArray[Any] | None:
+    """Returns a split's `INDEX_DTYPE` entries, mapped into memory; None where nobody wrote them.
+
+    Raises:
+        DataError: the index is of another set of shards.
+    """
+    path = Path(manifest.directory) / manifest.index_path
+    if not manifest.index_path or not path.is_file():
+        return None
+    expected = manifest.first_ids[-1]
+    if path.stat().st_size != expected * INDEX_DTYPE.itemsize:
+        raise DataError(
+            f"{path} has {path.stat().st_size} bytes; expected {expected * INDEX_DTYPE.itemsize}, "
+            f"{INDEX_DTYPE.itemsize} a sample; write it again with python -m data.verify_shards "
+            f"{manifest.directory} --write"
+        )
+    return np.memmap(path, dtype=INDEX_DTYPE, mode="r")
 
 
 def check_shard_files(manifest: Manifest) -> None:
