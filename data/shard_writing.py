@@ -14,9 +14,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.random_numbers import draw_permutation, hash_key
@@ -29,6 +31,7 @@ from data.shards import (
     Shard,
     load_manifest,
     manifest_to_json,
+    split_names,
 )
 
 logger = logging.getLogger(__name__)
@@ -166,22 +169,25 @@ def write_split(
             progress.update()
     ordered = [records[job.name] for job in jobs]
     manifest = _build_manifest(source, split, directory, ordered)
-    save_manifest(manifest, ordered)
+    entries = [tuple(entry) for record in ordered for entry in record.index]
+    save_index(manifest, np.array(entries, dtype=INDEX_DTYPE))
+    save_manifest(manifest)
     _remove_stale_shards(directory, split, {job.name for job in jobs})
     return manifest, [rejected for record in ordered for rejected in record.rejected]
 
 
-def save_manifest(manifest: Manifest, records: Sequence[ShardRecord] = ()) -> None:
-    """Writes a split into its folder's `manifest.json`, beside the other splits; its index first."""
+def save_index(manifest: Manifest, index: NDArray[Any]) -> None:
+    """Writes a split's `INDEX_DTYPE` entries beside its shards."""
+    write_whole(Path(manifest.directory) / manifest.index_path, index.astype(INDEX_DTYPE).tobytes())
+
+
+def save_manifest(manifest: Manifest) -> None:
+    """Writes a split into its folder's `manifest.json`, beside the other splits."""
     directory = Path(manifest.directory)
-    if records:
-        entries = [tuple(entry) for record in records for entry in record.index]
-        index = np.array(entries, dtype=INDEX_DTYPE)
-        write_whole(directory / manifest.index_path, index.tobytes())
     splits = {manifest.split: manifest}
     path = directory / MANIFEST_NAME
     if path.is_file():
-        for name in json.loads(path.read_bytes()).get("splits", {}):
+        for name in split_names(str(directory)):
             splits.setdefault(name, load_manifest(str(directory), name))
     write_whole(path, manifest_to_json([splits[name] for name in sorted(splits)]).encode())
 

@@ -116,6 +116,20 @@ def load_manifest(directory: str, split: str) -> Manifest:
     Raises:
         DataError: no such folder or manifest, an unreadable one, or no such split in it.
     """
+    splits = _read_splits(directory)
+    where = join_address(directory, MANIFEST_NAME)
+    if split not in splits:
+        known = ", ".join(sorted(splits)) or "none"
+        raise DataError(f"data.split is {split!r}; expected one of {where}: {known}; set data.split")
+    return _split_from_dict(splits[split], directory, split, where)
+
+
+def split_names(directory: str) -> list[str]:
+    """Returns the names of the splits in a folder's manifest, sorted; see `load_manifest`."""
+    return sorted(_read_splits(directory))
+
+
+def _read_splits(directory: str) -> dict[str, Any]:
     path = Path(directory) / MANIFEST_NAME
     if not Path(directory).is_dir():
         raise DataError(
@@ -127,25 +141,14 @@ def load_manifest(directory: str, split: str) -> Manifest:
             f"{directory} has no {MANIFEST_NAME}; expected one beside the shards; write it with "
             f"python -m data.verify_shards {directory} --write"
         )
-    return parse_manifest(path.read_bytes(), directory, split)
-
-
-def parse_manifest(content: bytes, directory: str, split: str) -> Manifest:
-    """Returns one split out of a manifest's bytes; see `load_manifest`."""
-    where = join_address(directory, MANIFEST_NAME)
     try:
-        document = json.loads(content)
-        splits = document["splits"]
-        if document["schema"] != _SCHEMA:
-            raise DataError(f"{where} has schema {document['schema']}; expected {_SCHEMA}; write it again")
+        document = json.loads(path.read_bytes())
+        schema, splits = document["schema"], dict(document["splits"])
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{where} cannot be read ({type(error).__name__}); write it again") from error
-    if split not in splits:
-        known = ", ".join(sorted(splits)) or "none"
-        raise DataError(f"data.split is {split!r}; expected one of {where}: {known}; set data.split")
-    return _split_from_dict(splits[split], directory, split, where)
+        raise DataError(f"{path} cannot be read ({type(error).__name__}); write it again") from error
+    if schema != _SCHEMA:
+        raise DataError(f"{path} has schema {schema}; expected {_SCHEMA}; write it again")
+    return splits
 
 
 def _split_from_dict(values: dict[str, Any], directory: str, split: str, where: str) -> Manifest:
