@@ -1,10 +1,13 @@
-"""Responsibilities: tempered posteriors over the prototypes, in log space and in place."""
+"""Responsibilities: tempered posteriors over the prototypes, in log space and in place.
+
+Where each rank holds a range of the prototypes (`across`), row maxima and sums run over all ranks' ranges.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+from prototypes.statistics import Collectives
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -12,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def normalise_responsibilities_(
-    log_joint: Float[Tensor, "N K"], beta: float = 1.0, penalty: Float[Tensor, " K"] | None = None
+    log_joint: Float[Tensor, "N K"],
+    beta: float = 1.0,
+    penalty: Float[Tensor, " K"] | None = None,
+    across: Collectives | None = None,
 ) -> Float[Tensor, "N K"]:
     """Turns log joint densities into responsibilities, in place, and returns them.
 
@@ -24,13 +30,26 @@ def normalise_responsibilities_(
         log_joint: log rho, fp32; overwritten.
         beta: inverse temperature, > 0.
         penalty: subtracted from the tempered logits, for balanced responsibilities.
+        across: collectives where K is this rank's range only; then collective, waited for twice.
     """
     if beta != 1.0:
         log_joint.mul_(beta)
     if penalty is not None:
         log_joint.sub_(penalty)
-    log_joint.sub_(log_joint.amax(dim=1, keepdim=True)).exp_()
-    return log_joint.div_(log_joint.sum(dim=1, keepdim=True))
+    log_joint.sub_(_row_max(log_joint, across)).exp_()
+    return log_joint.div_(_row_sum(log_joint, across))
+
+
+def assign_hard_(
+    log_joint: Float[Tensor, "N K"],
+    penalty: Float[Tensor, " K"] | None = None,
+    across: Collectives | None = None,
+) -> Float[Tensor, "N K"]:
+    """Turns logits into one-hot responsibilities of the row maximum, in place; ties are shared."""
+    if penalty is not None:
+        log_joint.sub_(penalty)
+    log_joint.copy_(log_joint == _row_max(log_joint, across))
+    return log_joint.div_(_row_sum(log_joint, across))
 
 
 def keep_largest_(responsibilities: Float[Tensor, "N K"], number: int) -> Float[Tensor, "N K"]:
@@ -47,12 +66,30 @@ class AssignmentProbe(NamedTuple):
     log_perplexity: Tensor
 
 
-def probe_assignments(log_joint: Float[Tensor, "N K"], beta: float) -> AssignmentProbe:
+def probe_assignments(
+    log_joint: Float[Tensor, "N K"], beta: float, across: Collectives | None = None
+) -> AssignmentProbe:
     """Returns sums over rows of log p(h) at beta = 1 and of the entropy of the tempered posterior.
 
     Before the batch has moved the mixture, log p(h) is a held-out log-likelihood.
     """
-    log_likelihood = torch.logsumexp(log_joint, dim=1)
-    log_posterior = torch.log_softmax(beta * log_joint, dim=1)
-    log_perplexity = -(log_posterior.exp() * log_posterior).sum(dim=1)
+    log_likelihood = _log_normaliser(log_joint, across)
+    tempered = beta * log_joint
+    log_posterior = tempered - _log_normaliser(tempered, across)
+    log_perplexity = -_row_sum(log_posterior.exp() * log_posterior, across)
     return AssignmentProbe(log_likelihood.sum(), log_perplexity.sum())
+
+
+def _row_max(values: Float[Tensor, "N K"], across: Collectives | None) -> Float[Tensor, "N 1"]:
+    largest = values.amax(dim=1, keepdim=True)
+    return largest if across is None else across.start_gather(largest).wait().amax(dim=0)
+
+
+def _row_sum(values: Float[Tensor, "N K"], across: Collectives | None) -> Float[Tensor, "N 1"]:
+    total = values.sum(dim=1, keepdim=True)
+    return total if across is None else across.start_sum(total).wait()
+
+
+def _log_normaliser(values: Float[Tensor, "N K"], across: Collectives | None) -> Float[Tensor, "N 1"]:
+    largest = _row_max(values, across)
+    return largest + _row_sum((values - largest).exp(), across).log()

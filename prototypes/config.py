@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Mode = Literal["full", "joint", "frozen_random"]
+Mode = Literal["full", "joint", "joint_kp", "frozen_random"]
 EstimatorName = Literal["gmm_diag"]
 
 
@@ -165,6 +165,69 @@ class InitialisationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SynchronizationConfig:
+    """How ranks share one step's observations.
+
+    Attributes:
+        method: "all_reduce" (sum the statistics; the default at every K), "all_gather" (gather the rows, every
+            rank computes everything), "sharded" (gather the rows, each rank computes the statistics of its
+            range of prototypes) or "auto" (the cost rule decides once; the checkpoint keeps the choice).
+        reduction: "fp32", "fp64" (sums in double precision) or "fixed_order" (bitwise independent of the
+            number of ranks: rows gathered and sorted; needs "all_gather").
+        bandwidth_gb_per_s: effective bandwidth between ranks that the cost rule assumes.
+        overlap_ms: time of the student's forward pass, behind which the rule assumes an exchange to hide.
+    """
+
+    method: Literal["all_reduce", "all_gather", "sharded", "auto"] = "all_reduce"
+    reduction: Literal["fp32", "fp64", "fixed_order"] = "fp32"
+    bandwidth_gb_per_s: float = 46.0
+    overlap_ms: float = 50.0
+
+    def __post_init__(self) -> None:
+        key = "prototypes.gmm.synchronization"
+        _require(
+            self.reduction != "fixed_order" or self.method == "all_gather",
+            f"{key}.method",
+            self.method,
+            "all_gather with reduction=fixed_order",
+        )
+        _require(
+            self.reduction != "fp64" or self.method == "all_reduce",
+            f"{key}.method",
+            self.method,
+            "all_reduce with reduction=fp64",
+        )
+        _require(self.bandwidth_gb_per_s > 0, f"{key}.bandwidth_gb_per_s", self.bandwidth_gb_per_s, "above 0")
+        _require(self.overlap_ms >= 0, f"{key}.overlap_ms", self.overlap_ms, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevivalConfig:
+    """What happens to starved and duplicate components.
+
+    Attributes:
+        method: "off" (the paper), "split" (next to the heaviest, widest component) or "reseed" (to the rows
+            farthest from every prototype).
+        interval_steps: steps between two events.
+        max_share: largest share of K moved in one event.
+        duplicate_distance: cosine distance below which a mean counts as a duplicate; 0 looks for none.
+    """
+
+    method: Literal["off", "split", "reseed"] = "off"
+    interval_steps: int = 500
+    max_share: float = 0.01
+    duplicate_distance: float = 0.025
+
+    def __post_init__(self) -> None:
+        key = "prototypes.gmm.revival"
+        _require(self.interval_steps >= 1, f"{key}.interval_steps", self.interval_steps, "at least 1")
+        _require(0 < self.max_share <= 1, f"{key}.max_share", self.max_share, "above 0 and at most 1")
+        _require(
+            0 <= self.duplicate_distance < 2, f"{key}.duplicate_distance", self.duplicate_distance, "0 to 2"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class GmmConfig:
     """The online mixture of the mode `full`.
 
@@ -183,6 +246,9 @@ class GmmConfig:
         variance: floor and shrinkage.
         init: how the means start.
         balance: strength with which the log of the running usage is subtracted from the logits; 0 is off.
+        largest: responsibilities kept per row, the others become 0; 0 keeps all.
+        synchronization: how ranks share their observations.
+        revival: what happens to starved and duplicate components.
     """
 
     input: Literal["l2", "raw"] = "l2"
@@ -198,8 +264,18 @@ class GmmConfig:
     variance: VarianceConfig = field(default_factory=VarianceConfig)
     init: InitialisationConfig = field(default_factory=InitialisationConfig)
     balance: float = 0.0
+    largest: int = 0
+    synchronization: SynchronizationConfig = field(default_factory=SynchronizationConfig)
+    revival: RevivalConfig = field(default_factory=RevivalConfig)
 
     def __post_init__(self) -> None:
+        _require(self.largest >= 0, "prototypes.gmm.largest", self.largest, "at least 0")
+        _require(
+            self.largest == 0 or self.synchronization.method in ("all_reduce", "all_gather"),
+            "prototypes.gmm.largest",
+            self.largest,
+            "0 with synchronization.method sharded or auto",
+        )
         _require(
             0 < self.uniform_rate < 1, "prototypes.gmm.uniform_rate", self.uniform_rate, "between 0 and 1"
         )

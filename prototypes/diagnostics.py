@@ -49,13 +49,6 @@ def count_unique(
     return {eps: len(greedy_leader_index(prototypes, eps)) for eps in thresholds}
 
 
-def greedy_leaders(
-    rows: Float[Tensor, "N P"], eps: float, leaders: Float[Tensor, "M P"] | None = None
-) -> Float[Tensor, "L P"]:
-    """Returns the rows at cosine distance >= eps from `leaders` and from each other, greedily, in order."""
-    return rows[greedy_leader_index(rows, eps, leaders)]
-
-
 @torch.no_grad()
 def greedy_leader_index(
     rows: Float[Tensor, "N P"], eps: float, leaders: Float[Tensor, "M P"] | None = None
@@ -115,7 +108,7 @@ class UsageCounter:
         self.hits = torch.zeros(num_prototypes, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, rows: Float[Tensor, "... Q"], prototypes: Float[Tensor, "K Q"]) -> None:
+    def update(self, rows: Float[Tensor, "*batch Q"], prototypes: Float[Tensor, "K Q"]) -> None:
         """Adds the argmax of rows . prototypes for every row, a chunk of prototypes at a time.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,6 +19,25 @@ Role = Literal["student", "teacher"]
 LogitKind = Literal["dot", "cosine", "posterior"]
 
 STATE_SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimatorContext:
+    """What an estimator needs to know of the run.
+
+    Attributes:
+        seed: the run's seed; every rank builds the same state from it.
+        num_observations_per_epoch: teacher rows in one epoch over all ranks, V_t * images.
+        total_steps: optimizer steps of the whole training; schedules run over them.
+        rows_per_rank: teacher rows that one rank observes in one step, for the cost rule.
+        collectives: the exchange between ranks.
+    """
+
+    seed: int
+    num_observations_per_epoch: int
+    total_steps: int
+    rows_per_rank: int = 128
+    collectives: Collectives = field(default_factory=Collectives)
 
 
 @dataclass
@@ -108,12 +127,12 @@ class PrototypeEstimator(nn.Module, ABC):
 
     def logit_operands(
         self,
-        projections: Float[Tensor, "... P"],
+        projections: Float[Tensor, "*batch P"],
         role: Role,
         learned: Float[Tensor, "K P"] | None = None,
         kind: LogitKind = "dot",
         temperature: float = 1.0,
-    ) -> tuple[Float[Tensor, "... Q"], Float[Tensor, "K Q"]]:
+    ) -> tuple[Float[Tensor, "*batch Q"], Float[Tensor, "K Q"]]:
         """Returns (rows, columns) with logits = rows @ columns.T: what the objective takes.
 
         Args:
@@ -193,11 +212,7 @@ class PrototypeEstimator(nn.Module, ABC):
                 f"the state of the prototypes does not fit: {problem}; resume with the configuration it was "
                 "written with, or set run.resume=false"
             )
-        self._drop_candidate()
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def _drop_candidate(self) -> None:
-        """Forgets what was observed and committed since the last `accept`."""
 
     def _find_state_problem(self, state_dict: Any) -> str | None:
         identity = state_dict.get("_extra_state")
@@ -228,6 +243,7 @@ def build_estimator(
     total_steps: int,
     rank: int = 0,
     world_size: int = 1,
+    rows_per_rank: int = 128,
     reduce_sum: ReduceSum | None = None,
     gather: Gather | None = None,
     device: torch.device | str = "cpu",
@@ -243,6 +259,7 @@ def build_estimator(
         total_steps: optimizer steps of the whole training; schedules run over them.
         rank: this process's rank.
         world_size: number of ranks.
+        rows_per_rank: teacher rows that one rank observes in one step; the cost rule's only use.
         reduce_sum: asynchronous in-place all-reduce(SUM); required for more than one rank.
         gather: asynchronous all-gather of equal shapes to [world_size, ...]; None builds it on `reduce_sum`.
         device: where the state lives.
@@ -250,20 +267,26 @@ def build_estimator(
     Raises:
         ValueError: more than one rank without `reduce_sum`.
     """
-    from prototypes import gmm, learned
+    from prototypes import learned
 
-    collectives = Collectives(rank=rank, world_size=world_size, reduce_sum=reduce_sum, gather=gather)
+    context = EstimatorContext(
+        seed=seed,
+        num_observations_per_epoch=num_observations_per_epoch,
+        total_steps=total_steps,
+        rows_per_rank=rows_per_rank,
+        collectives=Collectives(rank=rank, world_size=world_size, reduce_sum=reduce_sum, gather=gather),
+    )
     estimator: PrototypeEstimator
-    if config.mode == "joint":
-        estimator = learned.JointEstimator(config, seed=seed)
+    if config.mode in ("joint", "joint_kp"):
+        estimator = learned.JointEstimator(config, context)
     elif config.mode == "frozen_random":
-        estimator = learned.FrozenRandomEstimator(config, seed=seed)
+        estimator = learned.FrozenRandomEstimator(config, context)
     else:
-        estimator = gmm.DiagonalGmm(
-            config,
-            seed=seed,
-            num_observations_per_epoch=num_observations_per_epoch,
-            total_steps=total_steps,
-            collectives=collectives,
-        )
+        estimator = _build_mixture(config, context)
     return estimator.to(device)
+
+
+def _build_mixture(config: PrototypesConfig, context: EstimatorContext) -> PrototypeEstimator:
+    from prototypes import gmm
+
+    return gmm.DiagonalGmm(config, context)

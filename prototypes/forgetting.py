@@ -10,18 +10,29 @@ import torch
 from prototypes.config import GmmConfig, MemoryConfig
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
 MIN_MASS = 1e-6
 """Responsibility below which a component counts as unvisited: fp32 means of less mass are noise."""
 
 
+_COUNT_FLOOR = 1e-8
+"""Smallest count that uniform forgetting divides by; below it a mean shrinks to zero."""
+
+
 class Forgetting(NamedTuple):
-    """What a batch does to each component: `rate` rho_k of the update, `counts` n_k afterwards."""
+    """What a batch does to each component.
+
+    Attributes:
+        rate: rho_k of the update, 0 where the component was not visited.
+        counts: n_k afterwards.
+        shrink: factor of the means, or None for 1: uniform forgetting lets S1 / max(S0, floor) go to zero.
+    """
 
     rate: Tensor
     counts: Tensor
+    shrink: Tensor | None = None
 
 
 def derive_memory(config: MemoryConfig, num_observations_per_epoch: int, num_prototypes: int) -> float:
@@ -53,7 +64,7 @@ def forget(
     w_k > 0. The simple gain replaces Omega_k by w_k. With `responsibility_scale: mean` the exponent is
     w_k / N, which freezes a large codebook (kept to show it). Uniform forgetting (the ablation)::
 
-        n_k' = (1 - eta) n_k + w_k;  rho_k = w_k / n_k'
+        n_k' = (1 - eta) n_k + w_k;  rho_k = w_k / n_k';  mu_k = S1_k / max(n_k, 1e-8)
 
     Args:
         config: forgetting, gain and scale.
@@ -64,8 +75,7 @@ def forget(
     """
     visited = mass > MIN_MASS
     if config.forgetting == "uniform":
-        new_counts = (1 - config.uniform_rate) * counts + mass
-        return Forgetting(torch.where(visited, mass / new_counts.clamp_min(1e-30), 0.0), new_counts)
+        return _forget_uniformly(config.uniform_rate, counts, mass, visited, total_mass)
     exponent = mass if config.responsibility_scale == "sum" else mass / total_mass.clamp_min(1.0)
     # 1 - lambda^w without the cancellation of 1 - exp(-small)
     forgotten = -torch.expm1(exponent * math.log1p(-1.0 / memory))
@@ -74,3 +84,17 @@ def forget(
     new_counts = counts + (gain - forgotten * counts)
     rate = torch.where(visited, gain / new_counts, 0.0)
     return Forgetting(rate, torch.where(visited, new_counts, counts))
+
+
+def _forget_uniformly(
+    forgotten: float,
+    counts: Float[Tensor, " K"],
+    mass: Float[Tensor, " K"],
+    visited: Bool[Tensor, " K"],
+    total_mass: Float[Tensor, ""],
+) -> Forgetting:
+    new_counts = torch.where(total_mass > 0, (1 - forgotten) * counts + mass, counts)
+    rate = torch.where(visited, mass / new_counts.clamp_min(_COUNT_FLOOR), 0.0)
+    kept = new_counts / counts.clamp_min(torch.finfo(counts.dtype).tiny)
+    shrink = torch.where(new_counts < _COUNT_FLOOR, kept.clamp_max(1.0), 1.0)
+    return Forgetting(rate, new_counts, shrink)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prototypes.mixture import OnlineMixture
+from prototypes.online_em import OnlineMixture
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int64
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -26,24 +26,29 @@ class DiagonalGmm(OnlineMixture):
 
     name = "gmm_diag"
 
+    variances: Tensor
+
     @property
-    def num_moments(self) -> int:  # type: ignore[override]
-        """Columns of the statistics: first and second moments."""
+    def num_statistics(self) -> int:
+        """First and second moments, 2 P columns."""
         return 2 * self.dim
 
     def family_tables(self) -> dict[str, Tensor]:
         """Returns `variances` [K, P], ones until the first batch is known."""
-        self.variances: Tensor
         return {"variances": torch.ones(self.num_prototypes, self.dim)}
 
     def reset_components(self) -> None:
         """Every component starts with the variance of the rows."""
         self.variances.copy_(self.row_covariance.diagonal())
 
-    def reset_moments(self) -> None:
-        """Undoes `reset_components` too."""
-        super().reset_moments()
-        self.variances.fill_(1.0)
+    def component_variances(self) -> Float[Tensor, "K P"]:
+        """Returns the variances of all components."""
+        return self.variances
+
+    def restart_components_(self, index: Int64[Tensor, " R"]) -> None:
+        """Restarts components with the rows' variance; see the base class."""
+        super().restart_components_(index)
+        self.variances[index] = self.row_covariance.diagonal()
 
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
         """Returns [h, h*h]."""
@@ -52,7 +57,7 @@ class DiagonalGmm(OnlineMixture):
     def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k F"], Float[Tensor, " k"]]:
         """Returns ([mu/v, -1/(2v)], -1/2 sum_d [mu^2/v + log 2 pi v]) with mu shifted by m."""
         variances = self.shrunk_variances(chunk)
-        means = self.means[chunk] - self._reference()
+        means = self.means[chunk] - self.reference()
         theta = torch.empty(len(means), 2 * self.dim, device=means.device)
         linear, quadratic = theta.split(self.dim, dim=1)
         torch.div(means, variances, out=linear)
@@ -69,11 +74,11 @@ class DiagonalGmm(OnlineMixture):
         return torch.lerp(self.variances[chunk], self.row_covariance.diagonal(), weight)
 
     def centre_statistics_(
-        self, chunk: slice, mass: Float[Tensor, " k"], moments: Float[Tensor, "k F"]
+        self, chunk: slice, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k F"]
     ) -> None:
         """Replaces S1, S2 by T1 = S1 - w mu, T2 = S2 - 2 mu S1 + w mu^2 with mu shifted by m, in place."""
-        means = self.means[chunk] - self._reference()
-        first, second = moments.split(self.dim, dim=1)
+        means = self.means[chunk] - self.reference()
+        first, second = statistics.split(self.dim, dim=1)
         weighted = mass[:, None] * means
         # S2 - mu (2 S1 - w mu) before S1 is overwritten
         second.sub_(means.mul_((2 * first).sub_(weighted)))
@@ -84,13 +89,13 @@ class DiagonalGmm(OnlineMixture):
         chunk: slice,
         rate: Float[Tensor, " k"],
         mass: Float[Tensor, " k"],
-        moments: Float[Tensor, "k F"],
+        statistics: Float[Tensor, "k F"],
     ) -> None:
         """Moves means and variances by the rate rho_k, exactly as S/S0 and S2/S0 - mu^2 would.
 
         mu  <- mu + rho T1/w;    var <- (1 - rho) var + rho T2/w - rho^2 (T1/w)^2,   floored
         """
-        first, second = moments.split(self.dim, dim=1)
+        first, second = statistics.split(self.dim, dim=1)
         scale = torch.where(rate > 0, rate / mass.clamp_min(1e-30), 0.0)[:, None]
         means, variances = self._candidate["means"][chunk], self._candidate["variances"][chunk]
         step = torch.mul(first, scale, out=means)

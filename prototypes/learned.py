@@ -8,17 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from prototypes.config import PrototypesConfig
-from prototypes.estimator import PrototypeEstimator, Role
-from prototypes.partitions import make_generator
+from prototypes.estimator import EstimatorContext, PrototypeEstimator, Role
+from prototypes.initialisation import draw_unit_vectors
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-
-def draw_unit_vectors(num_prototypes: int, dim: int, seed: int) -> Float[Tensor, "K P"]:
-    """Returns random directions, uniform on the sphere, fp32: a pure function of its arguments."""
-    rows = torch.randn(num_prototypes, dim, generator=make_generator("prototypes", seed))
-    return nn.functional.normalize(rows, dim=1)
 
 
 class LearnedPrototypes(nn.Module):
@@ -43,9 +37,9 @@ class JointEstimator(PrototypeEstimator):
 
     name = "joint"
 
-    def __init__(self, config: PrototypesConfig, *, seed: int) -> None:
+    def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
         super().__init__(config)
-        self.seed = seed
+        self.seed = context.seed
 
     def build_learned(self) -> nn.Module:
         """Returns the trainable prototypes."""
@@ -63,10 +57,10 @@ class FrozenRandomEstimator(PrototypeEstimator):
 
     name = "frozen_random"
 
-    def __init__(self, config: PrototypesConfig, *, seed: int) -> None:
+    def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
         super().__init__(config)
         self.means: Tensor
-        self.register_buffer("means", draw_unit_vectors(self.num_prototypes, self.dim, seed))
+        self.register_buffer("means", draw_unit_vectors(self.num_prototypes, self.dim, context.seed))
 
     def prototypes(self, role: Role, learned: Float[Tensor, "K P"] | None = None) -> Float[Tensor, "K P"]:
         """Returns the fixed directions."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
@@ -81,7 +81,7 @@ class Collectives:
         slots[self.rank] = tensor
         return _Reshaped(self.start_sum(slots), tuple(slots.shape))
 
-    def gather_rows(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "M P"]:
+    def gather_rows(self, rows: Float[Tensor, "N F"]) -> Float[Tensor, "M F"]:
         """Returns all ranks' rows in rank order, whose numbers may differ. Collective, waits twice."""
         if self.world_size == 1:
             return rows
@@ -93,31 +93,40 @@ class Collectives:
         return torch.cat([gathered[rank, :number] for rank, number in enumerate(counts)])
 
 
-@dataclass
 class FlatStatistics:
-    """Named views of one contiguous buffer, so that one collective moves them all.
+    """The sufficient statistics of one step: named views of one buffer, so that one collective moves all.
+
+    Allocated once and overwritten every step.
 
     Attributes:
-        shapes: shape of each view.
         flat: the buffer, fp32.
-        views: view of each name.
+        mass: w_k, summed responsibilities [K].
+        moments: S_k = sum_i gamma_ik f(h_i) [K, F], centred before the exchange.
+        tail: everything that is not indexed by K (row counts, probes, moments of rows and inputs), flat.
+        sums: named views of the tail.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
-    device: torch.device
-    flat: Tensor = field(init=False)
-    views: dict[str, Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        sizes = [prod(shape) for shape in self.shapes.values()]
-        self.flat = torch.zeros(sum(sizes), device=self.device)
-        parts = self.flat.split(sizes)
-        self.views = {
-            name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+    def __init__(self, num_prototypes: int, num_moments: int, dim: int, device: torch.device) -> None:
+        shapes = {
+            "mass": (num_prototypes,),
+            "moments": (num_prototypes, num_moments),
+            "sum_weight": (),
+            "num_bad": (),
+            "num_probed": (),
+            "log_likelihood": (),
+            "log_perplexity": (),
+            "sum_rows": (dim,),
+            "sum_outer": (dim, dim),
+            "sum_inputs": (dim,),
+            "sum_input_squares": (dim,),
         }
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.views[name]
+        sizes = [prod(shape) for shape in shapes.values()]
+        self.flat = torch.zeros(sum(sizes), device=device)
+        parts = self.flat.split(sizes)
+        views = [part.view(shape) for part, shape in zip(parts, shapes.values(), strict=True)]
+        self.mass, self.moments = views[:2]
+        self.tail = self.flat[sum(sizes[:2]) :]
+        self.sums = dict(zip(list(shapes)[2:], views[2:], strict=True))
 
 
 def drop_non_finite(
@@ -152,26 +161,3 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         cuda.fp32_precision, cpu.fp32_precision = previous
-
-
-def merge_moments(
-    mean: Float[Tensor, "..."],
-    variance: Float[Tensor, "..."],
-    shift: Float[Tensor, "..."],
-    spread: Float[Tensor, "..."],
-    rate: Float[Tensor, ""],
-) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """Returns the running mean and (co)variance after a batch with weight `rate`.
-
-    mean' = mean + r s;  variance' = (1 - r) variance + r E[(x - mean)^2] - r^2 s^2, with s = E[x - mean]: no
-    difference of large squares, exact for any rate.
-
-    Args:
-        mean: running mean.
-        variance: running variance (same shape) or covariance (one axis more).
-        shift: batch mean of x - mean.
-        spread: batch mean of (x - mean)^2, or of its outer product.
-        rate: weight of the batch, 0 to 1.
-    """
-    square = shift * shift if variance.shape == mean.shape else torch.outer(shift, shift)
-    return mean + rate * shift, variance + rate * (spread - variance) - rate * rate * square

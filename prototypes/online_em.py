@@ -1,0 +1,366 @@
+"""Online EM: when a mixture observes, commits, and takes or drops a step.
+
+One step reads Psi^{t-1}, moves the sufficient statistics of the batch across ranks, and writes Psi^t into a
+candidate, whose prototypes the encoder's loss then uses (Arteaga et al. 2026, section 3: the prototypes
+first, the encoder against them).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from prototypes import initialisation, moments
+from prototypes.annealing import CRITICAL_REFRESH_STEPS, Annealing, compute_critical_beta
+from prototypes.assignments import probe_assignments
+from prototypes.config import PrototypesConfig
+from prototypes.estimator import EstimatorContext, Observation, Role
+from prototypes.exchange import Exchange, choose_method
+from prototypes.forgetting import forget
+from prototypes.initialisation import Collected
+from prototypes.mixing import update_mixing_weights, update_usage
+from prototypes.mixture import Mixture, iterate_chunks
+from prototypes.revival import find_starved, revive_
+from prototypes.statistics import Collectives, FlatStatistics, drop_non_finite, full_precision
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+LOGITS_BYTES = 256 * 2**20
+_PROBED_ROWS = 64
+_TRACED_COMPONENTS = 1024
+_ZERO_NORM = 1e-3
+
+
+class OnlineMixture(Mixture):
+    """A mixture that follows the features, step by step.
+
+    A second set of the tables holds the candidate; `accept` swaps the two, `discard` leaves them. The
+    statistics, the logits and the published prototypes are buffers allocated once.
+    """
+
+    traced_means: Tensor
+
+    def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
+        super().__init__(config, context)
+        self.is_initialised = False
+        self.collected = Collected()
+        self.register_buffer("traced_means", self._traced(self.means).clone())
+        self._use_method(
+            choose_method(
+                self.gmm.synchronization,
+                num_prototypes=self.num_prototypes,
+                dim=self.dim,
+                rows_per_rank=context.rows_per_rank,
+                world_size=context.collectives.world_size,
+            )
+        )
+        self._candidate: dict[str, Tensor] = {}
+        self._next_scalars: dict[str, Any] | None = None
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._num_bad = 0
+        self._moments_known = False
+        self._statistics: FlatStatistics | None = None
+        self._logits: Tensor | None = None
+        self._published: Tensor | None = None
+        self._is_published = False
+        self._last: dict[str, Tensor] = {}
+        self._last_rows: Tensor | None = None
+
+    # ---------------------------------------------------------------- one step
+
+    @torch.no_grad()
+    def observe(
+        self,
+        projections: Float[Tensor, "N P"],
+        weight: Float[Tensor, " N"] | None = None,
+        group: Int64[Tensor, " N"] | None = None,
+        is_last: bool = True,
+    ) -> Observation:
+        """Keeps the rows; on the last micro-batch runs the E-step and starts the exchange. Collective.
+
+        Rows of all micro-batches go through one E-step with the state of the previous step, so A
+        micro-batches of B rows are one batch of A B rows. `group` does not enter a mixture's
+        responsibilities, which are per row.
+        """
+        del group
+        rows, kept_weight, num_bad = drop_non_finite(projections.detach().float(), weight)
+        self._held.append((rows, rows.new_ones(len(rows)) if kept_weight is None else kept_weight.float()))
+        self._num_bad += num_bad
+        if not is_last:
+            return Observation()
+        with full_precision(self.means.device):
+            return self._observe_all()
+
+    def _observe_all(self) -> Observation:
+        inputs = torch.cat([rows for rows, _ in self._held])
+        weight = torch.cat([weights for _, weights in self._held])
+        inputs, weight = self.exchange.share_rows(inputs, weight)
+        if not self.is_initialised:
+            self._initialise_moments(inputs, weight)
+        rows = self.preprocess(inputs)
+        statistics = self._make_room(len(rows))
+        is_collecting = initialisation.is_collecting(
+            self.gmm.init, self.step, self.context.total_steps, self.num_prototypes, self.collected
+        )
+        if is_collecting:
+            statistics.flat.zero_()
+        else:
+            self._accumulate(rows, weight, statistics)
+        statistics.sums["sum_weight"].copy_(weight.sum())
+        moments.accumulate_moments_(statistics.sums, inputs, rows, weight, self._moments())
+        handle = self.exchange.start(statistics, self._num_bad)
+        self._last_rows = rows if self.gmm.revival.method == "reseed" else None
+        return Observation(handle, self._gather_if_local(rows) if is_collecting else None)
+
+    @torch.no_grad()
+    def commit(self, observation: Observation) -> None:
+        """Waits for the statistics, writes the M-step into the candidate, publishes its prototypes."""
+        if observation.handle is None or self._statistics is None:
+            raise ValueError(
+                "observation has no reduction; expected that of the call with is_last=True; pass it"
+            )
+        with full_precision(self.means.device):
+            observation.handle.wait()
+            if not self._candidate:
+                self._candidate = {name: torch.empty_like(getattr(self, name)) for name in self.table_names}
+            self._next_scalars = {"is_initialised": self.is_initialised or self._moments_known}
+            sums = self._statistics.sums
+            self._write(moments.update_moments(self._moments(), sums, sums["sum_weight"]))
+            self._update_components(self._statistics)
+            if observation.rows is not None:
+                self._place(observation.rows)
+            self._publish(self._candidate["means"])
+        names = ("sum_weight", "num_bad", "num_probed", "log_likelihood", "log_perplexity")
+        self._last = {name: sums[name].clone() for name in names}
+
+    def accept(self) -> None:
+        """Swaps candidate and state, and advances beta."""
+        assert self._next_scalars is not None, "accept() without commit()"
+        for name, tensor in self._candidate.items():
+            self._candidate[name] = getattr(self, name)
+            setattr(self, name, tensor)
+        for name, value in self._next_scalars.items():
+            setattr(self, name, value)
+        if "collected" in self._next_scalars:
+            self.traced_means.copy_(self._traced(self.means))
+        self._forget_observations()
+        self.step += 1
+        if self.step % CRITICAL_REFRESH_STEPS == 0 and self.is_initialised:
+            self.annealing.beta_critical = compute_critical_beta(self.row_covariance)
+        self.annealing.advance(self.step, self._log_perplexity_for_schedule())
+
+    def discard(self) -> None:
+        """Leaves the state; the published prototypes are the state's again."""
+        self._forget_observations()
+        self._is_published = False
+        if not self.is_initialised:
+            self._reset_moments()
+
+    # ---------------------------------------------------------------- what is read from it
+
+    def prototypes(self, role: Role, learned: Float[Tensor, "K P"] | None = None) -> Float[Tensor, "K P"]:
+        """Returns the unit means, one tensor shared by student and teacher, without gradient.
+
+        After `commit` those of the candidate, C^t; before, those of the state. The tensor is overwritten by
+        the next `commit`.
+        """
+        del role, learned
+        if not self._is_published:
+            self._publish(self.means)
+        assert self._published is not None
+        return self._published
+
+    @torch.no_grad()
+    def reseed(self, step: int) -> int:
+        """Revives starved and duplicate components every `revival.interval_steps`; see `revival.py`.
+
+        Alike on every rank; collective with `method: reseed`, which gathers the last rows. Call after
+        `accept`.
+        """
+        config = self.gmm.revival
+        if config.method == "off" or step == 0 or step % config.interval_steps:
+            return 0
+        rows = None if self._last_rows is None else self._gather_if_local(self._last_rows)
+        self._is_published = False
+        return revive_(self, rows, config, seed=self.context.seed, step=step)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns `gmm/...` of the last committed step; waits for the device."""
+        values = {"gmm/beta": self.annealing.beta, "gmm/beta_critical": self.annealing.beta_critical}
+        if not self._last:
+            return values
+        last = {name: float(value) for name, value in self._last.items()}
+        probed = max(last["num_probed"], 1.0)
+        moved = 1 - nn.functional.cosine_similarity(self.traced_means, self._traced(self.means), dim=1)
+        norms = torch.linalg.vector_norm(self.means, dim=1)
+        return {
+            **values,
+            "gmm/bad_rows": last["num_bad"],
+            "gmm/log_likelihood": last["log_likelihood"] / probed,
+            "gmm/responsibility_perplexity": float(torch.tensor(last["log_perplexity"] / probed).exp()),
+            "gmm/starved": float(find_starved(self.usage).float().mean()),
+            "gmm/displacement": float(moved.mean()),
+            "gmm/count_min": float(self.counts.min()),
+            "gmm/count_median": float(self.counts.median()),
+            "gmm/zero_norm": float((norms < _ZERO_NORM).float().mean()),
+        }
+
+    # ---------------------------------------------------------------- state
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Returns the base class's entries and the scalars of schedule, start and exchange."""
+        return {
+            **super().get_extra_state(),
+            **self.annealing.state(),
+            "is_initialised": self.is_initialised,
+            "num_seen": self.collected.seen,
+            "num_placed": self.collected.placed,
+            "synchronization": self.exchange.method,
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores what `get_extra_state` returned; "auto" keeps the choice of the first start."""
+        super().set_extra_state(state)
+        self.annealing.load(state)
+        self.is_initialised = bool(state["is_initialised"])
+        self.collected = Collected(int(state["num_seen"]), int(state["num_placed"]))
+        if self.gmm.synchronization.method == "auto":
+            self._use_method(str(state["synchronization"]))
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state strictly; see the base class."""
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._forget_observations()
+        self._is_published = False
+        return result
+
+    def _use_method(self, method: str) -> None:
+        self.exchange = Exchange(
+            self.gmm.synchronization, self.context.collectives, self.num_prototypes, method
+        )
+
+    def _traced(self, means: Float[Tensor, "K P"]) -> Float[Tensor, "k P"]:
+        return means[:: max(1, self.num_prototypes // _TRACED_COMPONENTS)]
+
+    def _make_room(self, num_rows: int) -> FlatStatistics:
+        """Returns the statistics' buffer, allocated once, and makes room for the logits."""
+        own = self.exchange.own.stop - self.exchange.own.start
+        rows_per_chunk = max(1, min(num_rows, LOGITS_BYTES // (4 * own)))
+        if self._logits is None or self._logits.shape != (rows_per_chunk, own):
+            self._logits = torch.empty(rows_per_chunk, own, device=self.means.device)
+        if self._statistics is None:
+            self._statistics = FlatStatistics(
+                self.num_prototypes, self.num_statistics, self.dim, self.means.device
+            )
+        return self._statistics
+
+    # ---------------------------------------------------------------- E-step
+
+    def _accumulate(
+        self, rows: Float[Tensor, "N P"], weight: Float[Tensor, " N"], statistics: FlatStatistics
+    ) -> None:
+        """E-step and statistics w_k = sum_i gamma_ik, S_k = sum_i gamma_ik f(h_i - m), then centred."""
+        assert self._logits is not None
+        own, across = self.exchange.own, self.exchange.reduce_over_prototypes()
+        mass, sums = statistics.mass[own].zero_(), statistics.moments[own]
+        statistics.tail.zero_()
+        if len(rows) == 0:
+            sums.zero_()
+        features = self.row_features(rows - self.reference())
+        penalty = self._balance_penalty()
+        for start in range(0, len(rows), len(self._logits)):
+            part = features[start : start + len(self._logits)]
+            log_joint = self._log_joint(part, own, out=self._logits[: len(part)])
+            if start == 0:
+                self._probe(log_joint[:_PROBED_ROWS], statistics, across)
+            gamma = self.assign_(log_joint, penalty, across)
+            gamma.mul_(weight[start : start + len(part), None])
+            mass += gamma.sum(0)
+            observed = part[:, : self.num_statistics]
+            torch.addmm(sums, gamma.T, observed, beta=0 if start == 0 else 1, out=sums)
+        for chunk in iterate_chunks(own):
+            self.centre_statistics_(chunk, statistics.mass[chunk], statistics.moments[chunk])
+
+    def _probe(
+        self, log_joint: Float[Tensor, "N K"], statistics: FlatStatistics, across: Collectives | None
+    ) -> None:
+        probe = probe_assignments(log_joint, self.annealing.beta, across)
+        statistics.sums["num_probed"].fill_(float(len(log_joint)))
+        statistics.sums["log_likelihood"].copy_(probe.log_likelihood)
+        statistics.sums["log_perplexity"].copy_(probe.log_perplexity)
+
+    def _gather_if_local(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "M P"]:
+        is_local = self.exchange.method == "all_reduce"
+        return self.context.collectives.gather_rows(rows) if is_local else rows
+
+    def _initialise_moments(self, inputs: Float[Tensor, "N P"], weight: Float[Tensor, " N"]) -> None:
+        """Sets the running moments from the first global batch: its E-step needs them already."""
+        is_local = self.exchange.method == "all_reduce"
+        collectives = self.context.collectives if is_local else Collectives()
+        number = collectives.start_sum(weight.sum()).wait()
+        self._moments_known = bool(number > 0)
+        if not self._moments_known:
+            return
+        mean, covariance = moments.compute_global_moments(inputs, weight, collectives)
+        self.input_mean, self.input_variance = mean, covariance.diagonal().clone()
+        rows = self.preprocess(inputs)
+        self.row_mean, self.row_covariance = moments.compute_global_moments(rows, weight, collectives)
+        self.reset_components()
+        self.annealing.begin(compute_critical_beta(self.row_covariance))
+
+    def _reset_moments(self) -> None:
+        """Puts everything that the first batch has set back to its values at construction."""
+        tables = {**moments.initial_moments(self.dim), **self.family_tables()}
+        for name, tensor in tables.items():
+            setattr(self, name, tensor.to(self.means.device))
+        self.annealing = Annealing(self.gmm.beta, self.context.total_steps)
+        self._moments_known = False
+
+    # ---------------------------------------------------------------- M-step
+
+    def _update_components(self, statistics: FlatStatistics) -> None:
+        num_rows = statistics.sums["sum_weight"]
+        forgetting = forget(self.gmm, self.memory, self.counts, statistics.mass, num_rows)
+        rate = (statistics.mass.sum() / (2 * self.context.num_observations_per_epoch)).clamp_max(0.01)
+        usage = update_usage(self.usage, statistics.mass, rate)
+        weights = update_mixing_weights(
+            self.gmm.mixing_weights, self.mixing_weights, statistics.mass, forgetting.counts, rate
+        )
+        self._write({"counts": forgetting.counts, "usage": usage, "mixing_weights": weights})
+        for chunk in iterate_chunks(slice(0, self.num_prototypes)):
+            self.m_step(chunk, forgetting.rate[chunk], statistics.mass[chunk], statistics.moments[chunk])
+        if forgetting.shrink is not None:
+            self._candidate["means"].mul_(forgetting.shrink[:, None])
+        self.finish_m_step(statistics)
+
+    def _write(self, tables: dict[str, Tensor]) -> None:
+        for name, tensor in tables.items():
+            self._candidate[name].copy_(tensor)
+
+    def _place(self, rows: Float[Tensor, "N P"]) -> None:
+        assert self._next_scalars is not None
+        self._next_scalars["collected"] = initialisation.place_rows_(
+            self._candidate["means"], rows, self.gmm.init, self.collected
+        )
+
+    def _publish(self, means: Float[Tensor, "K P"]) -> None:
+        if self._published is None:
+            self._published = torch.empty_like(self.means)
+        norms = torch.linalg.vector_norm(means, dim=1, keepdim=True).clamp_min_(1e-12)
+        torch.div(means, norms, out=self._published)
+        self._is_published = True
+
+    # ---------------------------------------------------------------- after the step
+
+    def _log_perplexity_for_schedule(self) -> float | None:
+        """Returns the mean log-perplexity of the last responsibilities; waits for the device."""
+        if self.gmm.beta.schedule != "perplexity":
+            return None
+        num_probed = float(self._last["num_probed"])
+        return float(self._last["log_perplexity"]) / num_probed if num_probed > 0 else None
+
+    def _forget_observations(self) -> None:
+        self._held, self._num_bad, self._next_scalars = [], 0, None

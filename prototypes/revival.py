@@ -1,0 +1,110 @@
+"""Starved and duplicate components: found, and by choice moved to where they are needed.
+
+Off by default: the paper does not reseed. Every rank moves the same components to the same places: the
+choice is a function of the state (equal on all ranks) and of random numbers from (seed, step).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from prototypes.config import RevivalConfig
+from prototypes.diagnostics import greedy_leader_index
+from prototypes.partitions import make_generator
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int64
+    from torch import Tensor
+
+    from prototypes.mixture import Mixture
+
+_STARVED_SHARE = 0.05
+_NEW_FEATURE_DISTANCE = 0.1
+_ROWS_AT_ONCE = 1024
+
+
+def find_starved(usage: Float[Tensor, " K"]) -> Bool[Tensor, " K"]:
+    """Returns which components hold less than 5 % of an even share of the responsibility."""
+    return usage * len(usage) < _STARVED_SHARE
+
+
+def find_duplicates(means: Float[Tensor, "K P"], distance: float) -> Bool[Tensor, " K"]:
+    """Returns which means lie within `distance` (cosine) of an earlier one that is itself no duplicate."""
+    is_duplicate = torch.ones(len(means), dtype=torch.bool, device=means.device)
+    is_duplicate[greedy_leader_index(means, distance)] = False
+    return is_duplicate
+
+
+def revive_(
+    mixture: Mixture,
+    rows: Float[Tensor, "N P"] | None,
+    config: RevivalConfig,
+    *,
+    seed: int,
+    step: int,
+) -> int:
+    """Moves starved and duplicate components, in place, and returns how many.
+
+    "split": next to the component with the largest pi_j tr(var_j), at mu_j + .5 sqrt(var_j) n, the parent
+    moving the other way. "reseed": to the rows farthest from every prototype (1 - max cosine > .1). The
+    moved component restarts with n = 1, an even mixing weight and the rows' variance. At most
+    `config.max_share` of K in one event, the emptiest first. Source: ours.
+
+    Args:
+        mixture: its tables are written.
+        rows: candidates for "reseed", the same on all ranks.
+        config: method, distance of duplicates, largest share.
+        seed: the run's seed.
+        step: the current step.
+    """
+    is_useless = find_starved(mixture.usage)
+    if config.duplicate_distance > 0:
+        is_useless |= find_duplicates(mixture.means, config.duplicate_distance)
+    number = min(int(is_useless.sum()), max(1, int(config.max_share * len(is_useless))))
+    if number == 0:
+        return 0
+    order = torch.argsort(torch.where(is_useless, mixture.usage, torch.inf), stable=True)
+    moved = order[:number]
+    if config.method == "split":
+        moved = _split_(mixture, moved, is_useless, make_generator("revival", seed, step))
+    else:
+        moved = _reseed_(mixture, moved, rows)
+    mixture.restart_components_(moved)
+    return len(moved)
+
+
+def _split_(
+    mixture: Mixture,
+    moved: Int64[Tensor, " R"],
+    is_useless: Bool[Tensor, " K"],
+    generator: torch.Generator,
+) -> Int64[Tensor, " R"]:
+    variances = mixture.component_variances()
+    score = torch.where(is_useless, -torch.inf, mixture.mixing_weights * variances.sum(1))
+    moved = moved[: len(is_useless) - int(is_useless.sum())]
+    parents = torch.argsort(score, descending=True, stable=True)[: len(moved)]
+    noise = torch.randn(len(moved), mixture.dim, generator=generator).to(mixture.means)
+    offset = 0.5 * variances[parents].sqrt() * noise
+    mixture.means[moved] = mixture.means[parents] + offset
+    mixture.means[parents] -= offset
+    return moved
+
+
+def _reseed_(
+    mixture: Mixture, moved: Int64[Tensor, " R"], rows: Float[Tensor, "N P"] | None
+) -> Int64[Tensor, " R"]:
+    if rows is None or len(rows) == 0:
+        return moved[:0]
+    unit = nn.functional.normalize(rows, dim=1)
+    nearest = unit.new_full((len(unit),), -1.0)
+    for means in mixture.means.split(_ROWS_AT_ONCE):
+        nearest = torch.maximum(nearest, (unit @ nn.functional.normalize(means, dim=1).T).amax(1))
+    farthest = torch.argsort(nearest, stable=True)
+    farthest = farthest[1 - nearest[farthest] > _NEW_FEATURE_DISTANCE]
+    # Rows that are near each other would only make new duplicates.
+    farthest = farthest[greedy_leader_index(unit[farthest], _NEW_FEATURE_DISTANCE)][: len(moved)]
+    mixture.means[moved[: len(farthest)]] = rows[farthest]
+    return moved[: len(farthest)]
