@@ -31,8 +31,10 @@ DEFAULT_SIGNALS = ("USR2", "TERM", "USR1")
 class PreemptionFlag:
     """Raised by the first warning signal, and then stays raised; further signals change nothing.
 
-    A context manager: entering installs the handlers, leaving puts the former ones back. A second SIGTERM does
-    not kill: the save that the first one asked for may still be running, and the scheduler has SIGKILL for the
+    `install` sets the handlers for the rest of the process; as a context manager, the former ones come back at the
+    end. A program installs: the first rank that has left makes the scheduler send SIGTERM to the others, which
+    would turn the exit code of a rank that is still tearing down from 75 into 143. A second SIGTERM does not kill
+    either: the save that the first one asked for may still be running, and the scheduler has SIGKILL for the
     impatient case. Not collective: one rank may be warned alone, the caller must agree the flag across ranks.
 
     Args:
@@ -65,15 +67,19 @@ class PreemptionFlag:
         return 0.0 if self._raised_at is None else time.monotonic() - self._raised_at
 
     def __enter__(self) -> PreemptionFlag:
-        """Installs the handlers.
+        """Installs the handlers until the end of the block; see `install`."""
+        return self.install()
+
+    def install(self) -> PreemptionFlag:
+        """Sets the handlers and returns this flag.
 
         Raises:
-            RuntimeError: called outside the main thread, where Python installs no handlers, or entered twice.
+            RuntimeError: called outside the main thread, where Python installs no handlers, or twice.
         """
         if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("PreemptionFlag is entered in a thread; enter it in the main thread")
+            raise RuntimeError("PreemptionFlag is installed in a thread; install it in the main thread")
         if self._former:
-            raise RuntimeError("PreemptionFlag is entered twice; leave it first")
+            raise RuntimeError("PreemptionFlag is installed twice; leave it first")
         self._owner_pid = os.getpid()
         for number in self._signals:
             self._former[number] = signal.signal(number, self._handle)
