@@ -1,0 +1,39 @@
+"""Evaluates a frozen encoder with the probes that a YAML file names.
+
+    python evaluate.py configs/eval_fashion_mnist.yaml encoder=outputs/RUN probes=[prototypes,knn] [key.sub=value ...]
+    accelerate launch --num_processes 2 evaluate.py ...        (or torchrun; one process needs no launcher)
+
+`encoder` is a run directory, a checkpoint, an exported folder, `timm:NAME`, `hf:NAME`, `local-dir:PATH`,
+`random-init:RUN[:SEED]` or `raw-pixels`. Results go to `RUN/results/{probe}.json`. See docs/evaluation.md.
+Exit codes: 0 done, 1 a fault, 2 the user's mistake (one line).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from evaluation.config import EvaluationConfig
+from runtime.config import load_config
+from runtime.program import UserError, run_program
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code of one evaluation."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        raise UserError(
+            "no configuration given; expected CONFIG.yaml [encoder=SPEC] [key.sub=value ...]; see configs/eval_*.yaml"
+        )
+    config = load_config(EvaluationConfig, arguments[0], arguments[1:])
+    # Imported once the configuration is known to be right: torch takes seconds.
+    from evaluation.harness import evaluate
+    from evaluation.tables import summarise
+    from runtime.logging_setup import set_up_logging
+
+    set_up_logging(rank=0)
+    written = evaluate(config)
+    print(summarise(written))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:]))

@@ -1,0 +1,167 @@
+"""What is evaluated and how: every option of `evaluate.py`. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from evaluation.probe_config import (
+    ClusteringConfig,
+    ConfidenceConfig,
+    FewShotConfig,
+    FinetuneConfig,
+    KnnConfig,
+    LinearConfig,
+    LogisticConfig,
+    LongTailConfig,
+    PrototypeAuditConfig,
+    refuse_unless,
+)
+
+PROBES = ("prototypes", "knn", "linear", "logistic", "few_shot", "clustering", "long_tail", "finetune")
+CONTROLS = ("random-init", "raw-pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationDataConfig:
+    """The labelled images.
+
+    Attributes:
+        shards: directory of the shards of both splits, `manifest.json` beside them.
+        train_split: the bank of k-NN and what classifiers are fitted on.
+        test_split: what is scored; never used to choose anything.
+        test_shards: directory of the test split's shards, or null for `shards`.
+        max_train_images: fixed subset of the training split (its first images: shards are shuffled when
+            written), or null for all.
+        max_test_images: fixed subset of the test split, or null for all.
+        batch_size: images of one forward pass on one process.
+        num_workers: decoding processes on each process.
+    """
+
+    shards: str = "datasets/fashion-mnist"
+    train_split: str = "train"
+    test_split: str = "test"
+    test_shards: str | None = None
+    max_train_images: int | None = None
+    max_test_images: int | None = None
+    batch_size: int = 256
+    num_workers: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that are no sizes."""
+        refuse_unless(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        refuse_unless(self.num_workers >= 0, "data.num_workers", self.num_workers, "at least 0")
+        for name in ("max_train_images", "max_test_images"):
+            value = getattr(self, name)
+            refuse_unless(value is None or value >= 1, f"data.{name}", value, "at least 1 or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformConfig:
+    """Overrides of the encoder's own preprocessing; null keeps what the encoder declares.
+
+    Attributes:
+        image_size: side in pixels of the square that the encoder sees.
+        crop_fraction: `image_size` / side to which the shorter edge is resized first, 0 < fraction <= 1.
+        interpolation: of the resize.
+        mean: per channel, of images scaled to 0..1.
+        std: per channel.
+    """
+
+    image_size: int | None = None
+    crop_fraction: float | None = None
+    interpolation: Literal["bilinear", "bicubic", "nearest"] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses preprocessing that no image survives."""
+        size, fraction = self.image_size, self.crop_fraction
+        refuse_unless(size is None or size >= 1, "transform.image_size", size, "at least 1 or null")
+        refuse_unless(
+            fraction is None or 0 < fraction <= 1,
+            "transform.crop_fraction",
+            fraction,
+            "0 < fraction <= 1 or null",
+        )
+        std = self.std
+        refuse_unless(
+            std is None or min(std, default=0) > 0, "transform.std", std, "positive numbers or null"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """One extraction for every probe.
+
+    Attributes:
+        cache_dir: where features are kept, under a key of weights, transform and manifest.
+        reuse: read the cache where it holds this key; false extracts anew.
+        num_blocks: last blocks whose CLS token is kept for the feature `blocks` (1 keeps the last only).
+        precision: of the forward pass; features are stored in fp32 either way.
+    """
+
+    cache_dir: str = "outputs/features"
+    reuse: bool = True
+    num_blocks: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        """Refuses a feature of no block."""
+        refuse_unless(self.num_blocks >= 1, "features.num_blocks", self.num_blocks, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Everything that `evaluate.py` reads from a YAML file and its overrides.
+
+    Attributes:
+        encoder: what is evaluated: a run directory (its newest complete checkpoint), a checkpoint, an exported
+            folder, `timm:NAME`, `hf:NAME` or `hf:PATH`, `local-dir:PATH`, `random-init:RUN[:SEED]`, `raw-pixels`,
+            or for the prototype audit alone a weights file `PATH` or `PATH#TENSOR`.
+        role: the teacher (default) or the student, where a checkpoint exports both.
+        probes: what is measured.
+        controls: encoders that are measured beside it by k-NN: `random-init` (the same architecture with fresh
+            weights, `control_seeds` of them) and `raw-pixels`.
+        control_seeds: fresh initialisations of the control.
+        output_dir: where results go; null means `results/` of the run, else `outputs/evaluations/LABEL`.
+        seed: of held-out parts, draws, k-means and bootstrap.
+        device: `auto` (CUDA where there is one), `cpu` or `cuda`.
+    """
+
+    encoder: str
+    role: Literal["teacher", "student"] = "teacher"
+    probes: tuple[str, ...] = ("prototypes", "knn")
+    controls: tuple[str, ...] = ()
+    control_seeds: int = 3
+    output_dir: str | None = None
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    prototypes: PrototypeAuditConfig = field(default_factory=PrototypeAuditConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    logistic: LogisticConfig = field(default_factory=LogisticConfig)
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
+    long_tail: LongTailConfig = field(default_factory=LongTailConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
+
+    def __post_init__(self) -> None:
+        """Refuses probes and controls that do not exist."""
+        refuse_unless(bool(self.encoder), "encoder", repr(self.encoder), "a run, a folder or a prefixed name")
+        for name in self.probes:
+            refuse_unless(
+                name in PROBES, "probes", f"[{', '.join(self.probes)}]", f"names among {', '.join(PROBES)}"
+            )
+        for name in self.controls:
+            refuse_unless(
+                name in CONTROLS,
+                "controls",
+                f"[{', '.join(self.controls)}]",
+                f"names among {', '.join(CONTROLS)}",
+            )
+        refuse_unless(self.control_seeds >= 1, "control_seeds", self.control_seeds, "at least 1")

@@ -1,0 +1,394 @@
+"""Any frozen encoder behind one interface: our runs, timm's, transformers', and the controls.
+
+A name (`SPEC`) becomes an `Encoder`: a module from images to named features, the preprocessing that this very
+encoder declares, and enough about both to key a cache and to stand in a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from evaluation.backbones import FeatureModule, PixelFeatures, TimmFeatures, TransformersFeatures
+from evaluation.config import TransformConfig
+from evaluation.preprocessing import Preprocessing, ProcessorTransform, from_timm_config
+
+Role = Literal["teacher", "student"]
+Transform = Preprocessing | ProcessorTransform
+_STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
+
+
+class EncoderError(ValueError):
+    """An encoder that cannot be loaded as named; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder and what a reader of its results must know.
+
+    Attributes:
+        spec: the name under which it was asked for.
+        label: short name for tables and directories.
+        role: teacher or student, for our checkpoints; `released` for others; `control`.
+        module: images to named features, in eval mode, without gradients.
+        transform: its own preprocessing.
+        weights_sha256: over every tensor's name, type, shape and bytes.
+        folder: the exported folder with `prototypes.safetensors`, where it is one of ours.
+        run_dir: the run that it belongs to.
+        step: optimizer updates behind it, where known.
+    """
+
+    spec: str
+    label: str
+    role: str
+    module: FeatureModule
+    transform: Transform
+    weights_sha256: str
+    folder: Path | None = None
+    run_dir: Path | None = None
+    step: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what every result says about its encoder."""
+        return {
+            "spec": self.spec,
+            "label": self.label,
+            "role": self.role,
+            "step": self.step,
+            "weights_sha256": self.weights_sha256,
+            "num_parameters": sum(parameter.numel() for parameter in self.module.parameters()),
+            "transform": self.transform.describe(),
+        }
+
+
+@dataclass(frozen=True)
+class ExportedFolder:
+    """Where an exported encoder of ours lies, and of which run and step it is."""
+
+    path: Path
+    run_dir: Path | None = None
+    step: int | None = None
+
+
+def load_encoder(
+    spec: str, *, role: Role = "teacher", transform: TransformConfig | None = None, num_blocks: int = 1
+) -> Encoder:
+    """Returns the encoder that `spec` names, frozen and in eval mode, on the CPU in fp32.
+
+    Args:
+        spec: a run directory (its newest complete checkpoint), a checkpoint, an exported folder, `timm:NAME`,
+            `hf:NAME_OR_PATH`, `local-dir:PATH` (timm's layout), `random-init:RUN[:SEED]` or `raw-pixels`.
+        role: teacher or student; only checkpoints of ours can hold both.
+        transform: overrides of the encoder's own preprocessing.
+        num_blocks: last blocks whose CLS token becomes the feature `blocks`.
+
+    Raises:
+        EncoderError: nothing loadable has this name, or its preprocessing is unknown.
+    """
+    overrides = transform or TransformConfig()
+    if spec == "raw-pixels":
+        return _raw_pixels(overrides)
+    if spec.startswith("random-init:"):
+        return _random_init_by_name(spec, role, overrides, num_blocks)
+    if spec.startswith("timm:"):
+        name = spec.removeprefix("timm:")
+        return _from_timm(spec, name, name, ExportedFolder(Path()), "released", overrides, num_blocks)
+    if spec.startswith("local-dir:"):
+        path = Path(spec.removeprefix("local-dir:"))
+        _require_folder(path, spec)
+        return _from_timm(spec, spec, path.name, ExportedFolder(path), "released", overrides, num_blocks)
+    if spec.startswith("hf:"):
+        return _from_hub(spec, overrides, num_blocks)
+    folder = find_exported_folder(spec, role)
+    if not (folder.path / "config.json").is_file():
+        raise EncoderError(
+            f"encoder is {spec!r}; expected an exported folder with config.json; set encoder to a run directory, "
+            "a checkpoint, a folder, timm:NAME, hf:NAME or local-dir:PATH"
+        )
+    label = folder.run_dir.name if folder.run_dir else folder.path.name
+    return _from_timm(spec, f"local-dir:{folder.path}", label, folder, role, overrides, num_blocks)
+
+
+def find_exported_folder(spec: str, role: Role = "teacher") -> ExportedFolder:
+    """Returns the exported folder of a run directory, of a checkpoint, or `spec` itself.
+
+    Raises:
+        EncoderError: no such directory, no complete checkpoint, or the checkpoint does not hold this role.
+    """
+    path = Path(spec)
+    _require_folder(path, spec)
+    if (path / "checkpoints").is_dir():
+        found = [p for p in (path / "checkpoints").iterdir() if _STEP_DIRECTORY.fullmatch(p.name)]
+        complete = sorted(p for p in found if (p / "COMMIT").is_file() and not (p / "REJECTED").exists())
+        if not complete:
+            raise EncoderError(
+                f"encoder is {spec!r}; expected a complete checkpoint (with COMMIT) under checkpoints/; "
+                "let the run reach its first checkpoint or set encoder to another run"
+            )
+        path = complete[-1]
+    match = _STEP_DIRECTORY.fullmatch(path.name)
+    if match is None:
+        return ExportedFolder(path)
+    folder = path / role
+    if not folder.is_dir():
+        held = sorted(p.parent.name for p in path.glob("*/config.json"))
+        raise EncoderError(
+            f"role is {role!r}, which {path} does not hold; expected one of {', '.join(held) or 'none'}; set role"
+        )
+    run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
+    return ExportedFolder(folder, run_dir.resolve() if run_dir else None, int(match.group(1)))
+
+
+def compute_weights_sha256(module: nn.Module) -> str:
+    """Returns the SHA-256 over every parameter and buffer: name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _from_timm(
+    spec: str,
+    name: str,
+    label: str,
+    folder: ExportedFolder,
+    role: str,
+    overrides: TransformConfig,
+    num_blocks: int,
+) -> Encoder:
+    model = _load_timm_model(spec, name)
+    declared = resolve_data_config(model=model, args={})
+    size = overrides.image_size
+    if size is not None:
+        _check_size(model, size, spec)
+    ours = folder.path != Path()
+    return _freeze(
+        Encoder(
+            spec=spec,
+            label=label,
+            role=role,
+            module=TimmFeatures(model, num_blocks),
+            transform=from_timm_config(declared, overrides),
+            weights_sha256=compute_weights_sha256(model),
+            folder=folder.path if ours else None,
+            run_dir=folder.run_dir,
+            step=folder.step,
+        )
+    )
+
+
+def _load_timm_model(spec: str, name: str) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:
+        raise EncoderError(
+            f"encoder is {spec!r}, which timm cannot load ({type(error).__name__}: {_one_line(error)}); "
+            "expected a released model or a folder that timm's save_for_hf wrote; set encoder"
+        ) from error
+
+
+def _check_size(model: nn.Module, size: int, spec: str) -> None:
+    patch_embed = getattr(model, "patch_embed", None)
+    fixed = getattr(patch_embed, "img_size", None)
+    strict = getattr(patch_embed, "strict_img_size", False) and not getattr(model, "dynamic_img_size", False)
+    if strict and fixed is not None and tuple(fixed) != (size, size):
+        raise EncoderError(
+            f"transform.image_size is {size}; expected {fixed[0]}, the only size that {spec} accepts; "
+            "set transform.image_size"
+        )
+
+
+def _from_hub(spec: str, overrides: TransformConfig, num_blocks: int) -> Encoder:
+    name = spec.removeprefix("hf:")
+    local = Path(name)
+    config_path = local / "config.json"
+    if local.is_dir() and config_path.is_file() and "pretrained_cfg" in _read_json(config_path):
+        return load_encoder(f"local-dir:{name}", transform=overrides, num_blocks=num_blocks)
+    # Imported here: transformers takes seconds to load and most evaluations do not need it.
+    from transformers import AutoModel
+
+    try:
+        model = AutoModel.from_pretrained(name)
+    except Exception as error:
+        raise EncoderError(
+            f"encoder is {spec!r}, which transformers cannot load ({type(error).__name__}: {_one_line(error)}); "
+            "expected a released vision model or its folder; set encoder"
+        ) from error
+    return _freeze(
+        Encoder(
+            spec=spec,
+            label=local.name,
+            role="released",
+            module=TransformersFeatures(model, num_blocks),
+            transform=_transformers_transform(spec, name, model.config, overrides),
+            weights_sha256=compute_weights_sha256(model),
+        )
+    )
+
+
+def _transformers_transform(spec: str, name: str, config: Any, overrides: TransformConfig) -> Transform:
+    if overrides.mean is not None and overrides.std is not None:
+        size = overrides.image_size or getattr(config, "image_size", None)
+        if size is None:
+            raise EncoderError(
+                f"transform.image_size is null; expected the size for {spec}; set transform.image_size"
+            )
+        return Preprocessing(
+            channels=getattr(config, "num_channels", 3),
+            image_size=int(size),
+            crop_fraction=overrides.crop_fraction or 1.0,
+            interpolation=overrides.interpolation or "bicubic",
+            mean=overrides.mean,
+            std=overrides.std,
+        )
+    if overrides != TransformConfig():
+        raise EncoderError(
+            f"transform overrides only part of {spec}'s image processor; expected mean and std beside it, "
+            "or no override; set transform.mean and transform.std"
+        )
+    from transformers import AutoImageProcessor
+
+    try:
+        return ProcessorTransform(AutoImageProcessor.from_pretrained(name))
+    except Exception as error:
+        # A guessed mean and std would give a wrong figure without a sign of it.
+        raise EncoderError(
+            f"encoder is {spec!r}, which carries no image processor; expected its own mean, std and size; "
+            "set transform.mean, transform.std and transform.image_size, or save the processor beside the model"
+        ) from error
+
+
+def load_controls(
+    encoder: Encoder,
+    names: Sequence[str],
+    *,
+    seeds: int,
+    transform: TransformConfig | None = None,
+    num_blocks: int = 1,
+) -> list[Encoder]:
+    """Returns the control encoders that stand beside `encoder`, with its own preprocessing.
+
+    Args:
+        encoder: one of ours (an exported folder) for `random-init`; any for `raw-pixels`.
+        names: `random-init`, `raw-pixels`.
+        seeds: how many fresh initialisations.
+        transform: overrides of the preprocessing, as `encoder` had them.
+        num_blocks: as `encoder` had it.
+
+    Raises:
+        EncoderError: `random-init` is asked for beside an encoder whose architecture is not ours to rebuild.
+    """
+    overrides = transform or TransformConfig()
+    controls: list[Encoder] = []
+    for name in names:
+        if name == "raw-pixels":
+            controls.append(_raw_pixels(overrides, like=encoder.transform))
+            continue
+        if encoder.folder is None:
+            raise EncoderError(
+                f"controls hold 'random-init' beside {encoder.spec}; expected a run or an exported folder; set controls"
+            )
+        folder = ExportedFolder(encoder.folder, encoder.run_dir)
+        controls += [
+            _random_init(f"random-init:{encoder.spec}:{seed}", folder, seed, overrides, num_blocks)
+            for seed in range(seeds)
+        ]
+    return controls
+
+
+def _random_init_by_name(spec: str, role: Role, overrides: TransformConfig, num_blocks: int) -> Encoder:
+    source, _, seed_text = spec.removeprefix("random-init:").partition(":")
+    if seed_text and not seed_text.isdigit():
+        raise EncoderError(
+            f"encoder is {spec!r}; expected random-init:RUN[:SEED] with a whole seed; set encoder"
+        )
+    folder = find_exported_folder(source, role)
+    return _random_init(spec, folder, int(seed_text or 0), overrides, num_blocks)
+
+
+def _random_init(
+    spec: str, folder: ExportedFolder, seed: int, overrides: TransformConfig, num_blocks: int
+) -> Encoder:
+    config = _read_json(folder.path / "config.json")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model(
+            config["architecture"], pretrained=False, num_classes=0, **config.get("model_args", {})
+        )
+    declared = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], args={})
+    return _freeze(
+        Encoder(
+            spec=spec,
+            label=f"random-init-seed{seed}",
+            role="control",
+            module=TimmFeatures(model, num_blocks),
+            transform=from_timm_config(declared, overrides),
+            weights_sha256=compute_weights_sha256(model),
+            run_dir=folder.run_dir,
+        )
+    )
+
+
+def _raw_pixels(overrides: TransformConfig, like: Transform | None = None) -> Encoder:
+    shape = like if isinstance(like, Preprocessing) else None
+    size = overrides.image_size or (shape.image_size if shape else None)
+    if size is None:
+        raise EncoderError(
+            "transform.image_size is null; expected the size at which raw pixels are compared; "
+            "set transform.image_size"
+        )
+    transform = Preprocessing(
+        channels=shape.channels if shape else 3,
+        image_size=size,
+        crop_fraction=overrides.crop_fraction or (shape.crop_fraction if shape else 1.0),
+        interpolation=overrides.interpolation or (shape.interpolation if shape else "bicubic"),
+        mean=overrides.mean or (0.0,),
+        std=overrides.std or (1.0,),
+    )
+    return _freeze(
+        Encoder(
+            spec="raw-pixels",
+            label="raw-pixels",
+            role="control",
+            module=PixelFeatures(),
+            transform=transform,
+            weights_sha256="none",
+        )
+    )
+
+
+def _freeze(encoder: Encoder) -> Encoder:
+    encoder.module.eval().requires_grad_(False)
+    return encoder
+
+
+def _require_folder(path: Path, spec: str) -> None:
+    if not path.is_dir():
+        raise EncoderError(
+            f"encoder is {spec!r}; expected an existing directory, timm:NAME, hf:NAME, local-dir:PATH, "
+            "random-init:RUN or raw-pixels; set encoder"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise EncoderError(
+            f"{path} cannot be read as JSON ({_one_line(error)}); export the encoder again"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,337 @@
+"""Features of every labelled image, extracted once, kept on disk, the same for every probe.
+
+The cache's key is made of weights, preprocessing, manifest, split and precision: whatever changes the features
+changes the key. Each process extracts its part of the stream; parts are merged by sample, so that nothing is
+counted twice however the stream was cut or padded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data.datasets import EvaluationStream, Manifest, load_manifest, require_same_classes
+from evaluation.config import EvaluationDataConfig, FeaturesConfig
+from evaluation.encoder import Encoder
+from evaluation.processes import Processes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+logger = logging.getLogger(__name__)
+
+# Raised when the meaning of a cached file changes: older files are then not found.
+CACHE_SCHEMA = 1
+_KEYS = ("labels", "sample_ids")
+
+
+class FeatureError(ValueError):
+    """Features that cannot be what a probe needs; the message is one line."""
+
+
+@dataclass(frozen=True)
+class FeatureBank:
+    """Features and labels of one split, sorted by sample.
+
+    Attributes:
+        tensors: fp32 on the CPU: `embedding` [B, D]; `cls` [B, blocks, D] and `mean` [B, D] where they exist.
+        labels: class indices.
+        sample_ids: index of each sample in its split.
+        manifest: of the split.
+        seconds: that extraction took (0 when read from the cache).
+        key: the cache's key.
+    """
+
+    tensors: dict[str, Tensor]
+    labels: Int64[Tensor, " B"]
+    sample_ids: Int64[Tensor, " B"]
+    manifest: Manifest
+    seconds: float = 0.0
+    key: str = ""
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes in the manifest."""
+        return len(self.manifest.classes)
+
+    def available(self) -> list[str]:
+        """Returns the names that `select` accepts."""
+        names = ["embedding"]
+        names += [name for name in ("cls", "mean") if name in self.tensors]
+        if "cls" in self.tensors and "mean" in self.tensors:
+            names += ["both", "blocks", "blocks_mean"]
+        return names
+
+    def select(self, name: str) -> Float[Tensor, "B D"]:
+        """Returns one feature per image.
+
+        Args:
+            name: `embedding` (the encoder's own pooling), `cls`, `mean` (of patch tokens), `both` (cls and mean side by
+                side), `blocks` (CLS of the last blocks), `blocks_mean` (those and the mean).
+
+        Raises:
+            FeatureError: the encoder has no such feature.
+        """
+        if name not in self.available():
+            raise FeatureError(
+                f"feature is {name!r}; expected one of {', '.join(self.available())} for this encoder; "
+                "set the probe's features"
+            )
+        if name in ("embedding", "mean"):
+            return self.tensors[name]
+        cls = self.tensors["cls"]
+        classes = cls.flatten(1) if name.startswith("blocks") else cls[:, -1]
+        return classes if name in ("cls", "blocks") else torch.cat([classes, self.tensors["mean"]], dim=1)
+
+
+def load_splits(config: EvaluationDataConfig) -> tuple[Manifest, Manifest]:
+    """Returns the manifests of the training and of the test split.
+
+    Raises:
+        ValueError: no such split, no class names, or class maps that differ (which would score noise).
+    """
+    train = load_manifest(config.shards, config.train_split)
+    test = load_manifest(config.test_shards or config.shards, config.test_split)
+    for manifest in (train, test):
+        if not manifest.classes:
+            raise FeatureError(
+                f"{manifest.directory} has no class names for split {manifest.split!r}; expected labelled shards; "
+                "make them with labels or set data.shards"
+            )
+    require_same_classes(train, test)
+    return train, test
+
+
+def load_features(
+    encoder: Encoder,
+    manifest: Manifest,
+    *,
+    data: EvaluationDataConfig,
+    features: FeaturesConfig,
+    processes: Processes,
+    limit: int | None = None,
+) -> FeatureBank:
+    """Returns the features of one split, from the cache or extracted now. Collective.
+
+    Args:
+        encoder: the frozen encoder.
+        manifest: of the split.
+        data: batch size and workers.
+        features: cache directory, precision.
+        processes: who extracts together; they share the cache's file system.
+        limit: keep only the first images of the split.
+
+    Raises:
+        FeatureError: labels are missing, or the stream lost samples.
+    """
+    key = _cache_key(encoder, manifest, features, limit)
+    path = Path(features.cache_dir) / f"{encoder.label}-{manifest.split}-{key}.safetensors"
+    if features.reuse and path.is_file():
+        if processes.rank == 0:
+            logger.info("features of %s, %s: read from %s", encoder.label, manifest.split, path)
+        return _read_bank(path, manifest, key)
+    started = time.perf_counter()
+    own = _extract_part(encoder, manifest, data, features.precision, processes, limit)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part_path = path.with_name(f".{path.name}.part-{processes.rank:05d}")
+    save_file(own, part_path)
+    processes.wait()
+    if processes.rank == 0:
+        parts = [path.with_name(f".{path.name}.part-{rank:05d}") for rank in range(processes.world_size)]
+        merged = merge_parts([_read_tensors(part) for part in parts])
+        _check_complete(merged, manifest, limit)
+        _save_atomically(merged, path, {"encoder": encoder.describe(), "split": manifest.split, "key": key})
+        for part in parts:
+            part.unlink()
+        count = len(merged["labels"])
+        seconds = time.perf_counter() - started
+        logger.info("features of %s, %s: %d images in %.1f s", encoder.label, manifest.split, count, seconds)
+    processes.wait()
+    bank = _read_bank(path, manifest, key)
+    return FeatureBank(**{**bank.__dict__, "seconds": time.perf_counter() - started})
+
+
+@torch.inference_mode()
+def extract_batches(
+    module: nn.Module,
+    batches: Iterable[Any],
+    *,
+    device: torch.device,
+    precision: str,
+    before: int | None = None,
+) -> dict[str, Tensor]:
+    """Returns fp32 features, labels and sample ids of all batches, on the CPU. Not collective.
+
+    Args:
+        module: images to named features.
+        batches: (images, labels, sample_ids) triples.
+        device: where `module` lives.
+        precision: `fp32` or `bf16` (autocast).
+        before: keep only samples whose id is below this; None keeps all.
+    """
+    collected: dict[str, list[Tensor]] = {}
+    for images, labels, sample_ids in batches:
+        if before is not None:
+            keep = sample_ids < before
+            images, labels, sample_ids = images[keep], labels[keep], sample_ids[keep]
+        if len(labels) == 0:
+            continue
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            named = module(images.to(device, non_blocking=True))
+        named = {name: tensor.float().cpu() for name, tensor in named.items()}
+        for name, tensor in {**named, "labels": labels, "sample_ids": sample_ids}.items():
+            collected.setdefault(name, []).append(tensor)
+    return {name: torch.cat(tensors) for name, tensors in collected.items()}
+
+
+def extract_together(
+    module: nn.Module,
+    manifest: Manifest,
+    transform: Callable[[Image.Image], Tensor],
+    data: EvaluationDataConfig,
+    processes: Processes,
+    limit: int | None,
+) -> dict[str, Tensor]:
+    """Returns a split's features, labels and sample ids in memory, on every process. Collective.
+
+    For subsets: every process holds everything, nothing touches the disk.
+    """
+    stream = open_stream(manifest, transform, data=data, processes=processes, limit=limit)
+    before = first_id_after(manifest, limit)
+    part = extract_batches(module, stream, device=processes.device, precision="fp32", before=before)
+    merged = merge_parts(processes.gather(part))
+    _check_complete(merged, manifest, limit)
+    return merged
+
+
+def merge_parts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the parts of all processes as one, sorted by sample id, each sample once.
+
+    A sample that two processes saw (a padded last batch) is kept from the lower rank.
+    """
+    filled = [part for part in parts if part]
+    if not filled:
+        return {}
+    joined = {name: torch.cat([part[name] for part in filled]) for name in filled[0]}
+    ids, order = torch.sort(joined["sample_ids"], stable=True)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = ids[1:] != ids[:-1]
+    chosen = order[first]
+    return {name: tensor[chosen].contiguous() for name, tensor in joined.items()}
+
+
+def open_stream(
+    manifest: Manifest,
+    transform: Callable[[Image.Image], Tensor],
+    *,
+    data: EvaluationDataConfig,
+    processes: Processes,
+    limit: int | None = None,
+) -> EvaluationStream:
+    """Returns this process's stream over a split, or over a short beginning that holds its first `limit` images."""
+    # Parts of the stream are contiguous and equal: a `limit` of a tenth is the first of ten parts.
+    thinned = 1 if limit is None else max(1, manifest.num_samples // limit)
+    return EvaluationStream(
+        manifest.directory,
+        manifest.split,
+        transform,
+        batch_size=data.batch_size,
+        num_workers=data.num_workers,
+        rank=processes.rank,
+        world_size=processes.world_size * thinned,
+    )
+
+
+def first_id_after(manifest: Manifest, limit: int | None) -> int | None:
+    """Returns the smallest sample id behind the first `limit` images of a split; None where that is all of them."""
+    if limit is None or limit >= manifest.num_samples:
+        return None
+    first_id, remaining = 0, limit
+    for shard in manifest.shards:
+        if remaining < shard.num_selected:
+            return first_id + (remaining if shard.ordinals is None else shard.ordinals[remaining])
+        remaining -= shard.num_selected
+        first_id += shard.samples
+    return first_id
+
+
+def _extract_part(
+    encoder: Encoder,
+    manifest: Manifest,
+    data: EvaluationDataConfig,
+    precision: str,
+    processes: Processes,
+    limit: int | None,
+) -> dict[str, Tensor]:
+    stream = open_stream(manifest, encoder.transform, data=data, processes=processes, limit=limit)
+    module = encoder.module.to(processes.device)
+    part = extract_batches(
+        module, stream, device=processes.device, precision=precision, before=first_id_after(manifest, limit)
+    )
+    # An empty part is still a file: the merging process must find one from everybody.
+    return part or {name: torch.empty(0, dtype=torch.int64) for name in _KEYS}
+
+
+def _check_complete(merged: dict[str, Tensor], manifest: Manifest, limit: int | None) -> None:
+    expected = manifest.num_samples if limit is None else min(limit, manifest.num_samples)
+    found = len(merged.get("labels", ()))
+    if found != expected:
+        raise FeatureError(
+            f"{manifest.directory}:{manifest.split} gave {found} images; expected {expected}, as its manifest says; "
+            "run python -m data.verify_shards on it"
+        )
+    labels = merged["labels"]
+    outside = (labels < 0) | (labels >= len(manifest.classes))
+    if bool(outside.any()):
+        index = int(outside.nonzero()[0])
+        where = f"{manifest.directory}:{manifest.split}"
+        raise FeatureError(
+            f"label of image {int(merged['sample_ids'][index])} in {where} is {int(labels[index])}; "
+            f"expected 0..{len(manifest.classes) - 1}; make the shards with a label for every image"
+        )
+
+
+def _cache_key(encoder: Encoder, manifest: Manifest, features: FeaturesConfig, limit: int | None) -> str:
+    parts = {
+        "schema": CACHE_SCHEMA,
+        "weights": encoder.weights_sha256,
+        "network": repr(encoder.module),
+        "transform": encoder.transform.describe(),
+        "manifest": manifest.hash,
+        "split": manifest.split,
+        "precision": features.precision,
+        "num_blocks": features.num_blocks,
+        "limit": limit,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _save_atomically(tensors: dict[str, Tensor], path: Path, about: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata={"about": json.dumps(about)})
+    temporary.replace(path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors if len(tensors["labels"]) else {}
+
+
+def _read_bank(path: Path, manifest: Manifest, key: str) -> FeatureBank:
+    tensors = _read_tensors(path)
+    labels, sample_ids = (tensors.pop(name) for name in _KEYS)
+    return FeatureBank(tensors=tensors, labels=labels, sample_ids=sample_ids, manifest=manifest, key=key)

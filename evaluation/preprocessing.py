@@ -1,0 +1,128 @@
+"""From a decoded image to what one encoder wants to see: its own size, crop, interpolation, mean and std."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+
+from evaluation.config import TransformConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """A picklable transform, so that loader processes can run it.
+
+    Attributes:
+        channels: 3 converts to RGB, 1 to grey values.
+        image_size: side in pixels of the square that comes out.
+        crop_fraction: `image_size` / side to which the shorter edge is resized before the centre crop.
+        interpolation: of the resize.
+        mean: per channel, of values in 0..1.
+        std: per channel.
+        crop_mode: timm's way to make the image square: `center`, `squash` or `border`.
+    """
+
+    channels: int
+    image_size: int
+    crop_fraction: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        """Builds timm's transform once; refuses statistics of another number of channels."""
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) not in (1, self.channels):
+                raise ValueError(
+                    f"transform.{name} is {list(values)}; expected 1 or {self.channels} numbers, one per channel; "
+                    f"set transform.{name}"
+                )
+        transform = create_transform(
+            input_size=(self.channels, self.image_size, self.image_size),
+            is_training=False,
+            interpolation=self.interpolation,
+            mean=self._per_channel(self.mean),
+            std=self._per_channel(self.std),
+            crop_pct=self.crop_fraction,
+            crop_mode=self.crop_mode,
+        )
+        object.__setattr__(self, "_transform", transform)
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "C H W"]:
+        """Returns the preprocessed image in fp32."""
+        converted = image.convert("RGB" if self.channels == 3 else "L")
+        return torch.as_tensor(self._transform(converted))  # type: ignore[attr-defined]
+
+    def _per_channel(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        return values * self.channels if len(values) == 1 else values
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the options as JSON-able values: part of the cache key and of every result."""
+        return {
+            "channels": self.channels,
+            "image_size": self.image_size,
+            "crop_fraction": round(self.crop_fraction, 6),
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "crop_mode": self.crop_mode,
+        }
+
+
+class ProcessorTransform:
+    """Runs the image processor that a transformers checkpoint carries; picklable.
+
+    Args:
+        processor: what `AutoImageProcessor.from_pretrained` returned.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "C H W"]:
+        """Returns the preprocessed image in fp32."""
+        return self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0].float()
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the processor's options as JSON-able values."""
+        options = self.processor.to_dict()
+        keys = ("size", "crop_size", "image_mean", "image_std", "do_resize", "do_center_crop", "resample")
+        return {key: _plain(options[key]) for key in keys if key in options}
+
+
+def from_timm_config(config: Mapping[str, Any], overrides: TransformConfig) -> Preprocessing:
+    """Returns the preprocessing that a timm data configuration declares, with overrides applied.
+
+    Args:
+        config: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, as timm's resolvers give.
+        overrides: non-null values win.
+    """
+    channels, height, _ = config["input_size"]
+    return Preprocessing(
+        channels=channels,
+        image_size=overrides.image_size or height,
+        crop_fraction=overrides.crop_fraction or float(config.get("crop_pct", 1.0)),
+        interpolation=overrides.interpolation or config.get("interpolation", "bicubic"),
+        mean=overrides.mean or tuple(config["mean"]),
+        std=overrides.std or tuple(config["std"]),
+        crop_mode=config.get("crop_mode") or "center",
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

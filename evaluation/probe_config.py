@@ -1,0 +1,295 @@
+"""Options of the single probes, with their sources and units. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FEATURES = ("embedding", "cls", "mean", "both", "blocks", "blocks_mean")
+
+
+def refuse_unless(holds: bool, what: str, value: Any, rule: str) -> None:
+    """Raises the one-line ValueError of an option `what` unless `holds`."""
+    if not holds:
+        raise ValueError(f"{what} is {value}; expected {rule}; set {what}")
+
+
+def _refuse_unknown_features(names: tuple[str, ...], key: str) -> None:
+    refuse_unless(len(names) > 0, key, list(names), f"at least one of {', '.join(FEATURES)}")
+    for name in names:
+        refuse_unless(name in FEATURES, key, f"[{', '.join(names)}]", f"names among {', '.join(FEATURES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig:
+    """Weighted k nearest neighbours on L2-normalised features (Wu et al. 2018; CARP's and DINO's evaluation).
+
+    Attributes:
+        k: numbers of neighbours; the headline is 20 where it is among them.
+        temperature: T of the vote's weight exp(similarity / T).
+        features: features to try; every one is reported.
+    """
+
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    temperature: float = 0.07
+    features: tuple[str, ...] = ("embedding",)
+
+    def __post_init__(self) -> None:
+        """Refuses no neighbour and unknown features."""
+        refuse_unless(
+            bool(self.k) and min(self.k, default=0) >= 1, "knn.k", list(self.k), "numbers of at least 1"
+        )
+        refuse_unless(self.temperature > 0, "knn.temperature", self.temperature, "more than 0")
+        _refuse_unknown_features(self.features, "knn.features")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """Linear probe: a grid of learning rates x features, trained by SGD in one pass (DINOv2's protocol).
+
+    Attributes:
+        learning_rates: per 256 images of batch; each trains its own classifier beside the others.
+        features: features to try.
+        epochs: passes over the cached training features.
+        batch_size: images per step.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        held_out: share of the training split on which learning rate and feature are chosen.
+    """
+
+    learning_rates: tuple[float, ...] = (
+        1e-5,
+        2e-5,
+        5e-5,
+        1e-4,
+        2e-4,
+        5e-4,
+        1e-3,
+        2e-3,
+        5e-3,
+        1e-2,
+        2e-2,
+        5e-2,
+        0.1,
+    )
+    features: tuple[str, ...] = ("embedding",)
+    epochs: int = 10
+    batch_size: int = 1024
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuses an empty grid and shares outside 0..1."""
+        rates = self.learning_rates
+        refuse_unless(
+            bool(rates) and min(rates, default=0) > 0, "linear.learning_rates", list(rates), "above 0"
+        )
+        _refuse_unknown_features(self.features, "linear.features")
+        refuse_unless(self.epochs >= 1, "linear.epochs", self.epochs, "at least 1")
+        refuse_unless(self.batch_size >= 1, "linear.batch_size", self.batch_size, "at least 1")
+        refuse_unless(0 <= self.momentum < 1, "linear.momentum", self.momentum, "0 <= momentum < 1")
+        refuse_unless(self.weight_decay >= 0, "linear.weight_decay", self.weight_decay, "at least 0")
+        refuse_unless(0 < self.held_out < 1, "linear.held_out", self.held_out, "0 < share < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogisticConfig:
+    """L2-regularised multinomial logistic regression by L-BFGS on L2-normalised features.
+
+    Attributes:
+        inverse_regularisation: scikit-learn's C: the loss is C * sum of cross-entropies + |W|^2 / 2 (no penalty on
+            the bias). The best on the held-out part is refitted on the whole training split.
+        feature: the feature.
+        max_iterations: of L-BFGS.
+        held_out: share of the training split on which C is chosen.
+    """
+
+    inverse_regularisation: tuple[float, ...] = (0.1, 1.0, 10.0)
+    feature: str = "embedding"
+    max_iterations: int = 200
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuses an empty grid and shares outside 0..1."""
+        values = self.inverse_regularisation
+        refuse_unless(
+            bool(values) and min(values, default=0) > 0,
+            "logistic.inverse_regularisation",
+            list(values),
+            "above 0",
+        )
+        _refuse_unknown_features((self.feature,), "logistic.feature")
+        refuse_unless(self.max_iterations >= 1, "logistic.max_iterations", self.max_iterations, "at least 1")
+        refuse_unless(0 < self.held_out < 1, "logistic.held_out", self.held_out, "0 < share < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShotConfig:
+    """Logistic regression on a few labelled images per class, over several draws.
+
+    Attributes:
+        shots: labelled images per class.
+        draws: random draws per number of shots; mean and standard deviation are reported.
+        inverse_regularisation: C of the logistic regression, fixed: there is nothing to choose it on.
+        feature: the feature.
+    """
+
+    shots: tuple[int, ...] = (1, 5, 10)
+    draws: int = 5
+    inverse_regularisation: float = 10.0
+    feature: str = "embedding"
+
+    def __post_init__(self) -> None:
+        """Refuses no shot and no draw."""
+        refuse_unless(
+            bool(self.shots) and min(self.shots, default=0) >= 1,
+            "few_shot.shots",
+            list(self.shots),
+            "at least 1",
+        )
+        refuse_unless(self.draws >= 1, "few_shot.draws", self.draws, "at least 1")
+        refuse_unless(
+            self.inverse_regularisation > 0,
+            "few_shot.inverse_regularisation",
+            self.inverse_regularisation,
+            "above 0",
+        )
+        _refuse_unknown_features((self.feature,), "few_shot.feature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusteringConfig:
+    """k-means on features, and the assignment to the prototypes where projections can be computed.
+
+    Attributes:
+        num_clusters: of k-means, or null for the number of classes.
+        restarts: k-means++ starts; the one of smallest inertia is reported.
+        max_iterations: of Lloyd's algorithm.
+        feature: the feature.
+    """
+
+    num_clusters: int | None = None
+    restarts: int = 5
+    max_iterations: int = 100
+    feature: str = "embedding"
+
+    def __post_init__(self) -> None:
+        """Refuses no cluster."""
+        value = self.num_clusters
+        refuse_unless(value is None or value >= 2, "clustering.num_clusters", value, "at least 2 or null")
+        refuse_unless(self.restarts >= 1, "clustering.restarts", self.restarts, "at least 1")
+        refuse_unless(
+            self.max_iterations >= 1, "clustering.max_iterations", self.max_iterations, "at least 1"
+        )
+        _refuse_unknown_features((self.feature,), "clustering.feature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongTailConfig:
+    """Accuracy by how often a class was seen in training.
+
+    Attributes:
+        classifier: whose predictions are split: `knn` (headline k and feature), `linear` or `logistic`.
+        few_at_most: a class of at most so many training images is tail.
+        many_above: a class of more training images than this is head; between the two is medium.
+            20 and 100 are the iNaturalist rule (Liu et al. 2019).
+        imbalance_ratio: thins the training split to an exponential class profile whose largest class is this many
+            times the smallest (Cui et al. 2019), or null for the split as it is.
+    """
+
+    classifier: Literal["knn", "linear", "logistic"] = "knn"
+    few_at_most: int = 20
+    many_above: int = 100
+    imbalance_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses thresholds in the wrong order."""
+        refuse_unless(self.few_at_most >= 0, "long_tail.few_at_most", self.few_at_most, "at least 0")
+        refuse_unless(
+            self.many_above >= self.few_at_most,
+            "long_tail.many_above",
+            self.many_above,
+            "at least few_at_most",
+        )
+        ratio = self.imbalance_ratio
+        refuse_unless(ratio is None or ratio >= 1, "long_tail.imbalance_ratio", ratio, "at least 1 or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """A short recipe that trains the whole encoder with a new linear classifier (AdamW, cosine, flips and crops).
+
+    Attributes:
+        epochs: passes over the training split.
+        lr: peak learning rate per 256 images of batch.
+        weight_decay: of AdamW.
+        layer_decay: learning rate of block i times layer_decay ** (depth - i), for timm encoders.
+        warmup_fraction: share of the steps with a linear warm-up.
+        crop_scale_min: smallest area of the random resized crop.
+    """
+
+    epochs: int = 3
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    layer_decay: float = 0.75
+    warmup_fraction: float = 0.1
+    crop_scale_min: float = 0.6
+
+    def __post_init__(self) -> None:
+        """Refuses rates and shares outside their ranges."""
+        refuse_unless(self.epochs >= 1, "finetune.epochs", self.epochs, "at least 1")
+        refuse_unless(self.lr > 0, "finetune.lr", self.lr, "more than 0")
+        refuse_unless(self.weight_decay >= 0, "finetune.weight_decay", self.weight_decay, "at least 0")
+        refuse_unless(0 < self.layer_decay <= 1, "finetune.layer_decay", self.layer_decay, "0 < decay <= 1")
+        refuse_unless(
+            0 <= self.warmup_fraction < 1, "finetune.warmup_fraction", self.warmup_fraction, "0 <= share < 1"
+        )
+        refuse_unless(
+            0 < self.crop_scale_min <= 1, "finetune.crop_scale_min", self.crop_scale_min, "0 < scale <= 1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrototypeAuditConfig:
+    """The audit of a checkpoint's prototypes.
+
+    Attributes:
+        thresholds: eps of Definition 2.1 (two prototypes are one when 1 - cosine < eps).
+        angle_pairs: random pairs from which the density of angles is drawn.
+        use_images: also project the test images, where the checkpoint carries its projection head, and count
+            which prototypes they use.
+    """
+
+    thresholds: tuple[float, ...] = (0.025, 0.05, 0.1, 0.25, 0.5)
+    angle_pairs: int = 200_000
+    use_images: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses thresholds that are no cosine distances."""
+        values = self.thresholds
+        refuse_unless(
+            bool(values) and min(values, default=0) > 0 and max(values, default=0) <= 2,
+            "prototypes.thresholds",
+            list(values),
+            "0 < eps <= 2",
+        )
+        refuse_unless(self.angle_pairs >= 1, "prototypes.angle_pairs", self.angle_pairs, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceConfig:
+    """Bootstrap intervals over test images.
+
+    Attributes:
+        resamples: bootstrap resamples.
+        level: of the interval.
+    """
+
+    resamples: int = 1000
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Refuses levels outside 0..1."""
+        refuse_unless(self.resamples >= 1, "confidence.resamples", self.resamples, "at least 1")
+        refuse_unless(0 < self.level < 1, "confidence.level", self.level, "0 < level < 1")

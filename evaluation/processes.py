@@ -1,0 +1,67 @@
+"""The processes of one evaluation, started by accelerate: who we are, how work is split, how it is collected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+def _alone(item: Any) -> list[Any]:
+    return [item]
+
+
+def _nobody_to_wait_for() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that evaluate together.
+
+    Attributes:
+        rank: of this process.
+        world_size: number of processes.
+        device: where this process computes.
+        gather: collective: one picklable object per process, in rank order, to every process.
+        wait: collective: returns once every process has called it.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    gather: Callable[[Any], list[Any]] = _alone
+    wait: Callable[[], None] = _nobody_to_wait_for
+
+    def mine(self, parts: int) -> range:
+        """Returns which of `parts` equal pieces of work this process does: every world_size-th, from its rank."""
+        return range(self.rank, parts, self.world_size)
+
+
+def start_processes(device: str = "auto") -> Processes:
+    """Returns the processes that `accelerate launch`, `torchrun` or nothing started. Collective.
+
+    Args:
+        device: `auto` (CUDA where there is one), `cpu` or `cuda`.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there.
+    """
+    # Imported here: it takes a second, and a probe inside training never needs it.
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda'; expected a CUDA device, none is visible; set device=cpu")
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    if state.num_processes == 1:
+        return Processes(device=state.device)
+    return Processes(
+        rank=state.process_index,
+        world_size=state.num_processes,
+        device=state.device,
+        gather=lambda item: list(gather_object([item])),
+        wait=state.wait_for_everyone,
+    )

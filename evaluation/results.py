@@ -1,0 +1,135 @@
+"""Results files: one JSON for each probe, with everything that is needed to believe or repeat it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from runtime.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+RESULT_SCHEMA = 1
+_PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "webdataset", "numpy")
+
+
+def collect_provenance(
+    *, config: dict[str, Any], config_hash: str, manifests: dict[str, str]
+) -> dict[str, Any]:
+    """Returns what a results file says about its making: commit, configuration, data, versions, hardware.
+
+    Args:
+        config: the resolved configuration.
+        config_hash: its hash.
+        manifests: `directory:split` to the manifest's hash.
+    """
+    return {
+        "commit": _commit(),
+        "config": config,
+        "config_hash": config_hash,
+        "manifest_hashes": manifests,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "hardware": _hardware(),
+        "finished_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def write_result(
+    directory: Path,
+    probe: str,
+    *,
+    encoder: dict[str, Any],
+    figures: dict[str, Any],
+    provenance: dict[str, Any],
+    seconds: float,
+    predictions: dict[str, Tensor] | None = None,
+) -> Path:
+    """Writes `{probe}.json`, and `{probe}.predictions.safetensors` where there are predictions; returns the first.
+
+    Args:
+        directory: the results directory; made where missing.
+        probe: the probe's name.
+        encoder: what was evaluated, as `Encoder.describe` says it.
+        figures: the probe's figures.
+        provenance: see `collect_provenance`.
+        seconds: wall time of the probe, features not included.
+        predictions: predicted classes by name, and `labels`: what paired intervals between runs are made from.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {
+        "schema": RESULT_SCHEMA,
+        "probe": probe,
+        "encoder": encoder,
+        "figures": figures,
+        "seconds": round(seconds, 3),
+        "provenance": provenance,
+    }
+    if predictions:
+        small = {name: tensor.to(torch.int32).contiguous() for name, tensor in predictions.items()}
+        temporary = directory / f".{probe}.predictions.tmp"
+        save_file(small, temporary)
+        temporary.replace(directory / f"{probe}.predictions.safetensors")
+    path = directory / f"{probe}.json"
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def read_results(directory: Path) -> list[dict[str, Any]]:
+    """Returns every result under a results directory, each with `path`; unreadable files are named in the log."""
+    found = []
+    for path in sorted(directory.rglob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            logger.warning("%s is left out of the report: %s", path, error)
+            continue
+        if isinstance(content, dict) and content.get("schema") == RESULT_SCHEMA and "probe" in content:
+            found.append({**content, "path": path})
+    return found
+
+
+def read_predictions(result: dict[str, Any]) -> dict[str, Tensor]:
+    """Returns the predictions beside a result of `read_results`; empty where it has none."""
+    path: Path = result["path"].with_name(f"{result['probe']}.predictions.safetensors")
+    return load_file(path) if path.is_file() else {}
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _hardware() -> dict[str, Any]:
+    found: dict[str, Any] = {"machine": platform.machine(), "cpu_threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["num_gpus"] = torch.cuda.device_count()
+    return found
