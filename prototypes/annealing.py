@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prototypes.config import AnnealingConfig
+from prototypes.gmm_config import AnnealingConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float

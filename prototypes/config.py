@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Mode = Literal["full", "joint", "joint_kp", "frozen_random"]
-EstimatorName = Literal["gmm_diag"]
+from prototypes.gmm_config import GmmConfig, require
 
-
-def _require(holds: bool, key: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{key} is {value}; expected {rule}; set {key}")
+Mode = Literal["full", "joint", "joint_kp", "partial", "frozen_random"]
+EstimatorName = Literal[
+    "gmm_diag",
+    "gmm_spherical",
+    "gmm_tied_diag",
+    "gmm_tied_spherical",
+    "vmf",
+    "sph_kmeans",
+    "vb_gmm",
+    "sinkhorn",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +33,8 @@ class PartitionConfig:
     blocks_per_chunk: int = 8
 
     def __post_init__(self) -> None:
-        _require(self.size >= 2, "prototypes.partition.size", self.size, "at least 2")
-        _require(
+        require(self.size >= 2, "prototypes.partition.size", self.size, "at least 2")
+        require(
             self.blocks_per_chunk >= 1,
             "prototypes.partition.blocks_per_chunk",
             self.blocks_per_chunk,
@@ -37,249 +43,66 @@ class PartitionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
-    """Effective memory M = 1 / (1 - lambda) of a component, in assigned samples.
+class ClusteringConfig:
+    """Teacher prototypes trained by their own clustering loss: mode `partial` and estimator `sinkhorn`.
 
     Attributes:
-        samples: M itself; null derives it as `epochs` of the samples that one component sees in an epoch.
-        epochs: share of an epoch's assigned samples per component.
-        minimum: lower bound of the derived M.
-        maximum: upper bound of the derived M.
+        target_temperature: temperature of the Sinkhorn targets.
+        prediction_temperature: temperature of the softmax that learns them.
+        sinkhorn_iterations: row and column normalisations.
+        learning_rate: peak of AdamW's learning rate.
+        betas: AdamW's averages.
+        weight_decay: AdamW's decoupled decay.
+        warmup_fraction: share of the steps with a rising learning rate.
+        cosine_end: share of the half cosine that the decay runs through.
     """
 
-    samples: float | None = None
-    epochs: float = 0.5
-    minimum: float = 4.0
-    maximum: float = 200.0
+    target_temperature: float = 0.06
+    prediction_temperature: float = 0.12
+    sinkhorn_iterations: int = 3
+    learning_rate: float = 5e-4
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_fraction: float = 0.1
+    cosine_end: float = 0.8
 
     def __post_init__(self) -> None:
-        if self.samples is not None:
-            _require(self.samples > 1, "prototypes.gmm.memory.samples", self.samples, "more than 1, or null")
-        _require(self.epochs > 0, "prototypes.gmm.memory.epochs", self.epochs, "more than 0")
-        _require(
-            1 < self.minimum <= self.maximum,
-            "prototypes.gmm.memory.minimum",
-            self.minimum,
-            "more than 1 and at most maximum",
+        for name in ("target_temperature", "prediction_temperature", "learning_rate"):
+            value = getattr(self, name)
+            require(value > 0, f"prototypes.clustering.{name}", value, "more than 0")
+        require(
+            self.sinkhorn_iterations >= 1,
+            "prototypes.clustering.sinkhorn_iterations",
+            self.sinkhorn_iterations,
+            "at least 1",
         )
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "prototypes.clustering.betas",
+            self.betas,
+            "two numbers from 0 to below 1",
+        )
+        require(self.weight_decay >= 0, "prototypes.clustering.weight_decay", self.weight_decay, "at least 0")
+        for name in ("warmup_fraction", "cosine_end"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"prototypes.clustering.{name}", value, "0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnnealingConfig:
-    """Inverse temperature beta of the responsibilities over the steps.
+class CouplingConfig:
+    """How far the prototypes are left to the encoder's loss.
 
     Attributes:
-        schedule: "constant" (beta = end), "geometric" (start -> end over `fraction` of the steps) or
-            "perplexity" (beta is steered so that the perplexity of the responsibilities goes from
-            `perplexity_start` to `perplexity_end` over `fraction` of the steps).
-        start: beta at step 0; null takes min(1, max(.3, 3 beta_critical)).
-        end: last beta.
-        fraction: share of the training over which beta moves.
-        guard: "critical" keeps beta >= min(1, 2 beta_critical), below which all means merge; null switches
-            the guard off.
-        perplexity_start: target of the controller at step 0.
-        perplexity_end: target of the controller after `fraction` of the steps.
+        strength: kappa from 0 (`full`: the mixture alone) to 1 (`joint`: the loss alone); mode `full`.
+        tie: weight of |C_student - sg(C_teacher)|^2 per prototype; mode `partial`.
     """
 
-    schedule: Literal["constant", "geometric", "perplexity"] = "geometric"
-    start: float | None = None
-    end: float = 1.0
-    fraction: float = 0.1
-    guard: Literal["critical"] | None = "critical"
-    perplexity_start: float = 8.0
-    perplexity_end: float = 2.0
+    strength: float = 0.0
+    tie: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.start is not None:
-            _require(self.start > 0, "prototypes.gmm.beta.start", self.start, "more than 0, or null")
-        _require(self.end > 0, "prototypes.gmm.beta.end", self.end, "more than 0")
-        _require(0 <= self.fraction <= 1, "prototypes.gmm.beta.fraction", self.fraction, "0 to 1")
-        for name in ("perplexity_start", "perplexity_end"):
-            _require(
-                getattr(self, name) > 1, f"prototypes.gmm.beta.{name}", getattr(self, name), "more than 1"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixingWeightsConfig:
-    """Mixing weights pi of the mixture.
-
-    Attributes:
-        mode: "tracked" (running share of responsibility), "uniform" (1 / K) or "from_counts" (nearly uniform:
-            the counts saturate at M).
-        floor: every weight stays at least floor / K.
-    """
-
-    mode: Literal["tracked", "uniform", "from_counts"] = "tracked"
-    floor: float = 0.1
-
-    def __post_init__(self) -> None:
-        _require(0 < self.floor < 1, "prototypes.gmm.mixing_weights.floor", self.floor, "between 0 and 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VarianceConfig:
-    """What keeps the variances of the components away from zero and from noise.
-
-    Attributes:
-        floor: a component's variance stays at least floor x the features' own variance, per dimension.
-        shrinkage: strength of the MAP shrinkage towards the features' variance, in units of the memory M.
-    """
-
-    floor: float = 0.05
-    shrinkage: float = 0.25
-
-    def __post_init__(self) -> None:
-        _require(0 < self.floor <= 1, "prototypes.gmm.variance.floor", self.floor, "above 0 and at most 1")
-        _require(self.shrinkage >= 0, "prototypes.gmm.variance.shrinkage", self.shrinkage, "at least 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitialisationConfig:
-    """How the means start.
-
-    Attributes:
-        method: "sphere" (random unit vectors), "data" (the first K features) or "data_spread" (features at
-            least `spread_distance` apart in cosine distance, the rest random unit vectors).
-        spread_distance: least cosine distance between features accepted by "data_spread".
-        warmup_fraction: share of the training after which "data_spread" starts to collect.
-    """
-
-    method: Literal["sphere", "data", "data_spread"] = "sphere"
-    spread_distance: float = 0.1
-    warmup_fraction: float = 0.01
-
-    def __post_init__(self) -> None:
-        _require(
-            0 < self.spread_distance < 2,
-            "prototypes.gmm.init.spread_distance",
-            self.spread_distance,
-            "between 0 and 2",
-        )
-        _require(
-            0 <= self.warmup_fraction < 1,
-            "prototypes.gmm.init.warmup_fraction",
-            self.warmup_fraction,
-            "at least 0 and below 1",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SynchronizationConfig:
-    """How ranks share one step's observations.
-
-    Attributes:
-        method: "all_reduce" (sum the statistics; the default at every K), "all_gather" (gather the rows, every
-            rank computes everything), "sharded" (gather the rows, each rank computes the statistics of its
-            range of prototypes) or "auto" (the cost rule decides once; the checkpoint keeps the choice).
-        reduction: "fp32", "fp64" (sums in double precision) or "fixed_order" (bitwise independent of the
-            number of ranks: rows gathered and sorted; needs "all_gather").
-        bandwidth_gb_per_s: effective bandwidth between ranks that the cost rule assumes.
-        overlap_ms: time of the student's forward pass, behind which the rule assumes an exchange to hide.
-    """
-
-    method: Literal["all_reduce", "all_gather", "sharded", "auto"] = "all_reduce"
-    reduction: Literal["fp32", "fp64", "fixed_order"] = "fp32"
-    bandwidth_gb_per_s: float = 46.0
-    overlap_ms: float = 50.0
-
-    def __post_init__(self) -> None:
-        key = "prototypes.gmm.synchronization"
-        _require(
-            self.reduction != "fixed_order" or self.method == "all_gather",
-            f"{key}.method",
-            self.method,
-            "all_gather with reduction=fixed_order",
-        )
-        _require(
-            self.reduction != "fp64" or self.method == "all_reduce",
-            f"{key}.method",
-            self.method,
-            "all_reduce with reduction=fp64",
-        )
-        _require(self.bandwidth_gb_per_s > 0, f"{key}.bandwidth_gb_per_s", self.bandwidth_gb_per_s, "above 0")
-        _require(self.overlap_ms >= 0, f"{key}.overlap_ms", self.overlap_ms, "at least 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RevivalConfig:
-    """What happens to starved and duplicate components.
-
-    Attributes:
-        method: "off" (the paper), "split" (next to the heaviest, widest component) or "reseed" (to the rows
-            farthest from every prototype).
-        interval_steps: steps between two events.
-        max_share: largest share of K moved in one event.
-        duplicate_distance: cosine distance below which a mean counts as a duplicate; 0 looks for none.
-    """
-
-    method: Literal["off", "split", "reseed"] = "off"
-    interval_steps: int = 500
-    max_share: float = 0.01
-    duplicate_distance: float = 0.025
-
-    def __post_init__(self) -> None:
-        key = "prototypes.gmm.revival"
-        _require(self.interval_steps >= 1, f"{key}.interval_steps", self.interval_steps, "at least 1")
-        _require(0 < self.max_share <= 1, f"{key}.max_share", self.max_share, "above 0 and at most 1")
-        _require(
-            0 <= self.duplicate_distance < 2, f"{key}.duplicate_distance", self.duplicate_distance, "0 to 2"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GmmConfig:
-    """The online mixture of the mode `full`.
-
-    Attributes:
-        input: "l2" (unit rows) or "raw" (the projections as they are).
-        center: subtract the running mean of the projections first.
-        standardise: divide by the running standard deviation too.
-        forgetting: "responsibility" (old statistics are forgotten as new mass arrives) or "uniform" (by the
-            same factor every step; the ablation).
-        uniform_rate: the factor of uniform forgetting.
-        responsibility_scale: exponent of the forgetting: "sum" or "mean" of a component's responsibilities.
-        gain: "omega" (exact for split samples) or "simple" (the mass itself).
-        memory: effective memory of a component.
-        beta: annealing of the responsibilities.
-        mixing_weights: how pi is tracked.
-        variance: floor and shrinkage.
-        init: how the means start.
-        balance: strength with which the log of the running usage is subtracted from the logits; 0 is off.
-        largest: responsibilities kept per row, the others become 0; 0 keeps all.
-        synchronization: how ranks share their observations.
-        revival: what happens to starved and duplicate components.
-    """
-
-    input: Literal["l2", "raw"] = "l2"
-    center: bool = False
-    standardise: bool = False
-    forgetting: Literal["responsibility", "uniform"] = "responsibility"
-    uniform_rate: float = 0.05
-    responsibility_scale: Literal["sum", "mean"] = "sum"
-    gain: Literal["omega", "simple"] = "omega"
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    beta: AnnealingConfig = field(default_factory=AnnealingConfig)
-    mixing_weights: MixingWeightsConfig = field(default_factory=MixingWeightsConfig)
-    variance: VarianceConfig = field(default_factory=VarianceConfig)
-    init: InitialisationConfig = field(default_factory=InitialisationConfig)
-    balance: float = 0.0
-    largest: int = 0
-    synchronization: SynchronizationConfig = field(default_factory=SynchronizationConfig)
-    revival: RevivalConfig = field(default_factory=RevivalConfig)
-
-    def __post_init__(self) -> None:
-        _require(self.largest >= 0, "prototypes.gmm.largest", self.largest, "at least 0")
-        _require(
-            self.largest == 0 or self.synchronization.method in ("all_reduce", "all_gather"),
-            "prototypes.gmm.largest",
-            self.largest,
-            "0 with synchronization.method sharded or auto",
-        )
-        _require(
-            0 < self.uniform_rate < 1, "prototypes.gmm.uniform_rate", self.uniform_rate, "between 0 and 1"
-        )
-        _require(self.balance >= 0, "prototypes.gmm.balance", self.balance, "at least 0")
+        require(0 <= self.strength <= 1, "prototypes.coupling.strength", self.strength, "0 to 1")
+        require(self.tie >= 0, "prototypes.coupling.tie", self.tie, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,12 +111,17 @@ class PrototypesConfig:
 
     Attributes:
         mode: "full" (estimated by an online mixture, detached from the encoder), "joint" (learned by the
-            encoder's loss) or "frozen_random" (fixed random directions, the control).
+            encoder's loss), "joint_kp" (the same with KoLeo on the prototypes), "partial" (the teacher's learned
+            by their own clustering loss, the student's by the encoder's) or "frozen_random" (fixed random
+            directions, the control).
         estimator: the mixture of the mode `full`.
         num_prototypes: K.
         dim: width of the projections, P.
         partition: random blocks inside the loss.
         gmm: options of the mixture.
+        clustering: options of the mode `partial` and of the estimator `sinkhorn`.
+        coupling: how far the prototypes are left to the encoder's loss.
+        koleo_weight: weight of KoLeo in the mode `joint_kp`.
     """
 
     mode: Mode = "full"
@@ -302,16 +130,44 @@ class PrototypesConfig:
     dim: int = 256
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     gmm: GmmConfig = field(default_factory=GmmConfig)
+    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
+    coupling: CouplingConfig = field(default_factory=CouplingConfig)
+    koleo_weight: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(self.num_prototypes >= 2, "prototypes.num_prototypes", self.num_prototypes, "at least 2")
-        _require(self.dim >= 2, "prototypes.dim", self.dim, "at least 2")
-        _require(
+        require(self.num_prototypes >= 2, "prototypes.num_prototypes", self.num_prototypes, "at least 2")
+        require(self.dim >= 2, "prototypes.dim", self.dim, "at least 2")
+        require(
             self.num_prototypes % self.partition.size == 0,
             "prototypes.partition.size",
             self.partition.size,
             f"a divisor of prototypes.num_prototypes ({self.num_prototypes})",
         )
+        require(
+            self.gmm.input == "l2" or self.estimator not in ("vmf", "sph_kmeans"),
+            "prototypes.gmm.input",
+            self.gmm.input,
+            f"l2 with the estimator {self.estimator}",
+        )
+        require(
+            self.dim >= 8 or self.estimator != "vmf",
+            "prototypes.dim",
+            self.dim,
+            "at least 8 with the estimator vmf",
+        )
+        require(
+            self.coupling.strength == 0 or (self.mode == "full" and self.estimator != "sinkhorn"),
+            "prototypes.coupling.strength",
+            self.coupling.strength,
+            "0 unless prototypes.mode is full with a mixture",
+        )
+        require(
+            self.coupling.tie == 0 or self.mode == "partial",
+            "prototypes.coupling.tie",
+            self.coupling.tie,
+            "0 unless prototypes.mode is partial",
+        )
+        require(self.koleo_weight >= 0, "prototypes.koleo_weight", self.koleo_weight, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,5 +191,5 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         for name in ("student_temperature", "teacher_temperature"):
-            _require(getattr(self, name) > 0, f"objective.{name}", getattr(self, name), "more than 0")
-        _require(self.entropy_weight >= 0, "objective.entropy_weight", self.entropy_weight, "at least 0")
+            require(getattr(self, name) > 0, f"objective.{name}", getattr(self, name), "more than 0")
+        require(self.entropy_weight >= 0, "objective.entropy_weight", self.entropy_weight, "at least 0")

@@ -267,7 +267,7 @@ def build_estimator(
     Raises:
         ValueError: more than one rank without `reduce_sum`.
     """
-    from prototypes import learned
+    from prototypes import clustering, learned
 
     context = EstimatorContext(
         seed=seed,
@@ -279,14 +279,26 @@ def build_estimator(
     estimator: PrototypeEstimator
     if config.mode in ("joint", "joint_kp"):
         estimator = learned.JointEstimator(config, context)
+    elif config.mode == "partial":
+        estimator = clustering.PartialEstimator(config, context)
     elif config.mode == "frozen_random":
         estimator = learned.FrozenRandomEstimator(config, context)
     else:
-        estimator = _build_mixture(config, context)
+        estimator = _build_family(config, context)
     return estimator.to(device)
 
 
-def _build_mixture(config: PrototypesConfig, context: EstimatorContext) -> PrototypeEstimator:
-    from prototypes import gmm
+def _build_family(config: PrototypesConfig, context: EstimatorContext) -> PrototypeEstimator:
+    from prototypes import clustering, gmm, gmm_covariances, spherical_kmeans, vb_gmm, vmf
 
-    return gmm.DiagonalGmm(config, context)
+    families: tuple[type[PrototypeEstimator], ...] = (
+        gmm.DiagonalGmm,
+        gmm_covariances.SphericalGmm,
+        gmm_covariances.TiedDiagonalGmm,
+        gmm_covariances.TiedSphericalGmm,
+        vmf.VonMisesFisherMixture,
+        spherical_kmeans.SphericalKMeans,
+        vb_gmm.VariationalGmm,
+        clustering.SinkhornCodes,
+    )
+    return {family.name: family for family in families}[config.estimator](config, context)  # type: ignore[call-arg]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prototypes.config import SynchronizationConfig
+from prototypes.gmm_config import SynchronizationConfig
 from prototypes.partitions import make_generator
 from prototypes.statistics import Collectives, FlatStatistics, Handle
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from prototypes.config import GmmConfig, MemoryConfig
+from prototypes.gmm_config import GmmConfig, MemoryConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -39,16 +39,20 @@ class DiagonalGmm(OnlineMixture):
 
     def reset_components(self) -> None:
         """Every component starts with the variance of the rows."""
-        self.variances.copy_(self.row_covariance.diagonal())
+        self.variances.copy_(self.prior_variance())
 
     def component_variances(self) -> Float[Tensor, "K P"]:
         """Returns the variances of all components."""
-        return self.variances
+        return self.variances.expand(self.num_prototypes, self.dim)
+
+    def prior_variance(self) -> Float[Tensor, " V"]:
+        """Returns the variance of the rows, which floors, priors and starts refer to."""
+        return self.row_covariance.diagonal()
 
     def restart_components_(self, index: Int64[Tensor, " R"]) -> None:
         """Restarts components with the rows' variance; see the base class."""
         super().restart_components_(index)
-        self.variances[index] = self.row_covariance.diagonal()
+        self.variances[index] = self.prior_variance()
 
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
         """Returns [h, h*h]."""
@@ -58,12 +62,13 @@ class DiagonalGmm(OnlineMixture):
         """Returns ([mu/v, -1/(2v)], -1/2 sum_d [mu^2/v + log 2 pi v]) with mu shifted by m."""
         variances = self.shrunk_variances(chunk)
         means = self.means[chunk] - self.reference()
-        theta = torch.empty(len(means), 2 * self.dim, device=means.device)
-        linear, quadratic = theta.split(self.dim, dim=1)
+        width = variances.shape[1]
+        theta = torch.empty(len(means), self.dim + width, device=means.device)
+        linear, quadratic = theta.split([self.dim, width], dim=1)
         torch.div(means, variances, out=linear)
-        torch.reciprocal(variances, out=quadratic).mul_(-0.5)
-        bias = -0.5 * (torch.linalg.vecdot(means, linear) + variances.log_().sum(1) + self.dim * _LOG_2PI)
-        return theta, bias
+        quadratic.copy_(variances).reciprocal_().mul_(-0.5)
+        log_determinant = variances.log_().sum(1) * (self.dim / width) + self.dim * _LOG_2PI
+        return theta, -0.5 * (torch.linalg.vecdot(means, linear) + log_determinant)
 
     def shrunk_variances(self, chunk: slice) -> Float[Tensor, "k P"]:
         """Returns v = (n var + k0 gvar) / (n + k0), k0 = shrinkage * M: MAP with the rows' variance gvar."""
@@ -71,7 +76,7 @@ class DiagonalGmm(OnlineMixture):
         if prior == 0:
             return self.variances[chunk].clone()
         weight = prior / (self.counts[chunk, None] + prior)
-        return torch.lerp(self.variances[chunk], self.row_covariance.diagonal(), weight)
+        return torch.lerp(self.variances[chunk], self.prior_variance(), weight)
 
     def centre_statistics_(
         self, chunk: slice, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k F"]
@@ -96,19 +101,24 @@ class DiagonalGmm(OnlineMixture):
         mu  <- mu + rho T1/w;    var <- (1 - rho) var + rho T2/w - rho^2 (T1/w)^2,   floored
         """
         first, second = statistics.split(self.dim, dim=1)
-        scale = torch.where(rate > 0, rate / mass.clamp_min(1e-30), 0.0)[:, None]
-        means, variances = self._candidate["means"][chunk], self._candidate["variances"][chunk]
-        step = torch.mul(first, scale, out=means)
-        torch.addcmul(self.variances[chunk], self.variances[chunk], rate[:, None], value=-1, out=variances)
-        variances.addcmul_(second, scale).addcmul_(step, step, value=-1)
-        means.add_(self.means[chunk])
-        floor = self.gmm.variance.floor * self._candidate["row_covariance"].diagonal()
-        # A component without mass keeps its variance bit-exactly, also when the floor has moved past it.
-        torch.where(rate[:, None] > 0, variances.clamp_min(floor), variances, out=variances)
+        move = self.move_means(chunk, rate, mass, first)
+        scale = self.divide_by_mass(rate, mass)[:, None]
+        variances = torch.addcmul(self.variances[chunk], self.variances[chunk], rate[:, None], value=-1)
+        variances.addcmul_(second, scale).addcmul_(move, move, value=-1)
+        self.write_variances(chunk, rate, variances)
+
+    def write_variances(
+        self, chunk: slice, rate: Float[Tensor, " k"], variances: Float[Tensor, "k V"]
+    ) -> None:
+        """Writes floored variances to the candidate; where the rate is 0 they stay bitwise."""
+        floor = self.gmm.variance.floor * self.prior_variance()
+        # A component without mass keeps its variance, also when the floor has moved past it.
+        floored = variances.clamp_min_(floor)
+        self._candidate["variances"][chunk] = torch.where(rate[:, None] > 0, floored, self.variances[chunk])
 
     def metrics(self) -> dict[str, float]:
         """Adds the share of variances at the floor."""
         values = super().metrics()
-        floor = self.gmm.variance.floor * self.row_covariance.diagonal()
+        floor = self.gmm.variance.floor * self.prior_variance()
         values["gmm/variance_at_floor"] = float((self.variances <= floor * 1.0001).float().mean())
         return values

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from prototypes.config import InitialisationConfig
 from prototypes.diagnostics import greedy_leader_index
+from prototypes.gmm_config import InitialisationConfig
 from prototypes.partitions import make_generator
 
 if TYPE_CHECKING:

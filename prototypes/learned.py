@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from prototypes.config import PrototypesConfig
 from prototypes.estimator import EstimatorContext, PrototypeEstimator, Role
 from prototypes.initialisation import draw_unit_vectors
+from prototypes.koleo import compute_koleo
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int64
 
 
 class LearnedPrototypes(nn.Module):
@@ -33,7 +34,10 @@ class LearnedPrototypes(nn.Module):
 
 
 class JointEstimator(PrototypeEstimator):
-    """Prototypes trained by the consistency loss itself; the teacher's are their EMA copy (CARP)."""
+    """Prototypes trained by the consistency loss itself; the teacher's are their EMA copy (CARP).
+
+    In the mode `joint_kp` a KoLeo term on the prototypes joins the loss (DINO+KP).
+    """
 
     name = "joint"
 
@@ -47,9 +51,27 @@ class JointEstimator(PrototypeEstimator):
 
     def prototypes(self, role: Role, learned: Float[Tensor, "K P"] | None = None) -> Float[Tensor, "K P"]:
         """Returns `learned` as it is; gradient flows to it for the student."""
-        if learned is None:
-            raise ValueError("learned is None; expected the output of build_learned(); pass it")
+        learned = require_learned(learned)
         return learned.detach() if role == "teacher" else learned
+
+    def auxiliary_loss(
+        self,
+        learned: Float[Tensor, "K P"] | None = None,
+        partition: Int64[Tensor, "G S"] | None = None,
+    ) -> Float[Tensor, ""] | None:
+        """Returns koleo_weight * KoLeo of the student's prototypes in the mode `joint_kp`, else None."""
+        if self.config.mode != "joint_kp":
+            return None
+        if partition is None:
+            raise ValueError("partition is None; expected the loss's partition; pass it")
+        return self.config.koleo_weight * compute_koleo(require_learned(learned), partition)
+
+
+def require_learned(learned: Float[Tensor, "K P"] | None) -> Float[Tensor, "K P"]:
+    """Returns `learned`, or raises where the network's output was not handed in."""
+    if learned is None:
+        raise ValueError("learned is None; expected the output of build_learned(); pass it")
+    return learned
 
 
 class FrozenRandomEstimator(PrototypeEstimator):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prototypes.config import MixingWeightsConfig
+from prototypes.gmm_config import MixingWeightsConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float

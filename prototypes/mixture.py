@@ -53,7 +53,10 @@ class Mixture(PrototypeEstimator):
         self.context = context
         self.memory = derive_memory(self.gmm.memory, context.num_observations_per_epoch, self.num_prototypes)
         self.annealing = Annealing(self.gmm.beta, context.total_steps)
-        self._register_tables(context.seed)
+        tables = self.initial_tables()
+        self.table_names = tuple(tables)
+        for name, tensor in tables.items():
+            self.register_buffer(name, tensor)
 
     # ---------------------------------------------------------------- what a family defines
 
@@ -211,19 +214,17 @@ class Mixture(PrototypeEstimator):
             return None
         return self.gmm.balance * (self.usage * self.num_prototypes).clamp_min(1e-6).log()
 
-    def _register_tables(self, seed: int) -> None:
+    def initial_tables(self) -> dict[str, Tensor]:
+        """Returns every table at construction: a pure function of the configuration and the seed."""
         num = self.num_prototypes
-        tables = {
-            "means": initialisation.draw_unit_vectors(num, self.dim, seed),
+        return {
+            "means": initialisation.draw_unit_vectors(num, self.dim, self.context.seed),
             "counts": torch.ones(num),
             "mixing_weights": torch.full((num,), 1.0 / num),
             "usage": torch.full((num,), 1.0 / num),
             **moments.initial_moments(self.dim),
             **self.family_tables(),
         }
-        self.table_names = tuple(tables)
-        for name, tensor in tables.items():
-            self.register_buffer(name, tensor)
 
     def _moments(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in moments.MOMENT_TABLES}

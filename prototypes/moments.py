@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from prototypes.config import GmmConfig
+from prototypes.gmm_config import GmmConfig
 from prototypes.statistics import Collectives
 
 if TYPE_CHECKING:

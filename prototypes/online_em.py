@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from prototypes import initialisation, moments
 from prototypes.annealing import CRITICAL_REFRESH_STEPS, Annealing, compute_critical_beta
 from prototypes.assignments import probe_assignments
+from prototypes.candidate import CandidateTables
 from prototypes.config import PrototypesConfig
+from prototypes.coupling import couple
 from prototypes.estimator import EstimatorContext, Observation, Role
 from prototypes.exchange import Exchange, choose_method
 from prototypes.forgetting import forget
 from prototypes.initialisation import Collected
+from prototypes.learned import LearnedPrototypes, require_learned
 from prototypes.mixing import update_mixing_weights, update_usage
 from prototypes.mixture import Mixture, iterate_chunks
 from prototypes.revival import find_starved, revive_
@@ -57,7 +60,7 @@ class OnlineMixture(Mixture):
                 world_size=context.collectives.world_size,
             )
         )
-        self._candidate: dict[str, Tensor] = {}
+        self._candidate = CandidateTables()
         self._next_scalars: dict[str, Any] | None = None
         self._held: list[tuple[Tensor, Tensor]] = []
         self._num_bad = 0
@@ -124,11 +127,10 @@ class OnlineMixture(Mixture):
             )
         with full_precision(self.means.device):
             observation.handle.wait()
-            if not self._candidate:
-                self._candidate = {name: torch.empty_like(getattr(self, name)) for name in self.table_names}
+            self._candidate.allocate(self, self.table_names)
             self._next_scalars = {"is_initialised": self.is_initialised or self._moments_known}
             sums = self._statistics.sums
-            self._write(moments.update_moments(self._moments(), sums, sums["sum_weight"]))
+            self._candidate.write(moments.update_moments(self._moments(), sums, sums["sum_weight"]))
             self._update_components(self._statistics)
             if observation.rows is not None:
                 self._place(observation.rows)
@@ -139,9 +141,7 @@ class OnlineMixture(Mixture):
     def accept(self) -> None:
         """Swaps candidate and state, and advances beta."""
         assert self._next_scalars is not None, "accept() without commit()"
-        for name, tensor in self._candidate.items():
-            self._candidate[name] = getattr(self, name)
-            setattr(self, name, tensor)
+        self._candidate.swap(self)
         for name, value in self._next_scalars.items():
             setattr(self, name, value)
         if "collected" in self._next_scalars:
@@ -157,21 +157,29 @@ class OnlineMixture(Mixture):
         self._forget_observations()
         self._is_published = False
         if not self.is_initialised:
-            self._reset_moments()
+            self._reset_tables()
 
     # ---------------------------------------------------------------- what is read from it
+
+    def build_learned(self) -> nn.Module | None:
+        """Returns learned prototypes where the coupling is on; they start where the means do."""
+        if self.config.coupling.strength == 0:
+            return None
+        return LearnedPrototypes(self.num_prototypes, self.dim, self.context.seed)
 
     def prototypes(self, role: Role, learned: Float[Tensor, "K P"] | None = None) -> Float[Tensor, "K P"]:
         """Returns the unit means, one tensor shared by student and teacher, without gradient.
 
         After `commit` those of the candidate, C^t; before, those of the state. The tensor is overwritten by
-        the next `commit`.
+        the next `commit`. With a coupling, the means mixed with `learned`; see `coupling.py`.
         """
-        del role, learned
         if not self._is_published:
             self._publish(self.means)
         assert self._published is not None
-        return self._published
+        if self.config.coupling.strength == 0:
+            return self._published
+        mixed = couple(require_learned(learned), self._published, self.config.coupling.strength)
+        return mixed.detach() if role == "teacher" else mixed
 
     @torch.no_grad()
     def reseed(self, step: int) -> int:
@@ -229,13 +237,8 @@ class OnlineMixture(Mixture):
         self.collected = Collected(int(state["num_seen"]), int(state["num_placed"]))
         if self.gmm.synchronization.method == "auto":
             self._use_method(str(state["synchronization"]))
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Loads a state strictly; see the base class."""
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._forget_observations()
         self._is_published = False
-        return result
 
     def _use_method(self, method: str) -> None:
         self.exchange = Exchange(
@@ -311,10 +314,9 @@ class OnlineMixture(Mixture):
         self.reset_components()
         self.annealing.begin(compute_critical_beta(self.row_covariance))
 
-    def _reset_moments(self) -> None:
-        """Puts everything that the first batch has set back to its values at construction."""
-        tables = {**moments.initial_moments(self.dim), **self.family_tables()}
-        for name, tensor in tables.items():
+    def _reset_tables(self) -> None:
+        """Puts back what the first batch has set: no step was ever accepted."""
+        for name, tensor in self.initial_tables().items():
             setattr(self, name, tensor.to(self.means.device))
         self.annealing = Annealing(self.gmm.beta, self.context.total_steps)
         self._moments_known = False
@@ -329,16 +331,28 @@ class OnlineMixture(Mixture):
         weights = update_mixing_weights(
             self.gmm.mixing_weights, self.mixing_weights, statistics.mass, forgetting.counts, rate
         )
-        self._write({"counts": forgetting.counts, "usage": usage, "mixing_weights": weights})
+        self._candidate.write({"counts": forgetting.counts, "usage": usage, "mixing_weights": weights})
         for chunk in iterate_chunks(slice(0, self.num_prototypes)):
             self.m_step(chunk, forgetting.rate[chunk], statistics.mass[chunk], statistics.moments[chunk])
         if forgetting.shrink is not None:
             self._candidate["means"].mul_(forgetting.shrink[:, None])
         self.finish_m_step(statistics)
 
-    def _write(self, tables: dict[str, Tensor]) -> None:
-        for name, tensor in tables.items():
-            self._candidate[name].copy_(tensor)
+    def divide_by_mass(self, rate: Float[Tensor, " k"], mass: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """Returns rho / w, exactly 0 where the rate is 0."""
+        return torch.where(rate > 0, rate / mass.clamp_min(1e-30), 0.0)
+
+    def move_means(
+        self,
+        chunk: slice,
+        rate: Float[Tensor, " k"],
+        mass: Float[Tensor, " k"],
+        first: Float[Tensor, "k P"],
+    ) -> Float[Tensor, "k P"]:
+        """Writes mu + rho T1 / w to the candidate and returns the move rho T1 / w."""
+        move = first * self.divide_by_mass(rate, mass)[:, None]
+        torch.add(self.means[chunk], move, out=self._candidate["means"][chunk])
+        return move
 
     def _place(self, rows: Float[Tensor, "N P"]) -> None:
         assert self._next_scalars is not None

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from prototypes.config import RevivalConfig
 from prototypes.diagnostics import greedy_leader_index
+from prototypes.gmm_config import RevivalConfig
 from prototypes.partitions import make_generator
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 
 class Handle(Protocol):
@@ -129,6 +129,12 @@ class FlatStatistics:
         self.sums = dict(zip(list(shapes)[2:], views[2:], strict=True))
 
 
+def find_finite(rows: Float[Tensor, "N P"], weight: Float[Tensor, " N"] | None) -> Bool[Tensor, " N"]:
+    """Returns which rows are finite in every entry and in their weight."""
+    finite = rows.isfinite().all(dim=1)
+    return finite if weight is None else finite & weight.isfinite()
+
+
 def drop_non_finite(
     rows: Float[Tensor, "N P"], weight: Float[Tensor, " N"] | None
 ) -> tuple[Float[Tensor, "M P"], Float[Tensor, " M"] | None, int]:
@@ -137,9 +143,7 @@ def drop_non_finite(
     Rows are removed, not zeroed, so that the state is bitwise what it would be had they never been there. A
     row is also dropped when its weight is not finite. Waits for the device once.
     """
-    finite = rows.isfinite().all(dim=1)
-    if weight is not None:
-        finite &= weight.isfinite()
+    finite = find_finite(rows, weight)
     num_bad = int((~finite).sum())
     if num_bad == 0:
         return rows, weight, 0

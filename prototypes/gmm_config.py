@@ -1,0 +1,290 @@
+"""Options of the online mixture, read through `prototypes/config.py`. No torch is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def require(holds: bool, key: str, value: object, rule: str) -> None:
+    """Raises a one-line ValueError unless `holds`."""
+    if not holds:
+        raise ValueError(f"{key} is {value}; expected {rule}; set {key}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Effective memory M = 1 / (1 - lambda) of a component, in assigned samples.
+
+    Attributes:
+        samples: M itself; null derives it as `epochs` of the samples that one component sees in an epoch.
+        epochs: share of an epoch's assigned samples per component.
+        minimum: lower bound of the derived M.
+        maximum: upper bound of the derived M.
+    """
+
+    samples: float | None = None
+    epochs: float = 0.5
+    minimum: float = 4.0
+    maximum: float = 200.0
+
+    def __post_init__(self) -> None:
+        if self.samples is not None:
+            require(self.samples > 1, "prototypes.gmm.memory.samples", self.samples, "more than 1, or null")
+        require(self.epochs > 0, "prototypes.gmm.memory.epochs", self.epochs, "more than 0")
+        require(
+            1 < self.minimum <= self.maximum,
+            "prototypes.gmm.memory.minimum",
+            self.minimum,
+            "more than 1 and at most maximum",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnealingConfig:
+    """Inverse temperature beta of the responsibilities over the steps.
+
+    Attributes:
+        schedule: "constant" (beta = end), "geometric" (start -> end over `fraction` of the steps) or
+            "perplexity" (beta is steered so that the perplexity of the responsibilities goes from
+            `perplexity_start` to `perplexity_end` over `fraction` of the steps).
+        start: beta at step 0; null takes min(1, max(.3, 3 beta_critical)).
+        end: last beta.
+        fraction: share of the training over which beta moves.
+        guard: "critical" keeps beta >= min(1, 2 beta_critical), below which all means merge; null switches
+            the guard off.
+        perplexity_start: target of the controller at step 0.
+        perplexity_end: target of the controller after `fraction` of the steps.
+    """
+
+    schedule: Literal["constant", "geometric", "perplexity"] = "geometric"
+    start: float | None = None
+    end: float = 1.0
+    fraction: float = 0.1
+    guard: Literal["critical"] | None = "critical"
+    perplexity_start: float = 8.0
+    perplexity_end: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.start is not None:
+            require(self.start > 0, "prototypes.gmm.beta.start", self.start, "more than 0, or null")
+        require(self.end > 0, "prototypes.gmm.beta.end", self.end, "more than 0")
+        require(0 <= self.fraction <= 1, "prototypes.gmm.beta.fraction", self.fraction, "0 to 1")
+        for name in ("perplexity_start", "perplexity_end"):
+            require(
+                getattr(self, name) > 1, f"prototypes.gmm.beta.{name}", getattr(self, name), "more than 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingWeightsConfig:
+    """Mixing weights pi of the mixture.
+
+    Attributes:
+        mode: "tracked" (running share of responsibility), "uniform" (1 / K) or "from_counts" (nearly uniform:
+            the counts saturate at M).
+        floor: every weight stays at least floor / K.
+    """
+
+    mode: Literal["tracked", "uniform", "from_counts"] = "tracked"
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(0 < self.floor < 1, "prototypes.gmm.mixing_weights.floor", self.floor, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarianceConfig:
+    """What keeps the variances of the components away from zero and from noise.
+
+    Attributes:
+        floor: a component's variance stays at least floor x the features' own variance, per dimension.
+        shrinkage: strength of the MAP shrinkage towards the features' variance, in units of the memory M.
+    """
+
+    floor: float = 0.05
+    shrinkage: float = 0.25
+
+    def __post_init__(self) -> None:
+        require(0 < self.floor <= 1, "prototypes.gmm.variance.floor", self.floor, "above 0 and at most 1")
+        require(self.shrinkage >= 0, "prototypes.gmm.variance.shrinkage", self.shrinkage, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialisationConfig:
+    """How the means start.
+
+    Attributes:
+        method: "sphere" (random unit vectors), "data" (the first K features) or "data_spread" (features at
+            least `spread_distance` apart in cosine distance, the rest random unit vectors).
+        spread_distance: least cosine distance between features accepted by "data_spread".
+        warmup_fraction: share of the training after which "data_spread" starts to collect.
+    """
+
+    method: Literal["sphere", "data", "data_spread"] = "sphere"
+    spread_distance: float = 0.1
+    warmup_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.spread_distance < 2,
+            "prototypes.gmm.init.spread_distance",
+            self.spread_distance,
+            "between 0 and 2",
+        )
+        require(
+            0 <= self.warmup_fraction < 1,
+            "prototypes.gmm.init.warmup_fraction",
+            self.warmup_fraction,
+            "at least 0 and below 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynchronizationConfig:
+    """How ranks share one step's observations.
+
+    Attributes:
+        method: "all_reduce" (sum the statistics; the default at every K), "all_gather" (gather the rows, every
+            rank computes everything), "sharded" (gather the rows, each rank computes the statistics of its
+            range of prototypes) or "auto" (the cost rule decides once; the checkpoint keeps the choice).
+        reduction: "fp32", "fp64" (sums in double precision) or "fixed_order" (bitwise independent of the
+            number of ranks: rows gathered and sorted; needs "all_gather").
+        bandwidth_gb_per_s: effective bandwidth between ranks that the cost rule assumes.
+        overlap_ms: time of the student's forward pass, behind which the rule assumes an exchange to hide.
+    """
+
+    method: Literal["all_reduce", "all_gather", "sharded", "auto"] = "all_reduce"
+    reduction: Literal["fp32", "fp64", "fixed_order"] = "fp32"
+    bandwidth_gb_per_s: float = 46.0
+    overlap_ms: float = 50.0
+
+    def __post_init__(self) -> None:
+        key = "prototypes.gmm.synchronization"
+        require(
+            self.reduction != "fixed_order" or self.method == "all_gather",
+            f"{key}.method",
+            self.method,
+            "all_gather with reduction=fixed_order",
+        )
+        require(
+            self.reduction != "fp64" or self.method == "all_reduce",
+            f"{key}.method",
+            self.method,
+            "all_reduce with reduction=fp64",
+        )
+        require(self.bandwidth_gb_per_s > 0, f"{key}.bandwidth_gb_per_s", self.bandwidth_gb_per_s, "above 0")
+        require(self.overlap_ms >= 0, f"{key}.overlap_ms", self.overlap_ms, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevivalConfig:
+    """What happens to starved and duplicate components.
+
+    Attributes:
+        method: "off" (the paper), "split" (next to the heaviest, widest component) or "reseed" (to the rows
+            farthest from every prototype).
+        interval_steps: steps between two events.
+        max_share: largest share of K moved in one event.
+        duplicate_distance: cosine distance below which a mean counts as a duplicate; 0 looks for none.
+    """
+
+    method: Literal["off", "split", "reseed"] = "off"
+    interval_steps: int = 500
+    max_share: float = 0.01
+    duplicate_distance: float = 0.025
+
+    def __post_init__(self) -> None:
+        key = "prototypes.gmm.revival"
+        require(self.interval_steps >= 1, f"{key}.interval_steps", self.interval_steps, "at least 1")
+        require(0 < self.max_share <= 1, f"{key}.max_share", self.max_share, "above 0 and at most 1")
+        require(
+            0 <= self.duplicate_distance < 2, f"{key}.duplicate_distance", self.duplicate_distance, "0 to 2"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariationalConfig:
+    """Priors of the estimator `vb_gmm`.
+
+    Attributes:
+        weight_concentration: Dirichlet alpha0 of the mixing weights.
+        mean_strength: kappa0, samples that the prior on a mean counts for.
+    """
+
+    weight_concentration: float = 0.1
+    mean_strength: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("weight_concentration", "mean_strength"):
+            value = getattr(self, name)
+            require(value > 0, f"prototypes.gmm.variational.{name}", value, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GmmConfig:
+    """The online mixture of the mode `full`.
+
+    Attributes:
+        input: "l2" (unit rows) or "raw" (the projections as they are).
+        center: subtract the running mean of the projections first.
+        standardise: divide by the running standard deviation too.
+        forgetting: "responsibility" (old statistics are forgotten as new mass arrives) or "uniform" (by the
+            same factor every step; the ablation).
+        uniform_rate: the factor of uniform forgetting.
+        responsibility_scale: exponent of the forgetting: "sum" or "mean" of a component's responsibilities.
+        gain: "omega" (exact for split samples) or "simple" (the mass itself).
+        memory: effective memory of a component.
+        beta: annealing of the responsibilities.
+        mixing_weights: how pi is tracked.
+        variance: floor and shrinkage.
+        init: how the means start.
+        balance: strength with which the log of the running usage is subtracted from the logits; 0 is off.
+        largest: responsibilities kept per row, the others become 0; 0 keeps all.
+        tied_concentration: one concentration for all components of the estimator `vmf`.
+        kmeans_temperature: temperature of the cosine of the estimator `sph_kmeans`.
+        kmeans_hard: whether `sph_kmeans` assigns to the nearest centroid alone.
+        variational: priors of the estimator `vb_gmm`.
+        synchronization: how ranks share their observations.
+        revival: what happens to starved and duplicate components.
+    """
+
+    input: Literal["l2", "raw"] = "l2"
+    center: bool = False
+    standardise: bool = False
+    forgetting: Literal["responsibility", "uniform"] = "responsibility"
+    uniform_rate: float = 0.05
+    responsibility_scale: Literal["sum", "mean"] = "sum"
+    gain: Literal["omega", "simple"] = "omega"
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    beta: AnnealingConfig = field(default_factory=AnnealingConfig)
+    mixing_weights: MixingWeightsConfig = field(default_factory=MixingWeightsConfig)
+    variance: VarianceConfig = field(default_factory=VarianceConfig)
+    init: InitialisationConfig = field(default_factory=InitialisationConfig)
+    balance: float = 0.0
+    largest: int = 0
+    tied_concentration: bool = False
+    kmeans_temperature: float = 0.1
+    kmeans_hard: bool = False
+    variational: VariationalConfig = field(default_factory=VariationalConfig)
+    synchronization: SynchronizationConfig = field(default_factory=SynchronizationConfig)
+    revival: RevivalConfig = field(default_factory=RevivalConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.kmeans_temperature > 0,
+            "prototypes.gmm.kmeans_temperature",
+            self.kmeans_temperature,
+            "more than 0",
+        )
+        require(self.largest >= 0, "prototypes.gmm.largest", self.largest, "at least 0")
+        require(
+            self.largest == 0 or self.synchronization.method in ("all_reduce", "all_gather"),
+            "prototypes.gmm.largest",
+            self.largest,
+            "0 with synchronization.method sharded or auto",
+        )
+        require(
+            0 < self.uniform_rate < 1, "prototypes.gmm.uniform_rate", self.uniform_rate, "between 0 and 1"
+        )
+        require(self.balance >= 0, "prototypes.gmm.balance", self.balance, "at least 0")
