@@ -1,4 +1,4 @@
-"""The student under DeepSpeed ZeRO 0, 1 or 2; the teacher a plain fp32 replica beside it.
+"""The student under DeepSpeed ZeRO 0 to 3; the teacher a plain fp32 replica beside it, or cut like it (stage 3).
 
 The only module that imports deepspeed. DeepSpeed's own checkpoints are not used: they are pickles, bound to a
 world size, and its `latest` file can name an unfinished one. States leave and enter as full tensors by name
@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -25,8 +27,10 @@ from torch import Tensor, nn
 from models.student_teacher import update_ema_
 from training.config import BatchConfig, OptimConfig
 from training.engine import Engine, NetworkOutput, TrainedNetwork, check_names
+from training.engine_table import check_combination
 from training.optimizer import MOMENTS, build_optimizer, set_schedule_
 from training.schedules import StepSchedule
+from training.zero3_partition import gather_pieces, value_piece, whole_shape, write_piece_
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,9 @@ ALLOWED_KEYS = frozenset(
 
 
 class DeepSpeedEngine(Engine):
-    """See `Engine`. ZeRO stages 0 to 2 keep whole parameters on every rank, so the teacher is a plain replica.
+    """See `Engine`. Stages 0 to 2 keep whole parameters on every rank, so the teacher is a plain replica.
+
+    Stage 3 cuts student and teacher alike: the average moves on this rank's pieces and nothing is gathered.
 
     Args:
         student: the network to train, on this process's device.
@@ -60,11 +66,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         mechanics = read_mechanics(deepspeed_config)
         self.stage = int(mechanics.get("zero_optimization", {}).get("stage", 0))
-        if optim.optimizer == "lars" and self.stage > 0:
-            raise ValueError(
-                f"optim.optimizer is lars under ZeRO-{self.stage}; expected ZeRO-0, because LARS needs the norm of "
-                "whole tensors and ZeRO cuts them; set engine.deepspeed_config=ds_configs/zero0_fp32.json"
-            )
+        check_combination(f"zero{self.stage}", optim.optimizer, student)
         # DeepSpeed would compile a shared-memory all-reduce on first use on CPUs; a build that was killed leaves a
         # lock on which every later run hangs. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -77,14 +79,15 @@ class DeepSpeedEngine(Engine):
             "steps_per_print": None,
             "zero_allow_untested_optimizer": True,
         }
+        self._rank = dist.get_rank()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._engine.train()
         self.student = student
         self.teacher = teacher.to(next(student.parameters()).device).train()
+        self._teacher_engine = _cut_teacher(self.teacher, settings) if self.stage == 3 else None
         self._autocast_dtype = _autocast_dtype(mechanics)
-        self._names = [name for name, _ in student.named_parameters()]
         self._create_moments()
 
     def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
@@ -94,6 +97,8 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def forward_teacher(self, crops: Sequence[Tensor]) -> NetworkOutput:
         """See `Engine`."""
+        if self._teacher_engine is not None:
+            return NetworkOutput(*self._teacher_engine(crops))
         device_type = crops[0].device.type
         enabled = self._autocast_dtype is not None
         with torch.autocast(device_type, dtype=self._autocast_dtype, enabled=enabled):
@@ -126,7 +131,12 @@ class DeepSpeedEngine(Engine):
     def skip(self) -> None:
         """See `Engine`. Leaves the engine as its own fp16 overflow path would, without touching a parameter."""
         self._engine.zero_grad()
-        if self.stage > 0:
+        if self.stage == 3:
+            self._optimizer._partition_all_parameters()
+            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.averaged_gradients = {}
+            self._refresh_persistent()
+        elif self.stage > 0:
             self._optimizer.zero_grad(set_to_none=True)
             self._optimizer._release_preflattened_grad_buffers()
             for index in self._optimizer.averaged_gradients:
@@ -136,33 +146,85 @@ class DeepSpeedEngine(Engine):
 
     def update_teacher(self, ema_momentum: float) -> None:
         """See `Engine`. Parameters only: each network's BatchNorm keeps its own buffers."""
-        update_ema_(self.teacher.parameters(), self.student.parameters(), ema_momentum)
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
+        if self._teacher_engine is not None:
+            # A teacher that is still gathered from its forward pass would hide what its pieces become.
+            self._teacher_engine.optimizer.partition_all_parameters()
+            teacher = [value_piece(p) for p in self.teacher.parameters()]
+            student = [value_piece(p) for p in self.student.parameters()]
+        update_ema_(teacher, student, ema_momentum)
+
+    def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine`. Under stage 3 no parameter has a replica."""
+        if self.stage < 3:
+            yield from _named_by_role(self.student, self.teacher)
 
     def iterate_state(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""
-        for role, module in (("student", self.student), ("teacher", self.teacher)):
-            for name, tensor in module.state_dict().items():
-                yield f"{role}/{name}", tensor.detach().cpu()
-        for name, parameter in self.student.named_parameters():
-            for moment in self._moments:
-                yield f"optimizer/{name}/{moment}", self._full_moment(parameter, moment).cpu()
+        named = list(_named_by_role(self.student, self.teacher))
+        if self.stage == 3:
+            yield from gather_pieces(named, value_piece, _all_gather)
+        else:
+            yield from ((name, parameter.detach().cpu()) for name, parameter in named)
+        yield from ((name, buffer.detach().cpu()) for name, buffer in self._named_buffers())
+        parameters = list(self.student.named_parameters())
+        for moment in self._moments:
+            targets = [(f"optimizer/{name}/{moment}", parameter) for name, parameter in parameters]
+            if self.stage == 3:
+                yield from gather_pieces(targets, partial(self._moment_piece, moment=moment), _all_gather)
+            else:
+                yield from ((name, self._full_moment(p, moment).cpu()) for name, p in targets)
         yield "optimizer/step", self._step_counter().cpu()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
-        check_names({name: tuple(tensor.shape) for name, tensor in self.iterate_state()}, state)
-        for role, module in (("student", self.student), ("teacher", self.teacher)):
-            prefix = f"{role}/"
-            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            module.load_state_dict(own, strict=True)
-        for name, parameter in self.student.named_parameters():
-            if self.stage > 0:
-                safe_set_full_fp32_param(parameter, state[f"student/{name}"].to(parameter.device))
-            for moment in self._moments:
-                self._set_full_moment(parameter, moment, state[f"optimizer/{name}/{moment}"])
+        check_names(self._state_shapes(), state)
+        with torch.no_grad():
+            for name, parameter in _named_by_role(self.student, self.teacher):
+                self._set_parameter(parameter, state[name])
+            for name, buffer in self._named_buffers():
+                buffer.copy_(state[name])
+            for name, parameter in self.student.named_parameters():
+                for moment in self._moments:
+                    self._set_full_moment(parameter, moment, state[f"optimizer/{name}/{moment}"])
         for moments in self._inner_optimizer().state.values():
             if "step" in moments:
                 moments["step"].copy_(state["optimizer/step"])
+        self._refresh_persistent()
+
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        shape_of = whole_shape if self.stage == 3 else lambda p: tuple(p.shape)
+        shapes = {name: shape_of(p) for name, p in _named_by_role(self.student, self.teacher)}
+        shapes |= {name: tuple(buffer.shape) for name, buffer in self._named_buffers()}
+        for name, parameter in self.student.named_parameters():
+            shapes |= {f"optimizer/{name}/{moment}": shape_of(parameter) for moment in self._moments}
+        return shapes | {"optimizer/step": ()}
+
+    def _named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Persistent buffers (BatchNorm's) of both networks; ZeRO never cuts them."""
+        for role, module in (("student", self.student), ("teacher", self.teacher)):
+            parameters = dict(module.named_parameters())
+            buffers = dict(module.named_buffers())
+            kept = [name for name in module.state_dict(keep_vars=True) if name not in parameters]
+            yield from ((f"{role}/{name}", buffers[name]) for name in kept)
+
+    def _set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        if self.stage == 3:
+            write_piece_(value_piece(parameter), whole, self._rank)
+            if parameter.requires_grad:
+                write_piece_(self._optimizer.get_local_fp32_param(parameter), whole, self._rank)
+            return
+        parameter.copy_(whole)
+        if self.stage > 0 and parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, whole.to(parameter.device))
+
+    def _refresh_persistent(self) -> None:
+        """Gathers again the small parameters that stage 3 keeps whole between steps. Collective."""
+        persistent = self._optimizer.persistent_parameters if self.stage == 3 else []
+        if persistent:
+            self._optimizer._partition_all_parameters()
+            persistent[0].all_gather(persistent)
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer.optimizer if self.stage > 0 else self._optimizer
@@ -171,13 +233,15 @@ class DeepSpeedEngine(Engine):
         """Makes the moments exist from step 0 on, so that a state has the same names at every step."""
         optimizer = self._inner_optimizer()
         self._moments = MOMENTS[type(optimizer).__name__]
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                moments: dict[str, Any] = {name: torch.zeros_like(parameter) for name in self._moments}
-                if isinstance(optimizer, torch.optim.AdamW):
-                    moments["step"] = torch.tensor(0.0)
-                optimizer.state[parameter] = moments
-        if self.stage > 0:
+        tensors = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self.stage == 3:  # its groups hold these flat pieces only while it steps
+            tensors = list(self._optimizer.fp32_partitioned_groups_flat)
+        for tensor in tensors:
+            moments: dict[str, Any] = {name: torch.zeros_like(tensor) for name in self._moments}
+            if isinstance(optimizer, torch.optim.AdamW):
+                moments["step"] = torch.tensor(0.0)
+            optimizer.state[tensor] = moments
+        if self.stage in (1, 2):
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def _step_counter(self) -> Tensor:
@@ -186,13 +250,18 @@ class DeepSpeedEngine(Engine):
                 return moments["step"].detach().clone().float()
         return torch.tensor(0.0)
 
+    def _moment_piece(self, parameter: nn.Parameter, moment: str) -> Tensor:
+        return self._optimizer.get_local_fp32_param(parameter, moment)
+
     def _full_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         if self.stage > 0:
             return safe_get_full_optimizer_state(parameter, moment).detach()
         return self._optimizer.state[parameter][moment].detach()
 
     def _set_full_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
-        if self.stage > 0:
+        if self.stage == 3:
+            write_piece_(self._moment_piece(parameter, moment), value, self._rank)
+        elif self.stage > 0:
             safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
         else:
             self._optimizer.state[parameter][moment].copy_(value)
@@ -218,6 +287,31 @@ def read_mechanics(path: str) -> dict[str, Any]:
             "and schedule come from the YAML; remove the key"
         )
     return mechanics
+
+
+def _cut_teacher(teacher: TrainedNetwork, settings: Mapping[str, Any]) -> Any:
+    """Returns an engine without optimizer that keeps the teacher cut as stage 3 cuts the student."""
+    zero = dict(settings["zero_optimization"])
+    # Nothing of the teacher stays whole between steps: its pieces move, and whole copies would be stale.
+    zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print")
+    mechanics = {key: settings[key] for key in (*sizes, "torch_autocast") if key in settings}
+    engine, _, _, _ = deepspeed.initialize(
+        model=teacher, config=mechanics | {"zero_optimization": zero}, dist_init_required=False
+    )
+    engine.train()
+    return engine
+
+
+def _named_by_role(student: nn.Module, teacher: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for role, module in (("student", student), ("teacher", teacher)):
+        yield from ((f"{role}/{name}", parameter) for name, parameter in module.named_parameters())
+
+
+def _all_gather(flat: Tensor, numel: int) -> Tensor:
+    whole = flat.new_empty(dist.get_world_size() * numel)
+    dist.all_gather_into_tensor(whole, flat)
+    return whole
 
 
 def _autocast_dtype(mechanics: Mapping[str, Any]) -> torch.dtype | None:

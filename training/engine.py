@@ -105,6 +105,10 @@ class Engine(ABC):
             ValueError: a name is missing, unknown, or of another shape.
         """
 
+    def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name, tensor) of what must be bitwise equal on all ranks; shards have no replica."""
+        return iter(())
+
     def teacher_network(self) -> SelfSupervisedNetwork:
         """Returns the teacher's network, for evaluation and export; parameters may be shards."""
         network = self.teacher.network

@@ -1,0 +1,124 @@
+"""Five sharding modes on two gloo ranks: bitwise resume, agreed skips, the sharded average, any to any."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.engine_scenarios import ENGINES, iterate
+from tests.helpers.ranks import run_ranks
+
+FAST = [
+    *({"scenario": "resume_twice", "engine": e, "accumulation": 1, "precision": "fp32"} for e in ENGINES),
+    *({"scenario": "skip_moves_nothing", "engine": e, "poison": "nan"} for e in ENGINES),
+    *({"scenario": "ema_reference", "engine": e} for e in ("zero3", "fsdp2")),
+]
+
+
+def run_scenarios(
+    scenarios: list[dict[str, Any]], world_size: int, work: Path, name: str, timeout_s: float = 280
+) -> list[dict[str, Any]]:
+    (work / f"{name}.json").write_text(json.dumps(scenarios))
+    arguments = [str(work), str(work / f"{name}.json"), str(work / f"{name}-found.json")]
+    run_ranks(
+        "tests.helpers.engine_scenarios",
+        arguments,
+        world_size,
+        log_dir=work / f"{name}-logs",
+        timeout_s=timeout_s,
+    )
+    return json.loads((work / f"{name}-found.json").read_text())
+
+
+def root_of(work: Path, engine: str) -> str:
+    return str(work / f"checkpoints-{engine}-1-fp32")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(work: Path) -> list[dict[str, Any]]:
+    crossing = [
+        {"scenario": "continue_from", "engine": engine, "root": root_of(work, other)}
+        for engine, other in (("fsdp2", "zero3"), ("zero3", "fsdp2"), ("zero1", "zero0"), ("zero2", "zero3"))
+    ]
+    return run_scenarios(FAST + crossing, 2, work, "two")
+
+
+def check_resume(found: dict[str, Any]) -> None:
+    assert found["differing"] == []
+    assert found["first_other_step"] is None
+    assert found["unmoved"] == []
+    assert found["tensors"] == 141
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resuming_twice_is_bitwise(two_ranks: list[dict[str, Any]], engine: str) -> None:
+    (found,) = iterate(two_ranks, scenario="resume_twice", engine=engine)
+    check_resume(found)
+
+
+def test_all_engines_train_alike(two_ranks: list[dict[str, Any]]) -> None:
+    reference, *others = iterate(two_ranks, scenario="resume_twice")
+    for found in others:
+        assert found["losses"] == pytest.approx(reference["losses"], rel=1e-6)
+        assert found["norms"] == pytest.approx(reference["norms"], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bad_gradient_on_one_rank_moves_nothing_anywhere(
+    two_ranks: list[dict[str, Any]], engine: str
+) -> None:
+    (found,) = iterate(two_ranks, scenario="skip_moves_nothing", engine=engine)
+    assert found["applied"] is False and found["differing"] == [] and found["trace"] == []
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_the_sharded_average_is_the_average(two_ranks: list[dict[str, Any]], engine: str) -> None:
+    (found,) = iterate(two_ranks, scenario="ema_reference", engine=engine)
+    assert found["error"] <= 1e-6
+    assert found["moved"] > 1e-4
+    assert found["forward_error"] <= 1e-5
+
+
+def test_any_engine_continues_any_others_checkpoint(two_ranks: list[dict[str, Any]]) -> None:
+    crossings = list(iterate(two_ranks, scenario="continue_from"))
+    assert len(crossings) == 4
+    for found in crossings:
+        assert found["differing_after_load"] == []
+        assert found["losses"] == pytest.approx(crossings[0]["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_any_world_size_continues_any_others_checkpoint(
+    two_ranks: list[dict[str, Any]], work: Path, world_size: int
+) -> None:
+    engines = ENGINES if world_size == 4 else ("zero1", "zero3", "fsdp2")
+    scenarios = [{"scenario": "continue_from", "engine": e, "root": root_of(work, "zero2")} for e in engines]
+    found = run_scenarios(scenarios, world_size, work, f"world{world_size}")
+    expected = next(iterate(two_ranks, scenario="continue_from"))["losses"]
+    for entry in found:
+        assert entry["differing_after_load"] == []
+        assert entry["losses"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_is_bitwise_with_accumulation_and_bf16(engine: str, tmp_path: Path) -> None:
+    scenarios = [
+        {"scenario": "resume_twice", "engine": engine, "accumulation": 2, "precision": "fp32"},
+        {"scenario": "resume_twice", "engine": engine, "accumulation": 1, "precision": "bf16"},
+        {"scenario": "skip_moves_nothing", "engine": engine, "poison": "inf"},
+        {"scenario": "ema_reference", "engine": engine},
+    ]
+    found = run_scenarios(scenarios, 2, tmp_path, "slow")
+    check_resume(found[0])
+    check_resume(found[1])
+    assert found[2]["applied"] is False and found[2]["differing"] == [] and found[2]["trace"] == []
+    assert found[3]["error"] <= 1e-6

@@ -1,0 +1,271 @@
+"""What the tests of engines run on every rank: a tiny student and teacher, trained on numbers drawn from the step.
+
+The global batch of a step is the same for any number of ranks. `python -m tests.helpers.engine_scenarios` runs
+the scenarios that a JSON file lists, in one process group, and writes what they found to another.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.config import HeadConfig, ModelConfig
+from models.student_teacher import SelfSupervisedNetwork
+from runtime import distributed
+from runtime.distributed import Process
+from training.checkpoint import find_latest_checkpoint, save_checkpoint
+from training.config import BatchConfig, OptimConfig
+from training.engine import Engine, TrainedNetwork
+from training.schedules import StepSchedule
+from training.state_files import ConsolidatedState, collect_share, save_tensors, share_path
+
+GLOBAL_BATCH = 8
+ENGINES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
+# ZeRO-3 keeps smaller parameters whole by default; this tiny model shall have both kinds.
+STAGE3_THRESHOLD = 200
+
+VIT = ModelConfig(
+    name="vit_tiny_patch16_224",
+    image_size=16,
+    patch_size=8,
+    embed_dim=24,
+    depth=2,
+    num_heads=2,
+    channels=1,
+    head=HeadConfig(num_layers=2, hidden_dim=33, projection_dim=10),
+)
+
+
+class LearnedRows(nn.Module):
+    """Prototypes that the loss trains: unit rows [K, P]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 10))
+
+    def forward(self) -> Tensor:
+        return nn.functional.normalize(self.weight, dim=1)
+
+
+def build_engine(
+    name: str, process: Process, work: Path, *, precision: str = "fp32", accumulation: int = 1
+) -> Engine:
+    torch.manual_seed(0)
+    student = TrainedNetwork(SelfSupervisedNetwork(VIT, "student"), LearnedRows())
+    teacher = TrainedNetwork(SelfSupervisedNetwork(VIT, "teacher"), LearnedRows())
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    arguments: dict[str, Any] = {
+        "student": student.to(process.device),
+        "teacher": teacher.to(process.device),
+        "optim": OptimConfig(clip_grad_norm=1.0),
+        "batch": BatchConfig(global_batch_size=GLOBAL_BATCH, gradient_accumulation_steps=accumulation),
+        "world_size": process.world_size,
+    }
+    if name == "fsdp2":
+        from training.fsdp_engine import FSDPEngine
+
+        return FSDPEngine(**arguments, precision=precision)
+    from training.deepspeed_engine import DeepSpeedEngine
+
+    mechanics: dict[str, Any] = {"zero_optimization": {"stage": int(name[-1])}}
+    if name == "zero3":
+        mechanics["zero_optimization"]["stage3_param_persistence_threshold"] = STAGE3_THRESHOLD
+    if precision == "bf16":
+        mechanics["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    path = work / f"{name}-{precision}-{process.rank}.json"
+    path.write_text(json.dumps(mechanics))
+    return DeepSpeedEngine(**arguments, deepspeed_config=str(path))
+
+
+def crops_of(step: int, micro_step: int, process: Process, accumulation: int) -> list[Tensor]:
+    """This rank's part of the micro-batch: two resolutions."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    images = torch.randn(GLOBAL_BATCH, 1, 16, 16, generator=generator)
+    parts = process.world_size * accumulation
+    mine = images.chunk(parts)[micro_step * process.world_size + process.rank].to(process.device)
+    return [mine, mine[:, :, :8, 4:12].contiguous()]
+
+
+def train_step(
+    engine: Engine, step: int, process: Process, *, accumulation: int = 1, poison: str | None = None
+) -> dict[str, float]:
+    """One step; returns mean loss over ranks, gradient norm, and whether it was applied."""
+    losses = []
+    for micro_step in range(accumulation):
+        crops = crops_of(step, micro_step, process, accumulation)
+        target = engine.forward_teacher(crops)
+        output = engine.forward_student(crops)
+        assert output.learned_prototypes is not None and target.learned_prototypes is not None
+        logits = output.projections @ output.learned_prototypes.T
+        goal = (target.projections.roll(1, 1) @ target.learned_prototypes.T).softmax(1)
+        loss = nn.functional.cross_entropy(logits, goal)
+        if poison is not None and micro_step == accumulation - 1 and process.rank == process.world_size - 1:
+            loss = loss * float(poison)
+        engine.backward(loss, is_last_micro_step=micro_step == accumulation - 1)
+        losses.append(loss.detach())
+    applied = engine.gradients_are_finite()
+    norm = 0.0
+    if applied:
+        norm = engine.step(StepSchedule(lr=1e-2, weight_decay=0.1, ema_momentum=0.9))
+        engine.update_teacher(0.9)
+    else:
+        engine.skip()
+    mean = torch.stack(losses).mean()
+    return {
+        "loss": sum(process.all_gather_object(float(mean))) / process.world_size,
+        "norm": norm,
+        "applied": applied,
+    }
+
+
+def whole_state(engine: Engine) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.iterate_state()}
+
+
+def save(engine: Engine, root: Path, step: int, process: Process) -> None:
+    share = collect_share(engine.iterate_state(), process.rank, process.world_size)
+    path = share_path(Path(), process.rank, process.world_size)
+    outcome = save_checkpoint(root, step, lambda d: save_tensors(d / path, share), process, keep_last=10)
+    assert outcome.path is not None, outcome.error
+
+
+def load(engine: Engine, root: Path, process: Process) -> None:
+    checkpoint = find_latest_checkpoint(root, process)
+    assert checkpoint is not None
+    engine.load_state(ConsolidatedState(checkpoint))
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Names whose bits differ; different sets of names count too."""
+    return sorted({n for n in a.keys() & b.keys() if not torch.equal(a[n], b[n])} | (a.keys() ^ b.keys()))
+
+
+def resume_twice(
+    engine_name: str, process: Process, work: Path, accumulation: int, precision: str
+) -> dict[str, Any]:
+    """6 steps at once against 2 + 2 + 2 steps with a new engine each time."""
+    options: dict[str, Any] = {"accumulation": accumulation}
+    root = work / f"checkpoints-{engine_name}-{accumulation}-{precision}"
+    engine = build_engine(engine_name, process, work, precision=precision, **options)
+    initial = whole_state(engine)
+    losses = [train_step(engine, step, process, **options) for step in range(6)]
+    expected = whole_state(engine)
+    resumed_losses = []
+    for part in range(3):
+        engine = build_engine(engine_name, process, work, precision=precision, **options)
+        if part:
+            load(engine, root, process)
+        resumed_losses += [
+            train_step(engine, step, process, **options) for step in range(2 * part, 2 * part + 2)
+        ]
+        save(engine, root, 2 * part + 2, process)
+    again = whole_state(engine)
+    return {
+        "losses": [entry["loss"] for entry in losses],
+        "norms": [entry["norm"] for entry in losses],
+        "resumed_norms": [entry["norm"] for entry in resumed_losses],
+        "first_other_step": next(
+            (i for i, pair in enumerate(zip(losses, resumed_losses, strict=True)) if pair[0] != pair[1]), None
+        ),
+        "differing": differing(expected, again),
+        "unmoved": [name for name in expected if torch.equal(expected[name], initial[name])],
+        "tensors": len(expected),
+    }
+
+
+def continue_from(engine_name: str, process: Process, work: Path, root: str) -> dict[str, Any]:
+    """Two more steps from another engine's or another world size's checkpoint."""
+    engine = build_engine(engine_name, process, work)
+    load(engine, Path(root), process)
+    saved = find_latest_checkpoint(Path(root), process)
+    assert saved is not None
+    stored = ConsolidatedState(saved)
+    taken_over = differing(whole_state(engine), {name: stored[name] for name in stored})
+    losses = [train_step(engine, step, process)["loss"] for step in (6, 7)]
+    return {"differing_after_load": taken_over, "losses": losses}
+
+
+def skip_moves_nothing(engine_name: str, process: Process, work: Path, poison: str) -> dict[str, Any]:
+    """A poisoned step between clean ones leaves every bit, and no trace in the steps after it."""
+    engine = build_engine(engine_name, process, work, accumulation=2)
+    for step in range(2):
+        train_step(engine, step, process, accumulation=2)
+    before = whole_state(engine)
+    bad = train_step(engine, 2, process, accumulation=2, poison=poison)
+    after = whole_state(engine)
+    clean_after = [train_step(engine, step, process, accumulation=2) for step in (3, 4)]
+    reference = build_engine(engine_name, process, work, accumulation=2)
+    for step in range(2):
+        train_step(reference, step, process, accumulation=2)
+    clean = [train_step(reference, step, process, accumulation=2) for step in (3, 4)]
+    return {
+        "applied": bad["applied"],
+        "differing": differing(before, after),
+        "trace": differing(whole_state(engine), whole_state(reference))
+        + ([] if clean == clean_after else ["losses"]),
+    }
+
+
+def ema_reference(engine_name: str, process: Process, work: Path) -> dict[str, Any]:
+    """The teacher, gathered again, against a float64 average of the gathered students."""
+    engine = build_engine(engine_name, process, work)
+    initial = {n: t.double() for n, t in whole_state(engine).items() if n.startswith("teacher/")}
+    reference = dict(initial)
+    for step in range(10):
+        train_step(engine, step, process)
+        state = whole_state(engine)
+        reference = {n: 0.9 * t + 0.1 * state["student/" + n[8:]].double() for n, t in reference.items()}
+    error = max(float((state[n].double() - t).abs().max()) for n, t in reference.items())
+    moved = min(float((state[n].double() - t).abs().max()) for n, t in initial.items())
+    seen = engine.forward_teacher(crops_of(99, 0, process, 1)).projections
+    torch.manual_seed(0)
+    plain = SelfSupervisedNetwork(VIT, "teacher")
+    prefix = "teacher/network."
+    plain.load_state_dict({n.removeprefix(prefix): state[n] for n in state if n.startswith(prefix)})
+    forward = float((plain(crops_of(99, 0, process, 1)) - seen).abs().max())
+    return {"error": error, "moved": moved, "forward_error": forward}
+
+
+def run(scenario: dict[str, Any], process: Process, work: Path) -> dict[str, Any]:
+    arguments = dict(scenario)
+    return SCENARIOS[arguments.pop("scenario")](
+        arguments.pop("engine"), process=process, work=work, **arguments
+    )  # type: ignore[operator]
+
+
+SCENARIOS: dict[str, Any] = {
+    function.__name__: function
+    for function in (resume_twice, continue_from, skip_moves_nothing, ema_reference)
+}
+
+
+def main(arguments: list[str]) -> None:
+    work, scenarios, results = Path(arguments[0]), Path(arguments[1]), Path(arguments[2])
+    logging.basicConfig(level=logging.WARNING)
+    process = distributed.start("cpu", timeout_s=60)
+    torch.set_num_threads(1)
+    found = []
+    for scenario in json.loads(scenarios.read_text()):
+        found.append({**scenario, **run(scenario, process, work)})
+        if process.rank == 0:
+            results.write_text(json.dumps(found, indent=1))
+    distributed.stop()
+
+
+def iterate(found: list[dict[str, Any]], **where: Any) -> Iterator[dict[str, Any]]:
+    """Results whose scenario matches."""
+    return (entry for entry in found if all(entry.get(key) == value for key, value in where.items()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+    os._exit(0)  # gloo threads of several engines need no orderly end

@@ -1,0 +1,81 @@
+"""Starts a module on several gloo ranks of this machine, with a deadline: a hung collective fails a test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from runtime.distributed import free_port
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def start_ranks(
+    module: str,
+    arguments: list[str],
+    world_size: int,
+    *,
+    environment: dict[str, str] | None = None,
+    log_dir: Path,
+) -> list[subprocess.Popen]:
+    """Starts `python -m module arguments` as ranks 0 .. world_size - 1; output goes to log_dir/rank-N.log."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(log_dir / "torch_extensions"),
+        **(environment or {}),
+    }
+    processes = []
+    for rank in range(world_size):
+        with (log_dir / f"rank-{rank}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, *arguments],
+                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    cwd=REPOSITORY,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return processes
+
+
+def wait_for_ranks(processes: list[subprocess.Popen], timeout_s: float) -> list[int]:
+    """Returns the exit codes; a rank that is still running at the deadline is killed and counts as -9."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+    return [process.wait() for process in processes]
+
+
+def run_ranks(
+    module: str,
+    arguments: list[str],
+    world_size: int,
+    *,
+    log_dir: Path,
+    environment: dict[str, str] | None = None,
+    timeout_s: float = 180.0,
+) -> None:
+    """Runs a module on all ranks and fails with the logs' ends unless every rank exits with 0."""
+    processes = start_ranks(module, arguments, world_size, environment=environment, log_dir=log_dir)
+    codes = wait_for_ranks(processes, timeout_s)
+    if any(codes):
+        logs = [
+            f"rank {rank}:\n{(log_dir / f'rank-{rank}.log').read_text()[-4000:]}"
+            for rank in range(world_size)
+        ]
+        raise AssertionError(f"exit codes {codes}\n" + "\n".join(logs))
