@@ -1,0 +1,122 @@
+"""What would stop a job minutes or days after it was submitted, found before: each refusal is one line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from runtime.program import UserError
+from slurm.config import ClusterConfig
+from slurm.jobs import CHECKOUT, JOB_RECORD, Arm
+
+_REMOTE = "://"
+
+
+def check_arm(arm: Arm, cluster: ClusterConfig) -> None:
+    """Refuses a run whose data, engine file, batch or directory cannot work on this cluster.
+
+    Raises:
+        ValueError: with the key to change.
+    """
+    config = arm.config
+    _check_paths(arm)
+    _check_shards(config.data.shards, config.data.split)
+    if not (CHECKOUT / config.engine.deepspeed_config).is_file() and config.engine.name == "deepspeed":
+        raise UserError(
+            f"engine.deepspeed_config is {config.engine.deepspeed_config!r}; expected an existing JSON file; "
+            "set engine.deepspeed_config to one of ds_configs/"
+        )
+    config.batch.micro_batch_size_per_gpu(cluster.world_size)
+    if config.data.num_lanes % cluster.world_size:
+        raise UserError(
+            f"data.num_lanes is {config.data.num_lanes}; expected a multiple of {cluster.nodes} nodes x "
+            f"{cluster.processes_per_node} processes = {cluster.world_size}; set data.num_lanes"
+        )
+    if config.run.device == "cuda" and cluster.gpus_per_node == 0:
+        raise UserError("run.device is cuda and the job asks for no GPU; expected GPUs; set --gpus-per-node")
+    if config.run.dry_run:
+        raise UserError("run.dry_run is true; expected a run that trains; run pretrain.py for its dry run")
+    _check_writable(arm.run_dir)
+
+
+def check_scheduler(cluster: ClusterConfig) -> None:
+    """Refuses a machine without Slurm, and a partition that the cluster does not have."""
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on PATH; expected a login node of a SLURM cluster; or pass --dry-run")
+    if cluster.partition is None:
+        return
+    done = subprocess.run(["sinfo", "-h", "-a", "-o", "%R"], capture_output=True, text=True)
+    if done.returncode != 0:
+        message = " ".join(done.stderr.split())
+        raise UserError(f"sinfo failed: {message}; expected a reachable SLURM controller; try again")
+    known = sorted(set(done.stdout.split()))
+    missing = [name for name in cluster.partition.split(",") if name not in known]
+    if missing:
+        near = difflib.get_close_matches(missing[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"partition is {missing[0]!r}; expected one of {', '.join(known)}; set --partition{hint}"
+        )
+
+
+def check_queue(arm: Arm, after: str | None) -> None:
+    """Refuses a second job for a run directory: two jobs that write one run destroy it."""
+    record = arm.run_dir / JOB_RECORD
+    job_ids = record.read_text().split() if record.is_file() else []
+    if not job_ids:
+        return
+    queued = subprocess.run(
+        ["squeue", "-h", "--me", "-o", "%A %F"], capture_output=True, text=True, check=False
+    ).stdout.split()
+    alive = [job_id for job_id in job_ids if job_id in queued and job_id != after]
+    if alive:
+        raise UserError(
+            f"{arm.run_dir} is trained by job {alive[-1]}; expected one job a run directory; "
+            f"scancel {alive[-1]} first, or pass --after {alive[-1]}, or set run.name"
+        )
+
+
+def _check_paths(arm: Arm) -> None:
+    config = arm.config
+    for key, path in (("data.shards", config.data.shards), ("run.output_dir", config.run.output_dir)):
+        # The job runs in a copy of the checkout, where a path that climbs out of it means another place.
+        if path.startswith("..") or (
+            _REMOTE not in path and not Path(path).is_absolute() and Path.cwd() != CHECKOUT
+        ):
+            raise UserError(
+                f"{key} is {path!r}; expected an absolute path, or one below {CHECKOUT} from where submit is started; "
+                f"set {key}"
+            )
+
+
+def _check_shards(shards: str, split: str) -> None:
+    if _REMOTE in shards:
+        return
+    manifest = Path(shards) / "manifest.json"
+    if not manifest.is_file():
+        raise UserError(
+            f"data.shards is {shards!r}; expected a folder with manifest.json; write one with "
+            "python -m data.make_shards, or set data.shards"
+        )
+    try:
+        splits = sorted(json.loads(manifest.read_bytes())["splits"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{manifest} cannot be read ({type(error).__name__}); expected JSON; write it again"
+        ) from error
+    if split not in splits:
+        raise UserError(f"data.split is {split!r}; expected one of {', '.join(splits)}; set data.split")
+
+
+def _check_writable(run_dir: Path) -> None:
+    """Refuses a directory that cannot be made or written, without making it."""
+    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"run directory {run_dir} cannot be written ({existing} is no directory of yours); expected a place to "
+            "write; set run.output_dir"
+        )
