@@ -197,7 +197,9 @@ def _sbatch(*arguments: str) -> str:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m slurm.submit", description="Submit a pretraining run to SLURM.")
+    parser = _Parser(
+        prog="python -m slurm.submit", description="Submit a pretraining run to SLURM.", allow_abbrev=False
+    )
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
     parser.add_argument("--cluster", help="description in slurm/clusters/NAME.yaml")

@@ -1,0 +1,253 @@
+"""Submit without a Slurm: what it prints, what it freezes, what it refuses. The real one: tests/slurm."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.config import ConfigError, load_config
+from slurm.config import ClusterConfig
+from slurm.jobs import CHECKOUT, expand_array, snapshot_code
+from slurm.submit import main
+from training.config import PretrainConfig
+
+CONFIG = "configs/pretrain_vit-mini_fashion-mnist_full.yaml"
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"schema": 1, "splits": {"train": {}, "test": {}}}))
+    return folder
+
+
+@pytest.fixture
+def arguments(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(CHECKOUT)
+    monkeypatch.delenv("SLURM_SUBMIT_CLUSTER", raising=False)
+    return [CONFIG, f"data.shards={shards}", f"run.output_dir={tmp_path / 'runs'}", "run.name=trial"]
+
+
+def run_submit(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "slurm.submit", *arguments], cwd=CHECKOUT, capture_output=True, text=True
+    )
+
+
+def options_of(script: str) -> dict[str, str]:
+    """Returns the `#SBATCH --name=value` lines of the first script."""
+    head = script.split("# A rendezvous left over")[0]
+    return {name: value for name, _, value in re.findall(r"^#SBATCH --([\w-]+)(=(.*))?$", head, re.M)}
+
+
+def test_dry_run_prints_a_script_that_bash_reads_and_changes_nothing(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    chosen = [
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "8",
+        "--partition",
+        "gpu",
+        "--time",
+        "8:00:00",
+        "--after",
+        "77",
+    ]
+    assert main([*arguments, *chosen, "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    options = options_of(script)
+    assert options["nodes"] == "2"
+    assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"
+    assert options["partition"] == "gpu"
+    assert options["time"] == "8:00:00"
+    assert options["signal"] == "USR2@300"
+    assert options["dependency"] == "afterok:77"
+    assert {"requeue", "open-mode", "output", "job-name"} <= options.keys()
+    # sbatch stops reading options at the first command: all of them stand before it.
+    assert "#SBATCH" not in script.split("unset RANK")[1]
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert ">>>" not in script and "<<<" not in script.replace('<<< "$job_now"', "")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("template", ["pretrain", "evaluate"])
+def test_templates_work_by_hand(template: str) -> None:
+    text = (CHECKOUT / "slurm" / f"{template}.sbatch").read_text()
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True)
+    assert done.returncode == 2, "without a configuration it must stop before srun"
+    assert done.stderr.startswith("error: no configuration")
+    assert not re.search(r"^\s*(env|printenv)\b", text, re.M), "an environment in a log shows secrets"
+    assert "mpi" not in text.lower() and "ssh" not in text
+
+
+def test_evaluation_follows_with_the_runs_own_data(
+    arguments: list[str], shards: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([*arguments, "--evaluate", "knn,linear,long_tail", "--dry-run"]) == 0
+    scripts = capsys.readouterr().out.split("#!/bin/bash")
+    assert len(scripts) == 3
+    assert "evaluate.py" in scripts[2] and "trial.eval.yaml" in scripts[2]
+    assert options_of(scripts[2])["nodes"] == "1"
+
+
+def test_cluster_description_reaches_the_script(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "checkout" / "slurm"
+    shutil.copytree(CHECKOUT / "slurm", place)
+    shutil.copytree(CHECKOUT / "ds_configs", tmp_path / "checkout" / "ds_configs")
+    (place / "clusters" / "mine.yaml").write_text(
+        "account: vision\ngpu_option: gres\ncpus_per_task: 14\nsetup: ['module load cuda/12.8']\n"
+        "environment: {NCCL_SOCKET_IFNAME: 'ib0 ib1'}\nsrun_options: ['--container-image=a b.sqsh']\n"
+        "sbatch_options: ['--constraint=h100']\npython: python3.11\nsignal: USR1\nwarn_before_end_s: 600\n"
+    )
+    for module in ("submit", "jobs", "checks"):
+        monkeypatch.setattr(f"slurm.{module}.CHECKOUT", tmp_path / "checkout")
+    assert main([*arguments, "--cluster", "mine", "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    options = options_of(script)
+    assert options["account"] == "vision"
+    assert options["gres"] == "gpu:4" and "gpus-per-node" not in options
+    assert options["cpus-per-task"] == "14"
+    assert options["constraint"] == "h100"
+    assert options["signal"] == "USR1@600"
+    assert "module load cuda/12.8\nexport NCCL_SOCKET_IFNAME='ib0 ib1'\n" in script
+    assert "srun_options=('--container-image=a b.sqsh')" in script
+    assert "export PYTHON=python3.11\n" in script
+
+
+def test_array_has_one_name_and_one_configuration_per_value(
+    arguments: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    asked = ["--array", "seeds=3,5", "--array", "prototypes.mode=full,joint"]
+    assert main([*arguments, *asked, "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    assert options_of(script)["array"] == "0-3"
+    assert "%A_%a.log" in options_of(script)["output"]
+    found = re.findall(r"^ +(\d)\) set -- \S*/(trial\S+)\.yaml ;;$", script, re.M)
+    assert [name for _, name in found] == [
+        "trial-seed3-mode-full",
+        "trial-seed3-mode-joint",
+        "trial-seed5-mode-full",
+        "trial-seed5-mode-joint",
+    ]
+
+
+def test_expand_array() -> None:
+    assert expand_array([]) == [("", [])]
+    assert expand_array(["seeds=0,1"]) == [("-seed0", ["run.seed=0"]), ("-seed1", ["run.seed=1"])]
+    assert expand_array(["optim.lr=1e-3"]) == [("-lr-1e-3", ["optim.lr=1e-3"])]
+    for wrong in ("seeds", "=1", "seeds=", "seeds=1,,2", "seeds=1,1"):
+        with pytest.raises(ConfigError, match="seeds=0,1,2"):
+            expand_array([wrong])
+
+
+REFUSALS = {
+    "unknown key": (["optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
+    "wrong type": (["optim.lr=fast"], "optim.lr"),
+    "missing data": (["data.shards=/nowhere"], "data.shards is '/nowhere'"),
+    "missing split": (["data.split=trian"], "data.split is 'trian'; expected one of test, train"),
+    "batch": (["batch.global_batch_size=30", "--gpus-per-node", "4"], "set batch.global_batch_size"),
+    "lanes": (["data.num_lanes=6", "--gpus-per-node", "4"], "set data.num_lanes"),
+    "no such cluster": (["--cluster", "nowhere"], "expected one of example"),
+    "no such engine file": (["engine.deepspeed_config=ds_configs/x.json"], "set engine.deepspeed_config"),
+    "time": (["--time", "tomorrow"], "set time"),
+    "nodes": (["--nodes", "0"], "cluster nodes is 0; expected at least 1"),
+    "nodes no number": (["--nodes", "two"], "--nodes"),
+    "unknown option": (["--gpu", "2"], "--gpu"),
+    "probe": (["--evaluate", "knn,linaer"], "probes is [knn, linaer]"),
+    "climbing path": (["data.shards=../shards"], "data.shards is '../shards'; expected an absolute path"),
+    "array": (["--array", "seeds=0,0"], "--array is 'seeds=0,0'"),
+    "array key": (["--array", "run.sead=0,1"], "unknown key run.sead"),
+    "dry run of pretrain": (["run.dry_run=true"], "run.dry_run"),
+    "gpu wanted": (["run.device=cuda", "--gpus-per-node", "0"], "set --gpus-per-node"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused_in_one_line(name: str, arguments: list[str], tmp_path: Path) -> None:
+    added, expected = REFUSALS[name]
+    done = run_submit(*arguments, *added, "--dry-run")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert expected in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unwritable_run_directory_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = run_submit(*arguments, f"run.output_dir={tmp_path / 'file' / 'runs'}", "--dry-run")
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_without_slurm_a_submission_is_refused_before_anything_is_written(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PATH": "/nonexistent"}
+    command = [sys.executable, "-m", "slurm.submit", *arguments]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: sbatch is not on PATH") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_submit_loads_no_torch() -> None:
+    program = "import sys, slurm.submit; sys.exit(int('torch' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT).returncode == 0
+
+
+def test_snapshot_copies_code_and_links_data(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name in (
+        "pretrain.py",
+        "models/vit.py",
+        "tests/test_x.py",
+        "datasets/a.tar",
+        "outputs/run/x.py",
+        "new.py",
+    ):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(name)
+    (checkout / ".gitignore").write_text("/datasets/\n")
+    git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "pretrain.py", "models", "tests"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    (checkout / "models/vit.py").write_text("edited")
+    target = tmp_path / "frozen"
+    snapshot_code(target, checkout / "outputs", checkout)
+    assert (target / "pretrain.py").read_text() == "pretrain.py"
+    assert (target / "models/vit.py").read_text() == "edited", "a job runs what was there, committed or not"
+    assert (target / "new.py").is_file()
+    assert not (target / "tests").exists()
+    assert (target / "datasets").is_symlink() and (target / "outputs").is_symlink()
+    assert (target / "COMMIT_ID").read_text().strip()
+    (checkout / "pretrain.py").write_text("changed after submission")
+    assert (target / "pretrain.py").read_text() == "pretrain.py"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CHECKOUT / "slurm" / "clusters").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_cluster_files_load(path: Path) -> None:
+    assert load_config(ClusterConfig, str(path)).world_size >= 1
+
+
+def test_resolved_configuration_loads_again(arguments: list[str]) -> None:
+    from runtime.config import config_hash, config_to_yaml
+
+    config = load_config(PretrainConfig, arguments[0], arguments[1:])
+    copy = Path(arguments[1].split("=")[1]).parent / "again.yaml"
+    copy.write_text(config_to_yaml(config))
+    assert config_hash(load_config(PretrainConfig, str(copy))) == config_hash(config)
