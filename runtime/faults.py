@@ -2,16 +2,19 @@
 
 Production code calls `reach(point, step, rank)` where a fault can strike. Without FAULT the call is one
 dictionary lookup. Faults: `kill` (SIGKILL to itself), `stop` (SIGSTOP), `enospc` (OSError as from a full
-disk), `raise` (RuntimeError); `spike`, `nan`, `inf` and `flip` change a value, where the caller asks with
-`is_planned`. Several faults are separated by commas; rank and step may be `*`.
+disk), `raise` (RuntimeError); `spike`, `nan` and `inf` multiply a value (`planned_factor`), `flip` is carried out
+by the caller (`is_planned`). Several faults are separated by commas; rank and step may be `*`.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 from dataclasses import dataclass
+
+FACTORS = {"nan": math.nan, "inf": math.inf, "spike": 100.0}
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,26 @@ def planned_faults() -> list[Fault]:
     return faults
 
 
-def is_planned(name: str, point: str, step: int, rank: int) -> bool:
-    """Returns whether the fault `name`, which the caller carries out, strikes here."""
+def is_planned(name: str, point: str, step: int, rank: int | None = None) -> bool:
+    """Returns whether the fault `name`, which the caller carries out, strikes here (rank: this process's)."""
     if "FAULT" not in os.environ:
         return False
+    rank = _own_rank() if rank is None else rank
     return any(fault.name == name and fault.strikes(point, step, rank) for fault in planned_faults())
 
 
-def reach(point: str, step: int, rank: int) -> None:
+def planned_factor(point: str, step: int, rank: int | None = None) -> float:
+    """Returns what a value at this point is multiplied with: 1 unless a `nan`, `inf` or `spike` is planned."""
+    if "FAULT" not in os.environ:
+        return 1.0
+    return next((factor for name, factor in FACTORS.items() if is_planned(name, point, step, rank)), 1.0)
+
+
+def reach(point: str, step: int, rank: int | None = None) -> None:
     """Carries out a fault planned for this point; returns at once where there is none."""
     if "FAULT" not in os.environ:
         return
+    rank = _own_rank() if rank is None else rank
     for fault in planned_faults():
         if not fault.strikes(point, step, rank):
             continue
@@ -68,3 +80,7 @@ def reach(point: str, step: int, rank: int) -> None:
             raise OSError(errno.ENOSPC, f"No space left on device (planned at {point})")
         elif fault.name == "raise":
             raise RuntimeError(f"planned fault at {point}, step {step}, rank {rank}")
+
+
+def _own_rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -19,6 +19,7 @@ from prototypes.diagnostics import UsageCounter
 from prototypes.estimator import PrototypeEstimator, Role
 from prototypes.losses import carp_loss
 from prototypes.partitions import draw_partition
+from runtime.faults import planned_factor, reach
 from training.engine import Engine, NetworkOutput
 from training.guards import LossSpikeGuard
 from training.schedules import StepSchedule
@@ -80,6 +81,7 @@ class TrainingStep:
             step: updates done so far; with the seed it determines every random draw of the step.
             schedule: learning rate, weight decay and EMA momentum of this step.
         """
+        reach("forward", step)
         crops = [self._augmentation(batch.to(self._device)) for batch in batches]
         # One commit per optimizer step, however many micro-batches: the mixture sees the whole global batch.
         teacher = [self.engine.forward_teacher(_teacher_views(micro)) for micro in crops]
@@ -94,11 +96,14 @@ class TrainingStep:
             if micro_step > 0:
                 student = self.engine.forward_student(_student_views(micro))
             loss = self._loss(student, teacher[micro_step], micro, step, micro_step)
+            loss["total"] = loss["total"] * planned_factor("loss", step)
             self.engine.backward(loss["total"], is_last_micro_step=micro_step == len(crops) - 1)
             losses.append({name: value.detach() for name, value in loss.items()})
         mean_loss = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
 
+        reach("backward", step)
         applied, grad_norm = self._apply(mean_loss["total"], schedule)
+        reach("update", step)
         if applied:
             self._count_usage(teacher)
         prototypes = self.estimator.prototypes("teacher", teacher[-1].learned_prototypes).detach()

@@ -26,6 +26,7 @@ from runtime.program import EXIT_DONE, EXIT_PREEMPTED
 from runtime.seeding import seed_everything
 from training.checkpoint import CheckpointStore
 from training.config import PretrainConfig
+from training.health import RunHealth
 from training.metrics import MetricsRecord, WandbView
 from training.schedules import StepSchedule, compute_schedule
 from training.snapshot import Progress, Snapshot
@@ -89,6 +90,9 @@ class Trainer:
         self._preemption = preemption
         self._steps_per_epoch = max(1, round(stream.num_samples / config.batch.global_batch_size))
         self._num_steps = config.num_steps(stream.num_samples)
+        self._health = RunHealth(
+            config.engine, run_dir, process, training_step.engine, training_step.estimator
+        )
         self._stopwatch = Stopwatch()
         self._epoch_usage: dict[str, float] = {}
         self._last_saved = progress.step if progress.step else -1
@@ -101,7 +105,7 @@ class Trainer:
         if self.progress.step >= self._num_steps:
             logger.info("nothing to do: %d of %d steps are done", self.progress.step, self._num_steps)
         try:
-            with self._progress_bar() as bar:
+            with self._progress_bar() as bar, self._health:
                 while self.progress.step < self._num_steps:
                     self._train_step()
                     bar.update(self.progress.step - bar.n)
@@ -116,13 +120,16 @@ class Trainer:
 
     def _train_step(self) -> None:
         started = time.perf_counter()
+        self._health.beat(f"step {self.progress.step}, waiting for data")
         batches = list(itertools.islice(self._batches(), self.config.batch.gradient_accumulation_steps))
         waited = time.perf_counter() - started
         step, schedule = self.progress.step, self._schedule()
         seed_everything(self.config.run.seed, "step", step, self.process.rank)
         if step == 0:
             self._log_initial_prototypes()
+        self._health.beat(f"step {step}, training")
         outcome = self.training_step(batches, step, schedule)
+        self._health.check(step)
         self.progress = self.progress.advanced(
             applied=outcome.applied,
             samples=self.config.batch.global_batch_size,
@@ -239,6 +246,7 @@ class Trainer:
     def _save(self) -> None:
         if self._last_saved == self.progress.step:
             return
+        self._health.beat(f"step {self.progress.step}, saving")
         snapshot = Snapshot(self.config, self.progress, self.training_step, self.process, self._provenance)
         outcome = self._store.save(self.progress.step, snapshot.write, self._provenance)
         if outcome is not None and outcome.error is None:

@@ -1,0 +1,87 @@
+"""What watches a run from beside it: the hang watchdog, and the comparison of replicas over ranks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prototypes.estimator import PrototypeEstimator
+from runtime.distributed import Process
+from runtime.faults import is_planned
+from runtime.watchdog import HangWatchdog
+from training.config import EngineConfig
+from training.engine import Engine
+from training.guards import check_replicas
+
+logger = logging.getLogger(__name__)
+
+
+class RunHealth:
+    """Watches one run; a context manager around its loop.
+
+    Args:
+        config: how often replicas are compared, and the watchdog's patience.
+        run_dir: signs of life and stacks go to its `heartbeats` folder.
+        process: this process.
+        engine: whose replicated weights are compared (sharded ones have no replica).
+        estimator: whose state is replicated on every rank.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        run_dir: Path,
+        process: Process,
+        engine: Engine,
+        estimator: PrototypeEstimator,
+    ) -> None:
+        self._every = config.checksum_every
+        self._process = process
+        self._engine = engine
+        self._estimator = estimator
+        self._watchdog = HangWatchdog(
+            run_dir / "heartbeats", process.rank, process.world_size, config.hang_timeout_s
+        )
+        self.checksum_s = 0.0
+
+    def __enter__(self) -> RunHealth:
+        self._watchdog.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._watchdog.stop()
+
+    def beat(self, where: str) -> None:
+        """Notes where this rank is; not collective."""
+        self._watchdog.beat(where)
+
+    def check(self, step: int) -> None:
+        """Compares all replicated tensors over ranks at every `checksum_every`-th step. Collective.
+
+        Raises:
+            ReplicaMismatchError: on all ranks alike, naming rank and tensor.
+        """
+        if is_planned("flip", "replicas", step, self._process.rank):
+            flip_lowest_bit_(next(self._replicas())[1])
+        if self._every == 0 or step % self._every:
+            return
+        started = time.perf_counter()
+        check_replicas(self._replicas(), self._process, step)
+        self.checksum_s += time.perf_counter() - started
+
+    def _replicas(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self._estimator.state_dict().items():
+            if isinstance(value, Tensor):
+                yield f"estimator/{name}", value
+        yield from self._engine.replicated_tensors()
+
+
+@torch.no_grad()
+def flip_lowest_bit_(tensor: Tensor) -> None:
+    """Changes one number of a tensor by its least significant bit, in place: a device that computes wrongly."""
+    tensor.view(-1).view(torch.uint8)[0] ^= 1
