@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from prototypes.statistics import Collectives
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+
+_SOFTMAX_ELEMENTS = 2**19
 
 
 def normalise_responsibilities_(
@@ -36,8 +41,13 @@ def normalise_responsibilities_(
         log_joint.mul_(beta)
     if penalty is not None:
         log_joint.sub_(penalty)
-    log_joint.sub_(_row_max(log_joint, across)).exp_()
-    return log_joint.div_(_row_sum(log_joint, across))
+    if across is not None:
+        log_joint.sub_(_row_max(log_joint, across)).exp_()
+        return log_joint.div_(_row_sum(log_joint, across))
+    # A few rows at a time: the temporary stays in the cache and nothing of size [N, K] is allocated.
+    for rows in log_joint.split(max(1, _SOFTMAX_ELEMENTS // log_joint.shape[1])):
+        rows.copy_(torch.softmax(rows, dim=1))
+    return log_joint
 
 
 def assign_hard_(

@@ -20,7 +20,7 @@ class DiagonalGmm(OnlineMixture):
     """Online EM of a Gaussian mixture with diagonal covariances (Arteaga et al. 2026, section 3).
 
     log rho_ik = log pi_k - 1/2 sum_d [ log 2 pi v_kd + (h_id - mu_kd)^2 / v_kd ], computed as one GEMM of
-    [H, H*H] with [mu/v, -1/(2 v)] on rows and means shifted by the running mean m of the rows: the raw form
+    [H, -H*H/2] with [mu/v, 1/v] on rows and means shifted by the running mean m of the rows: the raw form
     cancels badly when features share a direction. v is the variance after MAP shrinkage.
     """
 
@@ -55,18 +55,18 @@ class DiagonalGmm(OnlineMixture):
         self.variances[index] = self.prior_variance()
 
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
-        """Returns [h, h*h]."""
-        return torch.cat([rows, rows * rows], dim=1)
+        """Returns [h, -h*h/2], whose natural parameters are [mu/v, 1/v]."""
+        return torch.cat([rows, -0.5 * rows * rows], dim=1)
 
     def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k F"], Float[Tensor, " k"]]:
-        """Returns ([mu/v, -1/(2v)], -1/2 sum_d [mu^2/v + log 2 pi v]) with mu shifted by m."""
+        """Returns ([mu/v, 1/v], -1/2 sum_d [mu^2/v + log 2 pi v]) with mu shifted by m."""
         variances = self.shrunk_variances(chunk)
         means = self.means[chunk] - self.reference()
         width = variances.shape[1]
         theta = torch.empty(len(means), self.dim + width, device=means.device)
         linear, quadratic = theta.split([self.dim, width], dim=1)
-        torch.div(means, variances, out=linear)
-        quadratic.copy_(variances).reciprocal_().mul_(-0.5)
+        torch.reciprocal(variances.expand(len(means), width), out=quadratic)
+        torch.mul(means, quadratic, out=linear)
         log_determinant = variances.log_().sum(1) * (self.dim / width) + self.dim * _LOG_2PI
         return theta, -0.5 * (torch.linalg.vecdot(means, linear) + log_determinant)
 
@@ -81,12 +81,11 @@ class DiagonalGmm(OnlineMixture):
     def centre_statistics_(
         self, chunk: slice, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k F"]
     ) -> None:
-        """Replaces S1, S2 by T1 = S1 - w mu, T2 = S2 - 2 mu S1 + w mu^2 with mu shifted by m, in place."""
+        """Replaces (S1, -S2/2) by T1 = S1 - w mu and T2 = S2 - 2 mu S1 + w mu^2, mu shifted by m, in place."""
         means = self.means[chunk] - self.reference()
         first, second = statistics.split(self.dim, dim=1)
         weighted = mass[:, None] * means
-        # S2 - mu (2 S1 - w mu) before S1 is overwritten
-        second.sub_(means.mul_((2 * first).sub_(weighted)))
+        second.mul_(-2).addcmul_(means, torch.sub(weighted, first, alpha=2))
         first.sub_(weighted)
 
     def m_step(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SphericalGmm(DiagonalGmm):
-    """One variance per component: features [h, |h|^2], half the state, half the statistics."""
+    """One variance per component: features [h, -|h|^2/2], half the state, half the statistics."""
 
     name = "gmm_spherical"
 
@@ -34,17 +34,17 @@ class SphericalGmm(DiagonalGmm):
         return self.row_covariance.diagonal().mean(0, keepdim=True)
 
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
-        """Returns [h, |h|^2]."""
-        return torch.cat([rows, rows.square().sum(1, keepdim=True)], dim=1)
+        """Returns [h, -|h|^2/2]."""
+        return torch.cat([rows, -0.5 * rows.square().sum(1, keepdim=True)], dim=1)
 
     def centre_statistics_(
         self, chunk: slice, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k M"]
     ) -> None:
-        """Replaces S1 by T1 and sum S2 by sum_d T2, in place."""
+        """Replaces S1 by T1 and -sum_d S2/2 by sum_d T2, in place."""
         means = self.means[chunk] - self.reference()
         first, second = statistics.split([self.dim, 1], dim=1)
         weighted = mass[:, None] * means
-        second.sub_((means * (2 * first - weighted)).sum(1, keepdim=True))
+        second.mul_(-2).sub_((means * (2 * first - weighted)).sum(1, keepdim=True))
         first.sub_(weighted)
 
     def m_step(
@@ -148,8 +148,8 @@ class TiedSphericalGmm(TiedDiagonalGmm):
         return self.row_covariance.diagonal().mean(0, keepdim=True)
 
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
-        """Returns [h, |h|^2]."""
-        return torch.cat([rows, rows.square().sum(1, keepdim=True)], dim=1)
+        """Returns [h, -|h|^2/2]."""
+        return torch.cat([rows, -0.5 * rows.square().sum(1, keepdim=True)], dim=1)
 
     def average_dimensions(self, spread: Float[Tensor, "1 P"]) -> Float[Tensor, "1 1"]:
         """Returns the mean over dimensions."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
 LOGITS_BYTES = 256 * 2**20
-_PROBED_ROWS = 64
+_PROBED_ROWS = 16
 _TRACED_COMPONENTS = 1024
 _ZERO_NORM = 1e-3
 
@@ -280,9 +280,9 @@ class OnlineMixture(Mixture):
             if start == 0:
                 self._probe(log_joint[:_PROBED_ROWS], statistics, across)
             gamma = self.assign_(log_joint, penalty, across)
-            gamma.mul_(weight[start : start + len(part), None])
-            mass += gamma.sum(0)
-            observed = part[:, : self.num_statistics]
+            part_weight = weight[start : start + len(part)]
+            mass.addmv_(gamma.T, part_weight)
+            observed = part[:, : self.num_statistics] * part_weight[:, None]
             torch.addmm(sums, gamma.T, observed, beta=0 if start == 0 else 1, out=sums)
         for chunk in iterate_chunks(own):
             self.centre_statistics_(chunk, statistics.mass[chunk], statistics.moments[chunk])

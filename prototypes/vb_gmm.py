@@ -46,7 +46,7 @@ class VariationalGmm(DiagonalGmm):
         expected_log = (torch.digamma(shape) - gamma_rate.log()).sum(1)
         constant = self.dim * (math.log(2 * math.pi) + 1 / strength.squeeze(1))
         bias = 0.5 * (expected_log - constant - torch.linalg.vecdot(linear, means))
-        return torch.cat([linear, -0.5 * precision], dim=1), bias
+        return torch.cat([linear, precision], dim=1), bias
 
     def log_mixing_weights(self, chunk: slice) -> Float[Tensor, " k"]:
         """Returns E[log pi] under the Dirichlet posterior."""
