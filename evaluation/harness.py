@@ -179,7 +179,12 @@ def probe_knn(session: Session) -> Outcome:
         predictions[name] = result.predictions[headline]
     best = max(names, key=lambda name: by_feature[name]["top1"][str(headline)])
     figures = {
-        "headline": {"top1": by_feature[names[0]]["top1"][str(headline)], "k": headline, "feature": names[0]},
+        "headline": {
+            "top1": by_feature[names[0]]["top1"][str(headline)],
+            "k": headline,
+            "feature": names[0],
+            "predictions": names[0],
+        },
         "best_feature_on_test": best,
         "temperature": config.temperature,
         "features": by_feature,

@@ -108,7 +108,8 @@ def nearest(
 ) -> tuple[Float[Tensor, "B k"], Int64[Tensor, "B k"]]:
     """Returns similarities and indices of the k keys of largest dot product, ties by lowest index.
 
-    `topk` alone leaves open which of several equal keys it takes; rows where that matters are sorted stably.
+    `topk` alone leaves open which of several equal keys it takes; rows where that matters (many, when features
+    have nearly collapsed) are cut again at the k-th value.
     """
     similarities = queries @ keys.T
     taken = min(k + 1, keys.shape[0])
@@ -117,13 +118,23 @@ def nearest(
         ambiguous = values[:, k - 1] == values[:, k]
         values, indices = values[:, :k], indices[:, :k]
         if bool(ambiguous.any()):
-            whole, order = similarities[ambiguous].sort(dim=1, descending=True, stable=True)
-            values[ambiguous], indices[ambiguous] = whole[:, :k], order[:, :k]
+            rows = similarities[ambiguous]
+            chosen = _first_k(rows, values[ambiguous, k - 1 :], k)
+            indices[ambiguous], values[ambiguous] = chosen, rows.gather(1, chosen)
     # Order equal neighbours inside the k by index too, for the smaller k that are cut from this list.
     by_index = indices.argsort(dim=1)
     values, indices = values.gather(1, by_index), indices.gather(1, by_index)
     order = values.argsort(dim=1, descending=True, stable=True)
     return values.gather(1, order), indices.gather(1, order)
+
+
+def _first_k(rows: Tensor, border: Tensor, k: int) -> Int64[Tensor, "B k"]:
+    """Returns the indices of all values above `border` [B, 1] and of the first ones equal to it, k in each row."""
+    above = rows > border
+    level = rows == border
+    missing = k - above.sum(dim=1, keepdim=True)
+    level &= level.cumsum(dim=1) <= missing
+    return (above | level).nonzero()[:, 1].view(len(rows), k)
 
 
 def _blocks(queries: Tensor, processes: Processes) -> Iterator[tuple[int, Tensor]]:

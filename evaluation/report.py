@@ -1,0 +1,300 @@
+"""One page about one or several runs: what they learned, beside each other.
+
+    python -m evaluation.report RUN [RUN ...] --out DIR [--no-images]
+
+Writes `DIR/index.html` (self-contained: opens without a network), every figure as a PNG, `results.csv` and
+`results.md`. RUN is a run directory; its `metrics.jsonl`, `results/` and newest checkpoint are read, nothing in it
+is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.config import DataConfig
+from evaluation import figures, panels
+from evaluation.comparison import accuracy_rows, difference_rows, long_tail_rows
+from evaluation.config import EvaluationConfig
+from evaluation.encoder import load_encoder
+from evaluation.figures import Chart
+from evaluation.harness import Session
+from evaluation.page import Section, render_page
+from evaluation.processes import Processes
+from evaluation.results import read_results
+from evaluation.tables import (
+    Row,
+    compare_knn,
+    control_sentence,
+    knn_rows,
+    markdown_table,
+    prototype_rows,
+)
+from runtime.config import ConfigError, build_config, read_yaml
+from runtime.files import write_atomically
+from runtime.logging_setup import set_up_logging
+from runtime.program import UserError, run_program
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report knows of a run.
+
+    Attributes:
+        name: unique among the runs of the report.
+        path: its directory.
+        metrics: lines of `metrics.jsonl`.
+        results: of the encoder itself.
+        controls: of the encoders beside it.
+        training: its resolved pretraining configuration, as plain values; empty where it is missing.
+    """
+
+    name: str
+    path: Path
+    metrics: list[dict[str, Any]]
+    results: list[dict[str, Any]]
+    controls: list[dict[str, Any]]
+    training: dict[str, Any]
+
+    def result(self, probe: str) -> dict[str, Any] | None:
+        """Returns the result of one probe, or None."""
+        return next((r for r in self.results if r["probe"] == probe), None)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code of the report's command line."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument("--out", required=True, help="directory of the page")
+    parser.add_argument(
+        "--no-images", action="store_true", help="leave out the panels that need encoder and data"
+    )
+    options = parser.parse_args(arguments)
+    set_up_logging(rank=0)
+    page = write_report(
+        [Path(run) for run in options.runs], Path(options.out), with_images=not options.no_images
+    )
+    print(page)
+    return 0
+
+
+def write_report(run_dirs: list[Path], out: Path, *, with_images: bool = True) -> Path:
+    """Writes the page and its files into `out` and returns the page's path.
+
+    Args:
+        run_dirs: run directories.
+        out: made where missing; files of an older report are replaced.
+        with_images: also draw panels, for which checkpoint, shards and cached features are read.
+
+    Raises:
+        ValueError: a directory is no run.
+    """
+    runs = load_runs(run_dirs)
+    charts = draw_charts(runs)
+    pictures = [chart for run in runs for chart in _draw_panels(run)] if with_images else []
+    out.mkdir(parents=True, exist_ok=True)
+    for chart in [*charts, *pictures]:
+        write_atomically(out / f"{chart.name}.png", chart.png)
+    sections = table_sections(runs)
+    write_atomically(out / "results.csv", _to_csv(sections))
+    markdown = "\n\n".join(f"## {s.title}\n\n{s.text}\n\n{markdown_table(s.rows)}".rstrip() for s in sections)
+    write_atomically(out / "results.md", markdown + "\n")
+    html = render_page([run.name for run in runs], sections, charts, pictures, _provenance_rows(runs))
+    page = out / "index.html"
+    write_atomically(page, html)
+    return page
+
+
+def load_runs(run_dirs: list[Path]) -> list[Run]:
+    """Returns what is known of every run; names are made unique.
+
+    Raises:
+        UserError: a directory is missing, or holds neither metrics nor results.
+    """
+    runs: list[Run] = []
+    for path in run_dirs:
+        resolved = path.resolve()
+        metrics = read_metrics(path / "metrics.jsonl")
+        results = read_results(path / "results") if (path / "results").is_dir() else []
+        if not metrics and not results:
+            raise UserError(
+                f"run is {str(path)!r}; expected a run directory with metrics.jsonl or results/; pass its path"
+            )
+        name = resolved.name
+        while name in {run.name for run in runs}:
+            name = f"{resolved.parent.name}/{name}" if "/" not in name else f"{name}'"
+        controls = [r for r in results if "controls" in r["path"].relative_to(path / "results").parts]
+        runs.append(
+            Run(
+                name=name,
+                path=path,
+                metrics=metrics,
+                results=[r for r in results if r not in controls],
+                controls=controls,
+                training=read_yaml(str(path / "config.yaml")) if (path / "config.yaml").is_file() else {},
+            )
+        )
+    return runs
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics file; a cut last line, which a killed run leaves, is passed over."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            logger.warning("%s: a line of %d characters is not JSON and is left out", path, len(line))
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def draw_charts(runs: list[Run]) -> list[Chart]:
+    """Returns every chart for which there are figures."""
+    metrics = {run.name: run.metrics for run in runs}
+    unique, density = {}, {}
+    for run in runs:
+        audited = run.result("prototypes")
+        for role, values in (audited["figures"]["roles"] if audited else {}).items():
+            name = f"{run.name}: {role}"
+            unique[name], density[name] = values["unique_fraction"], values["angle_density"]
+    drawn = [
+        figures.draw_losses(metrics),
+        figures.draw_knn_over_time(metrics),
+        figures.draw_probes(accuracy_rows(runs)),
+        *(figures.draw_unique_over_time(run.name, run.metrics) for run in runs),
+        figures.draw_unique_by_eps(unique),
+        figures.draw_usage(metrics),
+        figures.draw_angle_density(density),
+        figures.draw_feature_rank(metrics),
+    ]
+    return [chart for chart in drawn if chart is not None]
+
+
+def table_sections(runs: list[Run]) -> list[Section]:
+    """Returns the tables: k-NN beside its controls, prototypes, all probes, differences, long tail."""
+    sections: list[Section] = []
+    for run in runs:
+        knn = run.result("knn")
+        if knn:
+            comparison = compare_knn(knn, run.controls)
+            sections.append(Section(f"k-NN: {run.name}", control_sentence(comparison), knn_rows(comparison)))
+    prototypes = [
+        {"run": run.name, **row}
+        for run in runs
+        if (r := run.result("prototypes"))
+        for row in prototype_rows(r)
+    ]
+    probes = [_accuracy_text(row) for row in accuracy_rows(runs)]
+    sections += [
+        Section("Prototypes", "Unique prototypes by Definition 2.1, and which of them are used.", prototypes),
+        Section("Probes", "Top-1 on the test split with 95 % bootstrap intervals.", probes),
+        Section(
+            "Differences", "Paired on the same test images, in points, with intervals.", difference_rows(runs)
+        ),
+        Section("Long tail", "Top-1 by how often a class was seen in training.", long_tail_rows(runs)),
+    ]
+    return [section for section in sections if section.rows]
+
+
+def _accuracy_text(row: Mapping[str, Any]) -> Row:
+    return {
+        "probe": row["probe"],
+        "encoder": row["encoder"],
+        "top-1 %": f"{100 * row['value']:.2f}",
+        "interval": f"{100 * row['low']:.2f} to {100 * row['high']:.2f}",
+    }
+
+
+def _draw_panels(run: Run) -> list[Chart]:
+    drawn: list[Chart | None] = []
+    safe = figures.file_name(run.name)
+    if run.training:
+        drawn += _attempt(f"crops of {run.name}", lambda: [_draw_crops(run, safe)])
+    knn = run.result("knn")
+    if knn:
+        drawn += _attempt(f"image panels of {run.name}", lambda: _draw_gallery(knn, safe))
+    return [chart for chart in drawn if chart is not None]
+
+
+def _draw_crops(run: Run, safe: str) -> Chart:
+    values = {**run.training["data"], "num_workers": 0}
+    return panels.draw_crops(
+        build_config(DataConfig, values), run.training.get("run", {}).get("seed", 0), safe
+    )
+
+
+def _draw_gallery(knn: dict[str, Any], safe: str) -> list[Chart | None]:
+    config = build_config(EvaluationConfig, knn["provenance"]["config"])
+    encoder = load_encoder(
+        config.encoder, role=config.role, transform=config.transform, num_blocks=config.features.num_blocks
+    )
+    gallery = panels.Gallery(Session(config, encoder, Processes()))
+    return [
+        panels.draw_neighbours(gallery, safe),
+        panels.draw_prototype_images(gallery, safe),
+        panels.draw_patch_components(gallery, safe),
+    ]
+
+
+def _attempt(what: str, draw: Callable[[], list[Chart | None]]) -> list[Chart | None]:
+    """Returns what `draw` gives; where shards or checkpoint have gone since, the page is made without it."""
+    try:
+        return draw()
+    except (ValueError, OSError, ConfigError) as error:
+        logger.warning("%s are left out: %s", what, " ".join(str(error).split()))
+        return []
+
+
+def _provenance_rows(runs: list[Run]) -> list[Row]:
+    rows = []
+    for run in runs:
+        for result in run.results:
+            provenance = result["provenance"]
+            hardware = provenance["hardware"]
+            rows.append(
+                {
+                    "run": run.name,
+                    "probe": result["probe"],
+                    "role": result["encoder"]["role"],
+                    "step": str(result["encoder"]["step"] or ""),
+                    "weights": result["encoder"]["weights_sha256"][:12],
+                    "commit": provenance["commit"],
+                    "config": provenance["config_hash"],
+                    "data": ", ".join(provenance["manifest_hashes"].values()),
+                    "torch": provenance["versions"]["torch"],
+                    "hardware": str(
+                        hardware.get("gpu", f"{hardware['machine']}, {hardware['cpu_threads']} threads")
+                    ),
+                    "seconds": f"{result['seconds']:.1f}",
+                    "finished": provenance["finished_utc"],
+                }
+            )
+    return rows
+
+
+def _to_csv(sections: list[Section]) -> str:
+    """Returns every table in long form: table, row, column, value."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["table", "row", "column", "value"])
+    for section in sections:
+        for index, row in enumerate(section.rows):
+            writer.writerows([section.title, index, column, value] for column, value in row.items())
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:]))
