@@ -58,6 +58,9 @@ class LaneReader:
                         pending[num_read] = item
                     num_read += 1
                 yield pending.pop(position)
+            # After a resumption the window's last samples may have been shown before.
+            for _ in range(len(order) - num_read):
+                next(in_reading_order)
             begin, emitted = begin + len(order), 0
             if begin >= stop - start:
                 return

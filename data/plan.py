@@ -11,8 +11,8 @@ Rank r of W takes the slots g with g mod W = r. As W divides L, the lanes of a r
 the global batch, every rank has equally many slots of every batch. Which samples a batch holds therefore depends
 neither on W nor on the number of workers.
 
-Within an epoch the shards are put in a random order, and their concatenation is cut into L contiguous parts, one a
-lane: reading stays sequential. Inside its part, a lane shuffles windows of `window` encoded samples.
+Within an epoch the shards are put in a random order, and their concatenation, a ring, is cut from a random place on
+into L contiguous parts, one a lane: reading stays sequential. Inside its part, a lane shuffles windows of `window` encoded samples.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from data.random_numbers import draw_permutation, hash_key
 from data.shards import DataError, Manifest
 
 # Purposes of the keys below; any distinct numbers.
-_SHARD_ORDER, _WINDOW_ORDER, _COPIES, _AUGMENTATION = 1, 2, 3, 4
+_SHARD_ORDER, _WINDOW_ORDER, _COPIES, _AUGMENTATION, _ROTATION = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,13 @@ class SamplePlan:
 
     def segments(self, epoch: int, start: int, stop: int) -> Iterator[Segment]:
         """Yields the runs of samples that make up [start, stop) of an epoch's row."""
+        rotation = hash_key(self.seed, _ROTATION, epoch) % self.num_samples
+        first, length = (start + rotation) % self.num_samples, stop - start
+        until_end = min(length, self.num_samples - first)
+        yield from self._unrotated_segments(epoch, first, first + until_end)
+        yield from self._unrotated_segments(epoch, 0, length - until_end)
+
+    def _unrotated_segments(self, epoch: int, start: int, stop: int) -> Iterator[Segment]:
         layout = self._epoch(epoch)
         index = bisect_right(layout.starts, start) - 1
         while start < stop:
