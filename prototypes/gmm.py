@@ -47,7 +47,7 @@ class DiagonalGmm(OnlineMixture):
 
     def prior_variance(self) -> Float[Tensor, " V"]:
         """Returns the variance of the rows, which floors, priors and starts refer to."""
-        return self.row_covariance.diagonal()
+        return self.row_variance
 
     def restart_components_(self, index: Int64[Tensor, " R"]) -> None:
         """Restarts components with the rows' variance; see the base class."""

@@ -31,7 +31,7 @@ class SphericalGmm(DiagonalGmm):
 
     def prior_variance(self) -> Float[Tensor, " 1"]:
         """Returns the rows' mean variance over dimensions."""
-        return self.row_covariance.diagonal().mean(0, keepdim=True)
+        return self.row_variance.mean(0, keepdim=True)
 
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
         """Returns [h, -|h|^2/2]."""
@@ -145,7 +145,7 @@ class TiedSphericalGmm(TiedDiagonalGmm):
 
     def prior_variance(self) -> Float[Tensor, " 1"]:
         """Returns the rows' mean variance over dimensions."""
-        return self.row_covariance.diagonal().mean(0, keepdim=True)
+        return self.row_variance.mean(0, keepdim=True)
 
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
         """Returns [h, -|h|^2/2]."""

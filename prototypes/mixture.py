@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 COMPONENTS_PER_CHUNK = 2048
 _ROWS_AT_ONCE = 64
+_SMALLEST_VARIANCE = 1e-12
 
 
 class Mixture(PrototypeEstimator):
@@ -100,9 +101,14 @@ class Mixture(PrototypeEstimator):
         """Writes what all components share, after `m_step` has run over all of them."""
         del statistics
 
+    @property
+    def row_variance(self) -> Float[Tensor, " P"]:
+        """Variance of the rows per dimension, never zero: identical rows must not divide by it."""
+        return self.row_covariance.diagonal().clamp_min(_SMALLEST_VARIANCE)
+
     def component_variances(self) -> Float[Tensor, "K P"]:
         """Returns a variance of every component; the rows' own where the family tracks none."""
-        return self.row_covariance.diagonal().expand(self.num_prototypes, self.dim)
+        return self.row_variance.expand(self.num_prototypes, self.dim)
 
     def restart_components_(self, index: Int64[Tensor, " R"]) -> None:
         """Forgets what components have seen, in place: n = 1, an even share of mixing weight and usage."""

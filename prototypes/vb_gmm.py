@@ -38,7 +38,7 @@ class VariationalGmm(DiagonalGmm):
         strength = config.mean_strength + counts
         means = shifted * (counts / strength)
         shape = max(1.0, self.gmm.variance.shrinkage * self.memory / 2) + counts / 2
-        prior_rate = (shape - counts / 2) * self.row_covariance.diagonal()
+        prior_rate = (shape - counts / 2) * self.row_variance
         spread = self.variances[chunk] + config.mean_strength / strength * shifted.square()
         gamma_rate = prior_rate + 0.5 * counts * spread
         precision = shape / gamma_rate

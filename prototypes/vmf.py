@@ -36,7 +36,7 @@ class VonMisesFisherMixture(OnlineMixture):
 
     def reset_components(self) -> None:
         """Shortens the means to the concentration P / tr Cov: as wide as a Gaussian with the rows' variance."""
-        concentration = self.dim / self.row_covariance.diagonal().sum().clamp_min(1e-12)
+        concentration = self.dim / self.row_variance.sum()
         length = compute_resultant_length(concentration, self.dim)
         self.means.mul_(length / torch.linalg.vector_norm(self.means, dim=1, keepdim=True))
 
@@ -53,7 +53,7 @@ class VonMisesFisherMixture(OnlineMixture):
     def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k P"], Float[Tensor, " k"]]:
         """Returns (kappa mu, log C_P(kappa))."""
         lengths = torch.linalg.vector_norm(self.means[chunk], dim=1)
-        largest = self.dim / (self.gmm.variance.floor * self.row_covariance.diagonal().sum().clamp_min(1e-12))
+        largest = self.dim / (self.gmm.variance.floor * self.row_variance.sum())
         if self.gmm.tied_concentration:
             lengths = lengths.new_full(lengths.shape, 1.0) * self._mean_length()
         concentration = torch.minimum(compute_concentration(lengths, self.dim), largest)
