@@ -52,6 +52,8 @@ SlurmdTimeout=10
 SlurmctldTimeout=10
 InactiveLimit=0
 MinJobAge=3600
+SlurmdParameters=config_overrides
+GresTypes=gpu
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 State=UP
@@ -72,11 +74,11 @@ class PrivateCluster:
 
     Attributes:
         kill_wait_s: seconds between Slurm's SIGTERM and its SIGKILL.
-        cpus_per_node: what each node claims to have; Slurm does not bind tasks here.
+        cpus_per_node: what each node claims to have, far more than there is; Slurm does not bind tasks here.
     """
 
     kill_wait_s: int = 30
-    cpus_per_node: int = 2
+    cpus_per_node: int = 64
     num_nodes: int = len(NODES)
     home: Path = field(init=False)
     daemons: dict[str, subprocess.Popen] = field(init=False, default_factory=dict)
@@ -91,7 +93,7 @@ class PrivateCluster:
             (self.home / part).mkdir()
         nodes = "\n".join(
             f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus_per_node} "
-            "RealMemory=1000 State=UNKNOWN"
+            "Gres=gpu:4 RealMemory=1000 State=UNKNOWN"
             for node, port in zip(self.nodes, ports[1:], strict=True)
         )
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
@@ -105,6 +107,10 @@ class PrivateCluster:
                 nodes=nodes,
             )
         )
+        # GPUs that are counted and do not exist: the templates' options are then tried as they are.
+        for index in range(4):
+            (self.home / f"gpu{index}").touch()
+        (self.home / "gres.conf").write_text(f"Name=gpu File={self.home}/gpu[0-3]\n")
         try:
             self._start_daemons()
         except BaseException:
