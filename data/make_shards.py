@@ -1,8 +1,15 @@
 """Images to WebDataset shards with a manifest.
 
     python -m data.make_shards fashion-mnist --out datasets/fashion-mnist
+    python -m data.make_shards imagefolder photos/ --out datasets/photos
+    python -m data.make_shards imagefolder ILSVRC/train --out datasets/imagenet
+    python -m data.make_shards imagefolder ILSVRC/val --split val --labels LOC_val_solution.csv --out datasets/imagenet
+    python -m data.make_shards inat2018 --root inat/ --train train2018.json --val val2018.json --out datasets/inat18
+    python -m data.make_shards csv list.csv --root photos/ --label-column species --out datasets/species
+    python -m data.make_shards lt datasets/imagenet --imbalance 100 --out datasets/imagenet-lt
 
-A second run keeps the shards that are complete.
+A second run keeps the shards that are complete. Images are shuffled before they are written; broken ones and
+duplicates are left out and counted.
 """
 
 from __future__ import annotations
@@ -16,8 +23,10 @@ from collections import Counter
 from pathlib import Path
 
 from data.fashion_mnist import SPLITS, FashionMnistSource, fetch
-from data.shard_writing import Rejected, write_split
-from data.shards import Manifest
+from data.image_sources import FileSource, list_csv, list_image_folder, list_inaturalist
+from data.shard_writing import ImageSource, Rejected, write_split
+from data.shards import MANIFEST_NAME, DataError, Manifest, load_manifest, split_names
+from data.subsets import write_long_tail
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,14 +42,49 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data.make_shards", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m data.make_shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     fashion = commands.add_parser("fashion-mnist", help="fetch Fashion-MNIST and write its two splits")
     fashion.add_argument(
         "--cache", default="datasets/downloads/fashion-mnist", help="where fetched files are kept"
     )
     fashion.set_defaults(run=_make_fashion_mnist)
-    _add_common_options(fashion)
+    folder = commands.add_parser("imagefolder", help="a folder of class folders, or of images")
+    folder.add_argument("root", help="the folder")
+    folder.add_argument("--split", default="train")
+    folder.add_argument("--labels", default="", help="file of lines 'file name, class' for a flat folder")
+    folder.set_defaults(run=_make_image_folder)
+    table = commands.add_parser("csv", help="images that a CSV file with a header lists")
+    table.add_argument("path", help="the CSV file")
+    table.add_argument("--root", default=".", help="folder to which its paths are relative")
+    table.add_argument("--split", default="train")
+    table.add_argument("--image-column", default="path")
+    table.add_argument("--label-column", default="", help="empty: images without labels")
+    table.set_defaults(run=_make_csv)
+    inat = commands.add_parser("inat2018", help="iNaturalist's official JSON files and image tree")
+    inat.add_argument("--root", required=True, help="folder to which file_name is relative")
+    inat.add_argument("--train", required=True, help="train2018.json")
+    inat.add_argument("--val", required=True, help="val2018.json")
+    inat.add_argument("--categories", default="", help="categories.json with the taxonomy")
+    inat.set_defaults(run=_make_inat)
+    tail = commands.add_parser("lt", help="a long-tailed sub-sample of a set, without copying images")
+    tail.add_argument("shards", help="folder of the whole set")
+    tail.add_argument("--split", default="train", help="the split to thin out; the others are kept whole")
+    tail.add_argument(
+        "--imbalance", type=float, default=100.0, help="largest class over smallest, 10 to 1,000"
+    )
+    tail.add_argument("--out", required=True)
+    tail.add_argument("--seed", type=int, default=0)
+    tail.set_defaults(run=_make_long_tail)
+    for command in (fashion, folder, table, inat):
+        _add_common_options(command)
+    for command in (folder, table, inat):
+        help_text = "resize images whose shorter side is longer than this; 0 keeps the bytes of all"
+        command.add_argument("--max-side", type=int, default=0, help=help_text)
     return parser.parse_args(arguments)
 
 
@@ -58,7 +102,52 @@ def _make_fashion_mnist(options: argparse.Namespace) -> None:
         _write(FashionMnistSource(folder, split), split, options)
 
 
-def _write(source: FashionMnistSource, split: str, options: argparse.Namespace) -> None:
+def _make_image_folder(options: argparse.Namespace) -> None:
+    known = _known_classes(options.out, options.split)
+    files, classes = list_image_folder(options.root, labels_path=options.labels, known_classes=known)
+    _write(FileSource(files, classes, max_side=options.max_side), options.split, options)
+
+
+def _make_csv(options: argparse.Namespace) -> None:
+    files, classes = list_csv(
+        options.path,
+        root=options.root,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        known_classes=_known_classes(options.out, options.split),
+    )
+    _write(FileSource(files, classes, max_side=options.max_side), options.split, options)
+
+
+def _make_inat(options: argparse.Namespace) -> None:
+    listed = {
+        split: list_inaturalist(path, root=options.root, categories_path=options.categories)
+        for split, path in (("train", options.train), ("val", options.val))
+    }
+    if listed["train"][1] != listed["val"][1]:
+        raise DataError(
+            f"{options.train} and {options.val} have different categories; expected the same; mend one"
+        )
+    for split, (files, classes) in listed.items():
+        _write(FileSource(files, classes, max_side=options.max_side), split, options)
+
+
+def _make_long_tail(options: argparse.Namespace) -> None:
+    for manifest in write_long_tail(
+        options.shards, options.out, split=options.split, imbalance=options.imbalance, seed=options.seed
+    ):
+        _report(manifest, [], 0.0)
+
+
+def _known_classes(directory: str, split: str) -> tuple[str, ...]:
+    """Returns the classes of the other splits of a folder: their numbers hold for a new split, too."""
+    if not (Path(directory) / MANIFEST_NAME).is_file():
+        return ()
+    others = [name for name in split_names(directory) if name != split]
+    return next((load_manifest(directory, name).classes for name in others), ())
+
+
+def _write(source: ImageSource, split: str, options: argparse.Namespace) -> None:
     Path(options.out).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     manifest, rejected = write_split(

@@ -17,6 +17,7 @@ from data.decoding import BadImageError, decode_image, find_image
 from data.loading import LaneDataset
 from data.plan import SamplePlan
 from data.reader import Failure, ShardReader
+from data.samplers import build_copies
 from data.shards import DataError, Manifest, check_shard_files, load_manifest
 from data.workers import start_worker
 
@@ -179,7 +180,10 @@ class TrainingStream:
 
 def build_plan(config: DataConfig, manifest: Manifest, seed: int) -> SamplePlan:
     """Returns the order in which a configuration shows the samples of a manifest."""
-    return SamplePlan(manifest, seed=seed, num_lanes=config.num_lanes, window=config.shuffle_window)
+    copies = build_copies(manifest, config.sampler)
+    return SamplePlan(
+        manifest, seed=seed, num_lanes=config.num_lanes, window=config.shuffle_window, copies=copies
+    )
 
 
 def merge_positions(parts: Sequence[DataPosition]) -> DataPosition:
@@ -206,9 +210,7 @@ def check_decodable(reader: ShardReader, config: DataConfig) -> None:
     Shards without images, or with suffixes that this repository does not know, are found before step 0.
     """
     shard = reader.manifest.shards[0]
-    ordinals = (
-        range(min(8, shard.samples)) if shard.ordinals is None else range(shard.ordinals[0], shard.samples)
-    )
+    ordinals = range(shard.samples)
     reason = ""
     for _, sample in reader.read(0, ordinals[:8]):
         if isinstance(sample, Failure):

@@ -12,7 +12,8 @@ the global batch, every rank has equally many slots of every batch. Which sample
 neither on W nor on the number of workers.
 
 Within an epoch the shards are put in a random order, and their concatenation, a ring, is cut from a random place on
-into L contiguous parts, one a lane: reading stays sequential. Inside its part, a lane shuffles windows of `window` encoded samples.
+into L contiguous parts, one a lane: reading stays sequential. Inside its part, a lane shuffles windows of `window`
+encoded samples.
 """
 
 from __future__ import annotations

@@ -204,24 +204,19 @@ def skip_samples(file: BinaryIO, count: int) -> int:
         file.seek(0)
         return 0
     file.seek(0)
-    for samples, offset in enumerate(_iterate_offsets(file)):
+    for samples, offset in enumerate(iterate_offsets(file)):
         if samples == count:
             file.seek(offset)
             return count
     raise EOFError(f"the tar ended before its sample {count}")
 
 
-def scan_offsets(path: Path) -> list[int]:
-    """Returns where each sample of an uncompressed tar starts, reading headers only.
+def iterate_offsets(file: BinaryIO) -> Iterator[int]:
+    """Yields where each sample of an open, uncompressed tar starts, reading headers only.
 
     Raises:
         tarfile.TarError, OSError: not a tar.
     """
-    with path.open("rb") as file:
-        return list(_iterate_offsets(file))
-
-
-def _iterate_offsets(file: BinaryIO) -> Iterator[int]:
     tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (closing it would close nothing)
     previous_key = None
     while (member := tar.next()) is not None:

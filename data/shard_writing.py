@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from data.shards import (
 logger = logging.getLogger(__name__)
 
 _RECORDS = ".records"  # one small file a finished shard: what makes a second run resume
+_DUPLICATE = "duplicate"
 _NAME_PATTERN = "%s-%06d.tar"
 _SHARD_ORDER = 11  # purpose of the shuffle's random key
 
@@ -56,11 +57,12 @@ class SourceSample:
 
 @dataclass(frozen=True)
 class Rejected:
-    """An image that is left out, and why: `broken`, `duplicate`, ... with a detail."""
+    """An image that is left out, and why: `broken`, `duplicate`, ... with a detail and its number in the source."""
 
     name: str
     kind: str
     detail: str = ""
+    index: int = -1
 
 
 class ImageSource(ABC):
@@ -69,10 +71,12 @@ class ImageSource(ABC):
     Attributes:
         classes: class names in index order; empty without labels.
         fingerprint: text that changes whenever the images or their treatment do.
+        drops_duplicates: leave out images whose bytes occurred before, and report them.
     """
 
     classes: tuple[str, ...] = ()
     fingerprint: str = ""
+    drops_duplicates: bool = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -89,7 +93,7 @@ class ImageSource(ABC):
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a finished shard."""
+    """What is known of a finished shard; `contents` are (number in the source, hash of the members)."""
 
     fingerprint: str
     name: str
@@ -97,6 +101,7 @@ class ShardRecord:
     bytes: int
     sha256: str
     index: list[IndexEntry]
+    contents: list[tuple[int, str]] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
 
 
@@ -109,6 +114,7 @@ class ShardJob:
     indices: Sequence[int]
     directory: str
     fingerprint: str
+    duplicates: frozenset[int] = frozenset()
 
     @property
     def name(self) -> str:
@@ -167,6 +173,9 @@ def write_split(
         for record in _write_all(source, missing, num_processes):
             records[record.name] = record
             progress.update()
+    if source.drops_duplicates:
+        for record in _write_all(source, _jobs_with_duplicates(jobs, records), num_processes):
+            records[record.name] = record
     ordered = [records[job.name] for job in jobs]
     manifest = _build_manifest(source, split, directory, ordered)
     entries = [tuple(entry) for record in ordered for entry in record.index]
@@ -200,6 +209,25 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _jobs_with_duplicates(jobs: Sequence[ShardJob], records: dict[str, ShardRecord]) -> list[ShardJob]:
+    """Returns the jobs whose shards hold an image that occurs earlier in the source, to be written without it.
+
+    Hashes are known only once everything was read; reading everything twice would cost more than to write the few
+    shards with duplicates again.
+    """
+    first_with: dict[str, int] = {}
+    contents = [entry for record in records.values() for entry in record.contents]
+    for index, digest in sorted((index, digest) for index, digest in contents):
+        first_with.setdefault(digest, index)
+    again = []
+    for job in jobs:
+        duplicates = {index for index, digest in records[job.name].contents if first_with[digest] != index}
+        if duplicates:
+            before = {item.index for item in records[job.name].rejected if item.kind == _DUPLICATE}
+            again.append(replace(job, duplicates=frozenset(duplicates | before)))
+    return again
 
 
 def _cut_in_shards(
@@ -249,7 +277,7 @@ def write_shard(source: ImageSource, job: ShardJob) -> ShardRecord:
     directory = Path(job.directory)
     temporary = directory / f".{job.name}.{os.getpid()}.tmp"
     try:
-        entries, rejected = _write_tar(source, job, temporary)
+        entries, contents, rejected = _write_tar(source, job, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -257,15 +285,16 @@ def write_shard(source: ImageSource, job: ShardJob) -> ShardRecord:
         temporary.replace(directory / job.name)
     finally:
         temporary.unlink(missing_ok=True)
-    record = ShardRecord(job.fingerprint, job.name, len(entries), size, digest, entries, rejected)
+    record = ShardRecord(job.fingerprint, job.name, len(entries), size, digest, entries, contents, rejected)
     write_whole(directory / _RECORDS / f"{job.name}.json", json.dumps(asdict(record)).encode())
     return record
 
 
 def _write_tar(
     source: ImageSource, job: ShardJob, temporary: Path
-) -> tuple[list[IndexEntry], list[Rejected]]:
+) -> tuple[list[IndexEntry], list[tuple[int, str]], list[Rejected]]:
     entries: list[IndexEntry] = []
+    contents: list[tuple[int, str]] = []
     rejected: list[Rejected] = []
     with webdataset.ShardWriter(
         f"{job.split}-%06d.tar",
@@ -278,9 +307,13 @@ def _write_tar(
     ) as writer:
         for index in job.indices:
             sample = source.load(index)
+            if isinstance(sample, SourceSample) and index in job.duplicates:
+                sample = Rejected(sample.key, _DUPLICATE, index=index)
             if isinstance(sample, Rejected):
                 rejected.append(sample)
                 continue
+            if source.drops_duplicates:
+                contents.append((index, _hash_image(sample)))
             members = dict(sample.members)
             if sample.label is not None:
                 members["cls"] = str(sample.label).encode()
@@ -290,7 +323,12 @@ def _write_tar(
             label = -1 if sample.label is None else sample.label
             entries.append((offset, checksum_of(encoded), label))
             writer.write({"__key__": sample.key, **encoded.members})
-    return entries, rejected
+    return entries, contents, rejected
+
+
+def _hash_image(sample: SourceSample) -> str:
+    image = b"".join(data for suffix, data in sorted(sample.members.items()) if suffix != "json")
+    return hashlib.blake2b(image, digest_size=12).hexdigest()
 
 
 def _find_record(job: ShardJob) -> ShardRecord | None:
@@ -298,7 +336,8 @@ def _find_record(job: ShardJob) -> ShardRecord | None:
     try:
         values = json.loads(path.read_bytes())
         rejected = [Rejected(**item) for item in values.pop("rejected")]
-        record = ShardRecord(**values, rejected=rejected)
+        contents = [(int(index), str(digest)) for index, digest in values.pop("contents")]
+        record = ShardRecord(**values, contents=contents, rejected=rejected)
         size = (Path(job.directory) / job.name).stat().st_size
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -38,7 +38,13 @@ def read_steps(config, *, steps, world_size=1, batch=8, micro=None, position=Non
                 last = next(batches)
                 crops = last.global_crops.flatten(2).sum(-1).T.tolist()
                 by_step[step] += list(
-                    zip(last.sample_ids.tolist(), last.keys, last.seeds.tolist(), map(tuple, crops), strict=True)
+                    zip(
+                        last.sample_ids.tolist(),
+                        last.keys,
+                        last.seeds.tolist(),
+                        map(tuple, crops),
+                        strict=True,
+                    )
                 )
         stream.close()
         parts.append(last.position)
@@ -47,7 +53,9 @@ def read_steps(config, *, steps, world_size=1, batch=8, micro=None, position=Non
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_global_batches_are_the_same_for_any_ranks_and_workers(make_set, make_config, world_size, num_workers):
+def test_global_batches_are_the_same_for_any_ranks_and_workers(
+    make_set, make_config, world_size, num_workers
+):
     shards = make_set(UNEVEN)
     reference, _ = read_steps(make_config(shards, num_lanes=8), steps=5)
     config = make_config(shards, num_lanes=8, num_workers=num_workers)
@@ -185,7 +193,9 @@ def test_missing_and_cut_shards_are_errors_before_step_0(make_set, make_config):
     path = Path(shards) / "train-000001.tar"
     content = path.read_bytes()
     path.write_bytes(content[:-512])
-    with pytest.raises(DataError, match=rf"train-000001.tar has {len(content) - 512} bytes; expected {len(content)}"):
+    with pytest.raises(
+        DataError, match=rf"train-000001.tar has {len(content) - 512} bytes; expected {len(content)}"
+    ):
         open_stream(make_config(shards))
     path.unlink()
     with pytest.raises(DataError, match=r"train-000001.tar is missing; the manifest lists it with 3 samples"):

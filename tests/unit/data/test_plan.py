@@ -124,7 +124,12 @@ def test_resuming_again_and_again_on_other_world_sizes_changes_nothing(sizes, wi
     used = None
     for steps, world_size in legs:
         shown, used, _ = simulate(
-            plan, FakeReader(manifest, bad), batch * steps, world_size=world_size, first=len(pieces), used=used
+            plan,
+            FakeReader(manifest, bad),
+            batch * steps,
+            world_size=world_size,
+            first=len(pieces),
+            used=used,
         )
         pieces += shown
     assert pieces == whole
@@ -150,9 +155,7 @@ def test_two_epochs_and_two_seeds_differ_in_order():
     n = manifest.num_samples
     shown, _, _ = simulate(plan, FakeReader(manifest), 2 * n)
     assert shown[:n] != shown[n:]
-    other, _, _ = simulate(
-        SamplePlan(manifest, seed=1, num_lanes=2, window=4), FakeReader(manifest), 2 * n
-    )
+    other, _, _ = simulate(SamplePlan(manifest, seed=1, num_lanes=2, window=4), FakeReader(manifest), 2 * n)
     assert other[:n] != shown[:n]
 
 

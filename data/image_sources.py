@@ -1,0 +1,245 @@
+"""Image files as sources of shards: folders of classes, CSV lists and iNaturalist's JSON."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data.decoding import IMAGE_SUFFIXES, BadImageError, decode_image, decode_to_pil
+from data.shard_writing import ImageSource, Rejected, SourceSample
+from data.shards import DataError
+
+_JPEG_QUALITY = 95
+# Pillow's warning level, as in data.config.
+_MAX_IMAGE_PIXELS = 89_478_485
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One file: its path, its class index if it has one, and what goes into the sample's `.json`."""
+
+    path: str
+    label: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class FileSource(ImageSource):
+    """Image files, decoded once to find the broken ones; the bytes are kept unless the image is over-large.
+
+    Args:
+        files: in any order; it becomes part of the fingerprint.
+        classes: names in index order.
+        max_side: images whose shorter side is longer are resized to it and written as JPEG; 0 keeps all as they are.
+    """
+
+    drops_duplicates = True
+
+    def __init__(self, files: Sequence[ImageFile], classes: Sequence[str], *, max_side: int = 0) -> None:
+        self.files = list(files)
+        self.classes = tuple(classes)
+        self.max_side = max_side
+        digest = hashlib.sha256(f"{max_side}".encode())
+        for file in self.files:
+            digest.update(f"{file.path}\0{file.label}\0{json.dumps(file.facts, sort_keys=True)}\n".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def size(self, index: int) -> int:
+        """Returns a file's size; 0 if it is gone."""
+        path = Path(self.files[index].path)
+        return path.stat().st_size if path.is_file() else 0
+
+    def load(self, index: int) -> SourceSample | Rejected:
+        """Returns a file's bytes, or why it is left out."""
+        file = self.files[index]
+        path = Path(file.path)
+        try:
+            content = path.read_bytes()
+            suffix = path.suffix[1:].lower()
+            pixels = decode_image(content, channels=3, max_pixels=_MAX_IMAGE_PIXELS)
+            if self.max_side and min(pixels.shape[-2:]) > self.max_side:
+                content, suffix = _shrink(content, self.max_side), "jpg"
+        except OSError as error:
+            return Rejected(file.path, "unreadable", str(error))
+        except BadImageError as error:
+            return Rejected(file.path, "broken", str(error))
+        members = {suffix: content}
+        if file.facts:
+            members["json"] = json.dumps(file.facts, sort_keys=True).encode()
+        # The number makes the key unique, the stem tells a person which image it is; a key holds no dot.
+        return SourceSample(f"{index:08d}-{path.stem.replace('.', '_')}", members, file.label)
+
+
+def list_image_folder(
+    root: str, *, labels_path: str = "", known_classes: Sequence[str] = ()
+) -> tuple[list[ImageFile], tuple[str, ...]]:
+    """Returns the images under a folder and its classes.
+
+    Folders below `root` are classes, in alphabetical order. A flat folder takes its classes from a file of lines
+    `file name, class`, such as ImageNet's `LOC_val_solution.csv`; without one the images carry no labels.
+
+    Args:
+        root: the folder.
+        labels_path: the file of classes of a flat folder.
+        known_classes: classes of a split that exists already; their numbers are kept, and no other class may occur.
+
+    Raises:
+        DataError: no folder, no images, or a class that is not among the known ones.
+    """
+    base = Path(root)
+    if not base.is_dir():
+        raise DataError(f"the input folder is {root!r}; expected an existing folder of images; pass its path")
+    paths = sorted(
+        path for path in base.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES and path.is_file()
+    )
+    if not paths:
+        raise DataError(
+            f"{root} holds no image ({', '.join(IMAGE_SUFFIXES)}); expected some; pass another folder"
+        )
+    names: list[str | None]
+    if labels_path:
+        by_stem = _read_labels(labels_path)
+        names = [by_stem.get(path.stem) for path in paths]
+        if None in names:
+            missing = paths[names.index(None)].name
+            raise DataError(
+                f"{labels_path} has no line for {missing}; expected one for each image; mend the file"
+            )
+    else:
+        names = [path.relative_to(base).parts[0] if path.parent != base else None for path in paths]
+        if None in names and any(name is not None for name in names):
+            stray = paths[names.index(None)]
+            raise DataError(
+                f"{stray} lies beside class folders; expected it in one of them; move or remove it"
+            )
+    return _number_classes([(path, name, {}) for path, name in zip(paths, names, strict=True)], known_classes)
+
+
+def list_csv(
+    path: str, *, root: str, image_column: str, label_column: str, known_classes: Sequence[str] = ()
+) -> tuple[list[ImageFile], tuple[str, ...]]:
+    """Returns the images that a CSV file with a header lists; its other columns go into the samples' `.json`.
+
+    Args:
+        path: the CSV file.
+        root: folder to which its paths are relative.
+        image_column: name of the column of paths.
+        label_column: name of the column of class names; empty for none.
+        known_classes: see `list_image_folder`.
+
+    Raises:
+        DataError: no such file or column.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"the CSV file is {path!r}; expected an existing file; pass its path")
+    with Path(path).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = list(rows[0]) if rows else []
+    for column in filter(None, (image_column, label_column)):
+        if column not in columns:
+            raise DataError(f"{path} has no column {column!r}; expected one of {', '.join(columns)}; name it")
+    items = []
+    for row in rows:
+        facts = {key: value for key, value in row.items() if key not in (image_column, label_column)}
+        items.append((Path(root) / row[image_column], row[label_column] if label_column else None, facts))
+    return _number_classes(items, known_classes)
+
+
+def list_inaturalist(
+    annotations_path: str, *, root: str, categories_path: str = ""
+) -> tuple[list[ImageFile], tuple[str, ...]]:
+    """Returns the images of an official iNaturalist JSON; classes are its categories in the order of their ids.
+
+    Everything known of a category (name, supercategory, kingdom to genus) goes into its samples' `.json`.
+
+    Args:
+        annotations_path: such as `train2018.json`.
+        root: folder to which `file_name` is relative.
+        categories_path: `categories.json` with the taxonomy, where the annotations do not hold it.
+
+    Raises:
+        DataError: no such file, or not of that layout.
+    """
+    document = _read_json(annotations_path)
+    extra = _read_json(categories_path) if categories_path else []
+    try:
+        categories = {entry["id"]: dict(entry) for entry in document["categories"]}
+        for entry in extra:
+            categories.setdefault(entry["id"], {}).update(entry)
+        category_of = {entry["image_id"]: entry["category_id"] for entry in document["annotations"]}
+        images = [(entry["id"], entry["file_name"]) for entry in document["images"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{annotations_path} is not of iNaturalist's layout ({error!r}); expected images, annotations, categories"
+        ) from error
+    number_of = {category: number for number, category in enumerate(sorted(categories))}
+    names = tuple(str(categories[category].get("name", category)) for category in sorted(categories))
+    files = []
+    for image_id, file_name in images:
+        category = category_of.get(image_id)
+        if category is None:
+            raise DataError(
+                f"image {image_id} of {annotations_path} has no annotation; expected one each; mend the file"
+            )
+        facts = {"image_id": image_id, "category_id": category}
+        facts["taxonomy"] = {key: value for key, value in categories[category].items() if key != "id"}
+        files.append(ImageFile(str(Path(root) / file_name), number_of[category], facts))
+    return files, names
+
+
+def _number_classes(
+    items: Iterable[tuple[Path, str | None, dict[str, Any]]], known_classes: Sequence[str]
+) -> tuple[list[ImageFile], tuple[str, ...]]:
+    listed = list(items)
+    found = sorted({name for _, name, _ in listed if name is not None})
+    classes = tuple(known_classes) or tuple(found)
+    number_of = {name: number for number, name in enumerate(classes)}
+    unknown = [name for name in found if name not in number_of]
+    if unknown:
+        raise DataError(
+            f"class {unknown[0]!r} is not among the {len(classes)} classes of the splits that exist; expected the same "
+            "classes in every split; write the splits into different folders, or mend the names"
+        )
+    files = [
+        ImageFile(str(path), None if name is None else number_of[name], facts) for path, name, facts in listed
+    ]
+    return files, classes if found else ()
+
+
+def _read_labels(path: str) -> dict[str, str]:
+    if not Path(path).is_file():
+        raise DataError(f"the file of classes is {path!r}; expected an existing file; pass its path")
+    labels = {}
+    for line in Path(path).read_text().splitlines():
+        words = line.replace(",", " ").split()
+        if len(words) >= 2:
+            labels[Path(words[0]).stem] = words[1]
+    return labels
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({type(error).__name__}); expected a JSON file; pass its path"
+        ) from error
+
+
+def _shrink(content: bytes, side: int) -> bytes:
+    image = decode_to_pil(content, max_pixels=_MAX_IMAGE_PIXELS)
+    scale = side / min(image.size)
+    size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
+    encoded = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(encoded, format="JPEG", quality=_JPEG_QUALITY)
+    return encoded.getvalue()
