@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from prototypes.statistics import full_precision
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
@@ -53,40 +55,61 @@ def count_unique(
 def greedy_leader_index(
     rows: Float[Tensor, "N P"], eps: float, leaders: Float[Tensor, "M P"] | None = None
 ) -> Tensor:
-    """Returns the indices of the greedy leader cover of `rows`, beside existing `leaders`."""
-    unit = nn.functional.normalize(rows.float(), dim=1)
-    found = (
-        torch.empty_like(unit)
-        if leaders is None
-        else torch.cat([nn.functional.normalize(leaders.float(), dim=1), torch.empty_like(unit)])
-    )
-    num_found = 0 if leaders is None else len(leaders)
+    """Returns the indices of the greedy leader cover of `rows`, beside existing `leaders`, int64.
+
+    Blocks of 1,024 rows against chunks of the leaders found so far, then a scan inside the block: no [N, N]
+    tensor, N * M * P products for M leaders.
+    """
+    known = rows[:0] if leaders is None else leaders.to(rows)
+    found = _Directions(torch.cat([known, torch.empty_like(rows)]))
+    num_found = len(known)
     index: list[Tensor] = []
-    for start in range(0, len(unit), _BLOCK_ROWS):
-        block = unit[start : start + _BLOCK_ROWS]
-        free = torch.ones(len(block), dtype=torch.bool, device=block.device)
-        for chunk in found[:num_found].split(_LEADERS_PER_CHUNK):
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = _Directions(rows[start : start + _BLOCK_ROWS])
+        free = torch.ones(len(block), dtype=torch.bool, device=rows.device)
+        for first in range(0, num_found, _LEADERS_PER_CHUNK):
+            chunk = found[slice(first, min(first + _LEADERS_PER_CHUNK, num_found))]
             free &= ~_covers(block, chunk, eps).any(dim=1)
         new = _scan(block, free, eps)
-        found[num_found : num_found + len(new)] = block[new]
+        found.put_(num_found, block[new])
         num_found += len(new)
         index.append(new + start)
-    return torch.cat(index) if index else torch.empty(0, dtype=torch.int64)
+    return torch.cat(index) if index else torch.empty(0, dtype=torch.int64, device=rows.device)
 
 
-def _covers(rows: Float[Tensor, "n P"], leaders: Float[Tensor, "m P"], eps: float) -> Tensor:
-    """Returns 1 - row . leader < eps for all pairs; pairs near the threshold are decided in fp64."""
-    margin = (rows @ leaders.T).sub_(1 - eps)
+class _Directions:
+    """Rows as they came beside their fp32 directions: the one for pairs near the threshold, the other else."""
+
+    def __init__(self, rows: Tensor, unit: Tensor | None = None) -> None:
+        self.rows = rows
+        self.unit = nn.functional.normalize(rows, dim=1).float() if unit is None else unit
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor | slice) -> _Directions:
+        return _Directions(self.rows[index], self.unit[index])
+
+    def put_(self, start: int, other: _Directions) -> None:
+        self.rows[start : start + len(other)] = other.rows
+        self.unit[start : start + len(other)] = other.unit
+
+
+def _covers(rows: _Directions, leaders: _Directions, eps: float) -> Tensor:
+    """Returns 1 - cosine(row, leader) < eps for all pairs; pairs near the threshold are decided in fp64."""
+    with full_precision(rows.unit.device):
+        margin = (rows.unit @ leaders.unit.T).sub_(1 - eps)
     covered = margin > 0
-    border = (margin.abs_() < _BORDER).nonzero()
-    if len(border):
-        left, right = rows[border[:, 0]].double(), leaders[border[:, 1]].double()
-        cosine = nn.functional.cosine_similarity(left, right, dim=1)
-        covered[border[:, 0], border[:, 1]] = 1 - cosine < eps
+    left, right = (margin.abs_() < _BORDER).nonzero(as_tuple=True)
+    if len(left):
+        cosine = nn.functional.cosine_similarity(
+            rows.rows[left].double(), leaders.rows[right].double(), dim=1
+        )
+        covered[left, right] = 1 - cosine < eps
     return covered
 
 
-def _scan(block: Float[Tensor, "n P"], free: Tensor, eps: float) -> Tensor:
+def _scan(block: _Directions, free: Tensor, eps: float) -> Tensor:
     """Returns the leaders among the free rows of one block, in order."""
     candidates = free.nonzero().squeeze(1)
     covered = _covers(block[candidates], block[candidates], eps).cpu()

@@ -23,8 +23,8 @@ def compute_sinkhorn_targets(
     """Returns targets whose rows sum to 1 and whose columns share the rows' weight evenly. Collective.
 
     Starting from exp(logits), columns are divided by their sum over all ranks' rows and rows by their own, in
-    turn, rows last (Cuturi 2013; SwAV, Caron et al. 2020). Row scaling is divided out again, so each row's
-    maximum is subtracted first and nothing overflows. K floats cross the wire per iteration and group.
+    turn, rows last (Cuturi 2013; SwAV, Caron et al. 2020). In log space: at CAPI's temperature exp(logits) spans
+    more than fp32 holds. 2 K floats cross the wire per iteration and group.
 
     Args:
         logits: logits / target temperature, fp32.
@@ -34,24 +34,33 @@ def compute_sinkhorn_targets(
         num_iterations: at least 1.
         collectives: the exchange between ranks.
     """
-    targets = (logits - logits.amax(dim=1, keepdim=True)).exp_()
     if group is None:
-        return _balance_(targets, weight, num_iterations, collectives)
+        return _balance(logits, weight, num_iterations, collectives).exp_()
+    targets = torch.empty_like(logits)
     for value in torch.unique(group).tolist():
         chosen = group == value
-        targets[chosen] = _balance_(targets[chosen], weight[chosen], num_iterations, collectives)
+        targets[chosen] = _balance(logits[chosen], weight[chosen], num_iterations, collectives).exp_()
     return targets
 
 
-def _balance_(
-    targets: Float[Tensor, "N K"],
+def _balance(
+    log_targets: Float[Tensor, "N K"],
     weight: Float[Tensor, " N"],
     num_iterations: int,
     collectives: Collectives,
 ) -> Float[Tensor, "N K"]:
-    tiny = torch.finfo(targets.dtype).tiny
     for _ in range(num_iterations):
-        column_sums = collectives.start_sum(weight @ targets).wait()
-        targets.div_(column_sums.clamp_min(tiny))
-        targets.div_(targets.sum(dim=1, keepdim=True).clamp_min(tiny))
-    return targets
+        log_targets = log_targets - _column_log_sums(log_targets, weight, collectives)
+        log_targets = torch.log_softmax(log_targets, dim=1)
+    return log_targets
+
+
+def _column_log_sums(
+    log_targets: Float[Tensor, "N K"], weight: Float[Tensor, " N"], collectives: Collectives
+) -> Float[Tensor, " K"]:
+    """Returns log sum_i weight_i exp(log_targets_ik) over all ranks' rows, which may be none here."""
+    lowest = log_targets.new_full((1, log_targets.shape[1]), torch.finfo(log_targets.dtype).min)
+    largest = torch.cat([log_targets, lowest]).amax(dim=0)
+    largest = collectives.start_gather(largest).wait().amax(dim=0)
+    total = collectives.start_sum(weight @ (log_targets - largest).exp()).wait()
+    return largest + total.clamp_min(torch.finfo(total.dtype).tiny).log()

@@ -6,7 +6,13 @@ import torch
 
 from prototypes.config import PartitionConfig, PrototypesConfig
 from prototypes.estimator import build_estimator
-from prototypes.gmm_config import AnnealingConfig, GmmConfig, MemoryConfig, MixingWeightsConfig, VarianceConfig
+from prototypes.gmm_config import (
+    AnnealingConfig,
+    GmmConfig,
+    MemoryConfig,
+    MixingWeightsConfig,
+    VarianceConfig,
+)
 
 MIXTURES = (
     "gmm_diag",
@@ -54,7 +60,9 @@ def take_step(estimator, rows, **kwargs):
 
 
 def tensors(estimator):
-    return {key: value.clone() for key, value in estimator.state_dict().items() if isinstance(value, torch.Tensor)}
+    return {
+        key: value.clone() for key, value in estimator.state_dict().items() if isinstance(value, torch.Tensor)
+    }
 
 
 def assert_same_state(left, right):

@@ -109,7 +109,9 @@ def test_counts_settle_at_the_memory(mass):
 def test_simple_gain_settles_where_it_was_measured(mass, expected):
     counts = torch.tensor([expected + 0.5])
     for _ in range(int(200 / mass) + 20):
-        counts = forget(GmmConfig(gain="simple"), 20.0, counts, torch.tensor([mass]), torch.tensor(1.0)).counts
+        counts = forget(
+            GmmConfig(gain="simple"), 20.0, counts, torch.tensor([mass]), torch.tensor(1.0)
+        ).counts
     assert float(counts) == pytest.approx(expected, rel=0.002)
 
 
@@ -122,7 +124,9 @@ def test_batch_update_is_close_to_one_sample_after_the_other():
     rows = torch.tensor(rng.normal(size=(16, 8)), dtype=torch.float32)
     before = as_float64(estimator)
     gamma = estimator.responsibilities(rows).double().numpy()
-    sequential = oracle.sequential_means(rows.double().numpy(), gamma, before["means"], before["counts"], 20.0)
+    sequential = oracle.sequential_means(
+        rows.double().numpy(), gamma, before["means"], before["counts"], 20.0
+    )
     take_step(estimator, rows)
     batch = as_float64(estimator)["means"]
     light = gamma.sum(0) <= 6
@@ -164,7 +168,11 @@ def test_uniform_forgetting_shrinks_the_means_of_the_state():
     # Far away and so narrow that it meets no row, not even once its mean has shrunk to the origin.
     mixture = random_mixture(4, 2)
     mixture["means"][0], mixture["variances"][0], mixture["counts"][0] = 300.0, 1e-8, 1e-7
-    options = {"forgetting": "uniform", "uniform_rate": 0.5, "variance": VarianceConfig(floor=1e-9, shrinkage=0.0)}
+    options = {
+        "forgetting": "uniform",
+        "uniform_rate": 0.5,
+        "variance": VarianceConfig(floor=1e-9, shrinkage=0.0),
+    }
     estimator = set_state(build(make_config(4, 2, **{**exact_gmm(), **options})), **mixture)
     for _ in range(30):
         take_step(estimator, torch.randn(8, 2))
@@ -307,7 +315,9 @@ def test_agrees_with_scikit_learn_from_the_same_parameters():
     reference.covariances_ = state["variances"]
     reference.precisions_cholesky_ = 1 / np.sqrt(state["variances"])
     h = data.double().numpy()
-    np.testing.assert_allclose(estimator.responsibilities(data).numpy(), reference.predict_proba(h), atol=1e-5)
+    np.testing.assert_allclose(
+        estimator.responsibilities(data).numpy(), reference.predict_proba(h), atol=1e-5
+    )
     np.testing.assert_allclose(estimator.log_likelihood(data).numpy(), reference.score_samples(h), rtol=1e-5)
     log_gamma = reference._estimate_log_prob_resp(h)[1]
     reference._m_step(h, log_gamma)
@@ -330,7 +340,9 @@ def test_identical_features_for_a_thousand_steps_stay_finite():
 def test_running_means_do_not_stall_in_single_precision():
     """A slow random walk of a component is tracked like float64 would."""
     estimator = set_state(build(make_config(2, 2, size=2, **exact_gmm(memory=MemoryConfig(samples=200.0)))))
-    set_state(estimator, means=[[1.0, 1.0], [50.0, 50.0]], variances=torch.full((2, 2), 0.5), counts=[200.0, 200.0])
+    set_state(
+        estimator, means=[[1.0, 1.0], [50.0, 50.0]], variances=torch.full((2, 2), 0.5), counts=[200.0, 200.0]
+    )
     reference, counts = np.array([1.0, 1.0]), 200.0
     generator = torch.Generator().manual_seed(6)
     for step in range(2000):

@@ -101,7 +101,12 @@ def test_mean_over_ranks_gives_the_gradient_of_the_concatenated_batch():
     for z, h in halves:
         z = z.detach().requires_grad_()
         loss = carp_loss(
-            z, h, prototypes, prototypes, partition, mean_over_ranks=lambda mean: mean + (true_mean - mean).detach()
+            z,
+            h,
+            prototypes,
+            prototypes,
+            partition,
+            mean_over_ranks=lambda mean: mean + (true_mean - mean).detach(),
         )
         gradients.append(torch.autograd.grad(loss.total, z)[0] / 2)
         losses.append(loss.total)

@@ -1,0 +1,114 @@
+"""Alarms in plain words: what a run's metrics say when something has gone wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+_GRACE_STEPS = 200
+_FROZEN_STEPS = 1000
+
+Metrics = Mapping[str, float]
+
+
+class Alarm(NamedTuple):
+    """One alarm: a short name and a sentence with the value and what to try."""
+
+    name: str
+    message: str
+
+
+def find_alarms(metrics: Metrics, *, step: int, partition_size: int) -> list[Alarm]:
+    """Returns the alarms that a line of metrics raises; none on a healthy run.
+
+    Looks at the keys that are there and stays silent about the others, so a line of any kind will do. An
+    alarm that a fresh run would raise too waits for 200 steps, the frozen codebook for 1,000.
+
+    Args:
+        metrics: names as in the metrics file: `loss/total`, `prototypes/dead`, `gmm/...`, `features/...`.
+        step: optimizer steps done.
+        partition_size: prototypes per block, whose log is the loss of a collapsed run.
+    """
+    alarms = []
+    for name, (keys, first_step, describe) in _RULES.items():
+        if step < first_step or not all(key in metrics for key in keys):
+            continue
+        message = describe(metrics, partition_size)
+        if message is not None:
+            alarms.append(Alarm(name, message))
+    return alarms
+
+
+def _uniform_collapse(metrics: Metrics, partition_size: int) -> str | None:
+    loss, collapsed = metrics["loss/total"], math.log(partition_size)
+    if abs(loss - collapsed) > 0.01 * collapsed:
+        return None
+    return (
+        f"uniform collapse: the loss is {loss:.3f}, within 1 % of ln {partition_size} = {collapsed:.3f}, which a "
+        "constant network reaches; try BatchNorm in the head or a lower learning rate"
+    )
+
+
+def _prototype_death(metrics: Metrics, partition_size: int) -> str | None:
+    dead = metrics["prototypes/dead"]
+    if dead < 0.9:
+        return None
+    return (
+        f"prototype death: {100 * dead:.0f} % of the prototypes are nearest to no view; try "
+        "prototypes.gmm.init.method=data_spread or revival.method=split"
+    )
+
+
+def _underflow(metrics: Metrics, partition_size: int) -> str | None:
+    count, zero_norm = metrics["gmm/count_min"], metrics["gmm/zero_norm"]
+    if count > 1e-6 and zero_norm == 0:
+        return None
+    return (
+        f"underflow of statistics: the smallest count is {count:.1e} and {100 * zero_norm:.0f} % of the means "
+        "have vanished; use prototypes.gmm.forgetting=responsibility"
+    )
+
+
+def _frozen_codebook(metrics: Metrics, partition_size: int) -> str | None:
+    displacement = metrics["gmm/displacement"]
+    if displacement > 1e-3:
+        return None
+    return (
+        f"frozen codebook: the means have turned by {displacement:.1e} in cosine since the start, so their "
+        "uniqueness is that of random directions; use prototypes.gmm.responsibility_scale=sum"
+    )
+
+
+def _feature_collapse(metrics: Metrics, partition_size: int) -> str | None:
+    cosine, rank = metrics["features/mean_cosine"], metrics["features/effective_rank"]
+    if cosine < 0.99 and rank > 2:
+        return None
+    return (
+        f"feature collapse: two teacher features have cosine {cosine:.4f} on average, effective rank {rank:.1f}; "
+        "try objective.entropy_weight >= 1 or a lower learning rate"
+    )
+
+
+def _beta_below_critical(metrics: Metrics, partition_size: int) -> str | None:
+    beta, critical = metrics["gmm/beta"], metrics["gmm/beta_critical"]
+    if beta >= critical:
+        return None
+    return (
+        f"beta below critical: beta is {beta:.3f}, below {critical:.3f} all means merge; "
+        "set prototypes.gmm.beta.guard=critical"
+    )
+
+
+_RULES: dict[str, tuple[tuple[str, ...], int, Callable[[Metrics, int], str | None]]] = {
+    "uniform_collapse": (("loss/total",), _GRACE_STEPS, _uniform_collapse),
+    "prototype_death": (("prototypes/dead",), _GRACE_STEPS, _prototype_death),
+    "underflow": (("gmm/count_min", "gmm/zero_norm"), 0, _underflow),
+    "frozen_codebook": (("gmm/displacement",), _FROZEN_STEPS, _frozen_codebook),
+    "feature_collapse": (
+        ("features/mean_cosine", "features/effective_rank"),
+        _GRACE_STEPS,
+        _feature_collapse,
+    ),
+    "beta_below_critical": (("gmm/beta", "gmm/beta_critical"), 0, _beta_below_critical),
+}

@@ -1,0 +1,98 @@
+"""Two and three gloo ranks equal one rank on the concatenated batch, for every exchange and estimator."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from prototypes.estimator import build_estimator
+from prototypes.gmm_config import InitialisationConfig, RevivalConfig, SynchronizationConfig
+from tests.helpers.ranks import run_ranks
+from tests.unit.prototypes.building import MIXTURES, clustered_rows, make_config, take_step
+
+NUM_STEPS = 20
+BATCH = 48
+
+
+def make_cases(world_size):
+    """Names to (configuration, splits of the batch, whether a native gather is handed in)."""
+    even = [BATCH // world_size] * world_size
+    uneven = [BATCH - 7 * (world_size - 1), *([7] * (world_size - 1))]
+    empty = [BATCH, *([0] * (world_size - 1))]
+    base = make_config(24, 8, size=4)
+
+    def sync(config, **options):
+        return dataclasses.replace(
+            config, gmm=dataclasses.replace(config.gmm, synchronization=SynchronizationConfig(**options))
+        )
+
+    cases = {
+        "all_reduce": (base, even, True),
+        "all_reduce_uneven": (base, uneven, True),
+        "all_reduce_empty": (base, empty, True),
+        "all_gather": (sync(base, method="all_gather"), even, True),
+        "all_gather_empty": (sync(base, method="all_gather"), empty, True),
+        "all_gather_by_sums": (sync(base, method="all_gather"), uneven, False),
+        "sharded": (sync(base, method="sharded"), even, True),
+        "sharded_empty": (sync(base, method="sharded"), empty, False),
+        "auto": (sync(base, method="auto"), even, True),
+        "fp64": (sync(base, reduction="fp64"), uneven, True),
+        "fixed_order": (sync(base, method="all_gather", reduction="fixed_order"), uneven, True),
+        "partial": (make_config(24, 8, size=4, mode="partial"), uneven, True),
+        "sinkhorn": (make_config(24, 8, size=4, estimator="sinkhorn"), empty, True),
+        "centred": (make_config(24, 8, size=4, center=True, standardise=True), uneven, True),
+    }
+    for method in ("data", "data_spread"):
+        init = InitialisationConfig(method=method, warmup_fraction=0.02)
+        cases[method] = (make_config(24, 8, size=4, init=init), uneven, True)
+    for method in ("split", "reseed"):
+        revival = RevivalConfig(method=method, interval_steps=5, max_share=0.2, duplicate_distance=0.2)
+        cases[method] = (make_config(24, 8, size=4, revival=revival), even, True)
+    for name in MIXTURES[1:]:
+        cases[name] = (make_config(24, 8, size=4, estimator=name), uneven, True)
+    return cases
+
+
+def make_steps():
+    steps = [clustered_rows(BATCH, 8, seed=seed) for seed in range(NUM_STEPS)]
+    steps[7][5] = torch.nan
+    return steps
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_equal_one_rank_on_the_concatenation(world_size, tmp_path):
+    cases, steps = make_cases(world_size), make_steps()
+    recorded = {
+        name: {"config": config, "steps": steps, "splits": [splits] * NUM_STEPS, "gather": gather}
+        for name, (config, splits, gather) in cases.items()
+    }
+    torch.save(recorded, tmp_path / "stream.pt")
+    run_ranks(
+        "tests.distributed.estimator_ranks",
+        [str(tmp_path / "stream.pt"), str(tmp_path)],
+        world_size,
+        log_dir=tmp_path / "logs",
+    )
+    ranks = [torch.load(tmp_path / f"state-{rank}.pt", weights_only=False) for rank in range(world_size)]
+    for name, (config, _, _) in cases.items():
+        single = build_estimator(config, seed=0, num_observations_per_epoch=1000, total_steps=100)
+        for rows in steps:
+            take_step(single, rows)
+            single.reseed(single.step)
+        for key, expected in single.state_dict().items():
+            first = ranks[0][name][key]
+            if not isinstance(expected, torch.Tensor):
+                assert all(other[name][key] == first for other in ranks), (name, key)
+                assert first["step"] == NUM_STEPS
+                continue
+            for other in ranks[1:]:
+                assert torch.equal(first, other[name][key]), (name, key, "ranks differ")
+            if name == "fixed_order":
+                assert torch.equal(first, expected), (name, key, "depends on the number of ranks")
+            torch.testing.assert_close(
+                first,
+                expected,
+                rtol=1e-5,
+                atol=1e-5,
+                msg=lambda text, name=name, key=key: f"{name}.{key}: {text}",
+            )
