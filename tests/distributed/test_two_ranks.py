@@ -1,0 +1,60 @@
+"""Two gloo ranks under ZeRO-1 do what one rank does on the concatenated batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.digits import DEMO, TINY, write_digit_shards
+from tests.helpers.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def digit_shards(tmp_path_factory):
+    return write_digit_shards(tmp_path_factory.mktemp("digits"))
+
+
+def train(out, shards, world_size, steps, *overrides):
+    out.mkdir(parents=True)
+    run_ranks("tests.helpers.two_ranks", [str(out), shards, str(steps), *overrides], world_size, log_dir=out / "logs")
+    return [load_file(out / f"rank-{rank}.safetensors") for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("mode", ["full", "joint"])
+def test_first_step_equals_one_rank_on_the_whole_batch(digit_shards, tmp_path, mode):
+    (one,) = train(tmp_path / "one", digit_shards, 1, 1, f"prototypes.mode={mode}")
+    two = train(tmp_path / "two", digit_shards, 2, 1, f"prototypes.mode={mode}")
+    torch.testing.assert_close(two[0]["loss/0"], one["loss/0"], rtol=1e-5, atol=0)
+    gradients = [name for name in one if name.startswith("gradient/")]
+    assert any("backbone" in name for name in gradients)
+    assert any("learned_prototypes" in name for name in gradients) == (mode == "joint")
+    # Relative to the largest entry of the whole gradient: entries that cancel to nothing have no relative error.
+    scale = max(float(one[name].abs().max()) for name in gradients)
+    for name in gradients:
+        assert float((two[0][name] - one[name]).abs().max()) <= 1e-5 * scale, name
+        assert float(one[name].abs().max()) > 0, f"{name} has no gradient"
+
+
+def test_mixture_is_bitwise_equal_on_both_ranks_after_20_steps(digit_shards, tmp_path):
+    first, second = train(tmp_path / "run", digit_shards, 2, 20)
+    names = [name for name in first if name.startswith("estimator/")]
+    assert {"estimator/means", "estimator/variances", "estimator/mixing_weights"} <= set(names)
+    for name in names:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_torchrun_trains_zero_1_and_continues_on_one_rank(digit_shards, tmp_path):
+    options = [*TINY, f"data.shards={digit_shards}", f"run.output_dir={tmp_path}", "run.name=elastic", "optim.steps=6"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*torchrun, "pretrain.py", DEMO, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "elastic/checkpoints/step-00000006/COMMIT").exists()

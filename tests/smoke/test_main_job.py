@@ -1,0 +1,169 @@
+"""The main job as a user starts it, on real handwritten digits: every mode, every interruption, every export."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.digits import DEMO, TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(shards, out, name, *overrides):
+    return [
+        sys.executable,
+        "pretrain.py",
+        DEMO,
+        *TINY,
+        f"data.shards={shards}",
+        f"run.output_dir={out}",
+        f"run.name={name}",
+        *overrides,
+    ]
+
+
+def run(shards, out, name, *overrides, environment=None, expect=0):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    result = subprocess.run(
+        command(shards, out, name, *overrides), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == expect, result.stderr[-3000:]
+    return result
+
+
+def read_losses(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
+
+
+@pytest.mark.parametrize("mode", ["full", "joint", "frozen_random"])
+def test_modes_train_from_one_yaml(digit_shards, tmp_path, mode):
+    run(digit_shards, tmp_path, mode, f"prototypes.mode={mode}", "optim.steps=13")
+    lines = [json.loads(line) for line in (tmp_path / mode / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(14))
+    assert all(line["samples_seen"] == 32 * line["step"] for line in lines)
+    expected = {"loss/total", "loss/consistency", "loss/entropy", "optim/lr", "throughput/images_per_s"}
+    assert expected <= lines[-1].keys()
+    assert {"prototypes/unique_0.025", "prototypes/used", "prototypes/dead"} <= lines[-1].keys()
+    assert ("gmm/beta" in lines[-1]) == (mode == "full")
+    assert lines[-1]["prototypes/used"] + lines[-1]["prototypes/dead"] == pytest.approx(1)
+
+
+def test_kill_9_and_again_equals_an_uninterrupted_run_bit_for_bit(digit_shards, tmp_path):
+    options = ("optim.steps=20", "checkpoint.every_steps=4", "model.drop_path_rate=0.1", "data.num_workers=1")
+    run(digit_shards, tmp_path, "whole", *options)
+    # The first run dies at step 10, two updates after its newest checkpoint, without a chance to say goodbye.
+    victim = subprocess.Popen(
+        command(digit_shards, tmp_path, "killed", *options),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    record = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and victim.poll() is None:
+        if record.exists() and record.read_text().count("\n") > 10:
+            break
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    assert max(read_losses(tmp_path / "killed")) < 20
+    run(digit_shards, tmp_path, "killed", *options)
+    assert "continuing from" in (tmp_path / "killed" / "console.log").read_text()
+    whole, resumed = read_losses(tmp_path / "whole"), read_losses(tmp_path / "killed")
+    assert resumed == whole
+    for path in sorted((tmp_path / "whole/checkpoints/step-00000020").rglob("*.safetensors")):
+        twin = tmp_path / "killed" / path.relative_to(tmp_path / "whole")
+        assert path.read_bytes() == twin.read_bytes(), path.name
+
+
+def test_preemption_signal_saves_and_asks_for_a_requeue(digit_shards, tmp_path):
+    process = subprocess.Popen(
+        command(digit_shards, tmp_path, "warned", "optim.steps=100000"),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    record = tmp_path / "warned" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if record.exists() and record.read_text().count("\n") > 3:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(timeout=60) == 75
+    last = max(read_losses(tmp_path / "warned"))
+    assert (tmp_path / f"warned/checkpoints/step-{last:08d}/COMMIT").exists()
+
+
+def test_export_loads_everywhere_with_the_live_teachers_features(digit_shards, tmp_path):
+    import timm
+    from transformers import AutoModel
+
+    run(digit_shards, tmp_path, "exported", "optim.steps=5")
+    checkpoint = tmp_path / "exported/checkpoints/step-00000005"
+    folder = checkpoint / "teacher"
+    from models.vit import build_backbone
+    from runtime.config import load_config
+    from training.config import PretrainConfig
+    from training.state_files import ConsolidatedState
+
+    config = load_config(PretrainConfig, str(tmp_path / "exported/config.yaml"))
+    live = build_backbone(config.model, drop_path_rate=0.0)
+    prefix = "teacher/network.backbone."
+    state = {k.removeprefix(prefix): v for k, v in ConsolidatedState(checkpoint).items() if k.startswith(prefix)}
+    live.load_state_dict(state)
+    images = torch.randn(4, 1, 28, 28)
+    with torch.no_grad():
+        features = live.eval()(images)
+        from_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
+        from_transformers = AutoModel.from_pretrained(folder).eval()(images).pooler_output
+    assert (from_timm - features).abs().max() < 1e-5
+    assert (from_transformers - features).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.shards=nowhere", "data.shards"),
+        ("batch.global_batch_size=30", "batch.global_batch_size"),
+        ("prototypes.partition.size=15", "prototypes.partition.size"),
+        ("model.name=vit_tin", "model.name"),
+        ("engine.deepspeed_config=missing.json", "engine.deepspeed_config"),
+        ("batch.gradient_accumulation_steps=3", "batch.global_batch_size"),
+    ],
+)
+def test_mistakes_found_before_step_0_are_one_line(digit_shards, tmp_path, override, message):
+    result = run(digit_shards, tmp_path, "mistake", override, expect=2)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "mistake/metrics.jsonl").exists()
+
+
+def test_run_directory_of_another_configuration_is_refused_and_kept(digit_shards, tmp_path):
+    run(digit_shards, tmp_path, "claimed", "optim.steps=2")
+    before = (tmp_path / "claimed/metrics.jsonl").read_bytes()
+    result = run(digit_shards, tmp_path, "claimed", "optim.steps=2", "optim.lr=0.1", expect=2)
+    assert "optim.lr is 0.1, but run directory" in result.stderr
+    assert (tmp_path / "claimed/metrics.jsonl").read_bytes() == before
+
+
+def test_accumulation_gives_the_mixture_of_the_whole_batch(digit_shards, tmp_path):
+    """Two micro-batches, one commit: after one step the estimator equals that of the undivided batch."""
+    from training.state_files import load_tree
+
+    for name, accumulation in (("one", 1), ("two", 2)):
+        run(digit_shards, tmp_path, name, "optim.steps=1", f"batch.gradient_accumulation_steps={accumulation}")
+    one, two = (load_tree(tmp_path / n / "checkpoints/step-00000001", "estimator") for n in ("one", "two"))
+    torch.testing.assert_close(one["means"], two["means"], rtol=1e-5, atol=1e-6)
