@@ -88,6 +88,8 @@ class DeepSpeedEngine(Engine):
         self.teacher = teacher.to(next(student.parameters()).device).train()
         self._teacher_engine = _cut_teacher(self.teacher, settings) if self.stage == 3 else None
         self._autocast_dtype = _autocast_dtype(mechanics)
+        if self.stage == 3:
+            _gather_persistent_exactly(student)
         self._create_moments()
 
     def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
@@ -301,6 +303,17 @@ def _cut_teacher(teacher: TrainedNetwork, settings: Mapping[str, Any]) -> Any:
     )
     engine.train()
     return engine
+
+
+def _gather_persistent_exactly(student: nn.Module) -> None:
+    """Keeps parameters that stage 3 does not cut in fp32 on the wire.
+
+    Under autocast DeepSpeed gathers them in bf16 in a process's first forward pass and in fp32 after every step:
+    the first step after a restart would see other biases than the uninterrupted run.
+    """
+    for parameter in student.parameters():
+        if getattr(parameter, "ds_persist", False) and hasattr(parameter, "comm_dtype"):
+            del parameter.comm_dtype
 
 
 def _named_by_role(student: nn.Module, teacher: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
