@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,11 +142,21 @@ class TransformersFeatures(FeatureModule):
 
 
 class PixelFeatures(FeatureModule):
-    """The image itself, flattened: the control that any encoder should beat."""
+    """The image itself, flattened: the control that any encoder should beat.
+
+    Args:
+        mean: that the preprocessing subtracted, one number or one per channel.
+        std: that it divided by; both are undone, because cosines depend on where zero is.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
-        """Returns the pixels as `embedding`."""
-        return {"embedding": images.flatten(1)}
+        """Returns the pixels in 0..1 as `embedding`."""
+        return {"embedding": (images * self.std.to(images) + self.mean.to(images)).flatten(1)}
 
     def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
         """Returns None: pixels have no tokens."""

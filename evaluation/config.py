@@ -9,7 +9,6 @@ from evaluation.probe_config import (
     ClusteringConfig,
     ConfidenceConfig,
     FewShotConfig,
-    FinetuneConfig,
     KnnConfig,
     LinearConfig,
     LogisticConfig,
@@ -18,7 +17,7 @@ from evaluation.probe_config import (
     refuse_unless,
 )
 
-PROBES = ("prototypes", "knn", "linear", "logistic", "few_shot", "clustering", "long_tail", "finetune")
+PROBES = ("prototypes", "knn", "linear", "logistic", "few_shot", "clustering", "long_tail")
 CONTROLS = ("random-init", "raw-pixels")
 
 
@@ -147,7 +146,6 @@ class EvaluationConfig:
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     long_tail: LongTailConfig = field(default_factory=LongTailConfig)
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
 
     def __post_init__(self) -> None:

@@ -341,27 +341,29 @@ def _random_init(
 
 
 def _raw_pixels(overrides: TransformConfig, like: Transform | None = None) -> Encoder:
-    shape = like if isinstance(like, Preprocessing) else None
-    size = overrides.image_size or (shape.image_size if shape else None)
-    if size is None:
+    """Returns the pixels in 0..1; beside another encoder, exactly those that it sees."""
+    if isinstance(like, Preprocessing):
+        transform = like
+    elif overrides.image_size is not None:
+        transform = Preprocessing(
+            channels=3,
+            image_size=overrides.image_size,
+            crop_fraction=overrides.crop_fraction or 1.0,
+            interpolation=overrides.interpolation or "bicubic",
+            mean=overrides.mean or (0.0,),
+            std=overrides.std or (1.0,),
+        )
+    else:
         raise EncoderError(
             "transform.image_size is null; expected the size at which raw pixels are compared; "
             "set transform.image_size"
         )
-    transform = Preprocessing(
-        channels=shape.channels if shape else 3,
-        image_size=size,
-        crop_fraction=overrides.crop_fraction or (shape.crop_fraction if shape else 1.0),
-        interpolation=overrides.interpolation or (shape.interpolation if shape else "bicubic"),
-        mean=overrides.mean or (0.0,),
-        std=overrides.std or (1.0,),
-    )
     return _freeze(
         Encoder(
             spec="raw-pixels",
             label="raw-pixels",
             role="control",
-            module=PixelFeatures(),
+            module=PixelFeatures(transform.mean, transform.std),
             transform=transform,
             weights_sha256="none",
         )

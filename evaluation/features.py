@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,6 @@ class FeatureBank:
         sample_ids: index of each sample in its split.
         manifest: of the split.
         seconds: that extraction took (0 when read from the cache).
-        key: the cache's key.
     """
 
     tensors: dict[str, Tensor]
@@ -60,7 +59,6 @@ class FeatureBank:
     sample_ids: Int64[Tensor, " B"]
     manifest: Manifest
     seconds: float = 0.0
-    key: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -116,18 +114,20 @@ def load_splits(config: EvaluationDataConfig) -> tuple[Manifest, Manifest]:
 
 
 def load_features(
-    encoder: Encoder,
+    encoders: Sequence[Encoder],
     manifest: Manifest,
     *,
     data: EvaluationDataConfig,
     features: FeaturesConfig,
     processes: Processes,
     limit: int | None = None,
-) -> FeatureBank:
-    """Returns the features of one split, from the cache or extracted now. Collective.
+) -> list[FeatureBank]:
+    """Returns one split's features of every encoder, from the cache or extracted now. Collective.
+
+    Encoders with the same preprocessing are extracted in one pass: images are decoded once for all of them.
 
     Args:
-        encoder: the frozen encoder.
+        encoders: frozen encoders.
         manifest: of the split.
         data: batch size and workers.
         features: cache directory, precision.
@@ -137,31 +137,28 @@ def load_features(
     Raises:
         FeatureError: labels are missing, or the stream lost samples.
     """
-    key = _cache_key(encoder, manifest, features, limit)
-    path = Path(features.cache_dir) / f"{encoder.label}-{manifest.split}-{key}.safetensors"
-    if features.reuse and path.is_file():
+    files = [_cache_file(encoder, manifest, features, limit) for encoder in encoders]
+    groups: dict[str, list[int]] = {}
+    for index, (encoder, file) in enumerate(zip(encoders, files, strict=True)):
+        if features.reuse and file.is_file():
+            logger.info("features of %s, %s: read from %s", encoder.label, manifest.split, file)
+        else:
+            groups.setdefault(json.dumps(encoder.transform.describe(), sort_keys=True), []).append(index)
+    # Everybody has looked before anybody writes: all processes agree on what is missing.
+    processes.wait()
+    seconds = [0.0] * len(encoders)
+    for members in groups.values():
+        started = time.perf_counter()
+        chosen = [encoders[index] for index in members]
+        extracted = _extract_group(chosen, manifest, data, features.precision, processes, limit)
+        for index, own in zip(members, extracted, strict=True):
+            _merge_into(files[index], own, encoders[index], manifest, processes, limit)
+            seconds[index] = time.perf_counter() - started
         if processes.rank == 0:
-            logger.info("features of %s, %s: read from %s", encoder.label, manifest.split, path)
-        return _read_bank(path, manifest, key)
-    started = time.perf_counter()
-    own = _extract_part(encoder, manifest, data, features.precision, processes, limit)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part_path = path.with_name(f".{path.name}.part-{processes.rank:05d}")
-    save_file(own, part_path)
-    processes.wait()
-    if processes.rank == 0:
-        parts = [path.with_name(f".{path.name}.part-{rank:05d}") for rank in range(processes.world_size)]
-        merged = merge_parts([_read_tensors(part) for part in parts])
-        _check_complete(merged, manifest, limit)
-        _save_atomically(merged, path, {"encoder": encoder.describe(), "split": manifest.split, "key": key})
-        for part in parts:
-            part.unlink()
-        count = len(merged["labels"])
-        seconds = time.perf_counter() - started
-        logger.info("features of %s, %s: %d images in %.1f s", encoder.label, manifest.split, count, seconds)
-    processes.wait()
-    bank = _read_bank(path, manifest, key)
-    return FeatureBank(**{**bank.__dict__, "seconds": time.perf_counter() - started})
+            names = ", ".join(encoder.label for encoder in chosen)
+            took = time.perf_counter() - started
+            logger.info("features of %s, %s: extracted in %.1f s", names, manifest.split, took)
+    return [_read_bank(file, manifest, took) for file, took in zip(files, seconds, strict=True)]
 
 
 @torch.inference_mode()
@@ -268,21 +265,66 @@ def first_id_after(manifest: Manifest, limit: int | None) -> int | None:
     return first_id
 
 
-def _extract_part(
-    encoder: Encoder,
+class _SideBySide(nn.Module):
+    """Several encoders on the same images; names of features start with the encoder's number."""
+
+    def __init__(self, encoders: Sequence[Encoder]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(encoder.module for encoder in encoders)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        named = ((index, member(images)) for index, member in enumerate(self.members))
+        return {f"{index}/{name}": tensor for index, features in named for name, tensor in features.items()}
+
+
+def _extract_group(
+    encoders: Sequence[Encoder],
     manifest: Manifest,
     data: EvaluationDataConfig,
     precision: str,
     processes: Processes,
     limit: int | None,
-) -> dict[str, Tensor]:
-    stream = open_stream(manifest, encoder.transform, data=data, processes=processes, limit=limit)
-    module = encoder.module.to(processes.device)
-    part = extract_batches(
-        module, stream, device=processes.device, precision=precision, before=first_id_after(manifest, limit)
-    )
+) -> list[dict[str, Tensor]]:
+    """Returns this process's part for every encoder."""
+    stream = open_stream(manifest, encoders[0].transform, data=data, processes=processes, limit=limit)
+    module = _SideBySide(encoders).to(processes.device)
+    before = first_id_after(manifest, limit)
+    part = extract_batches(module, stream, device=processes.device, precision=precision, before=before)
     # An empty part is still a file: the merging process must find one from everybody.
-    return part or {name: torch.empty(0, dtype=torch.int64) for name in _KEYS}
+    about = {name: part.get(name, torch.empty(0, dtype=torch.int64)) for name in _KEYS}
+    parts: list[dict[str, Tensor]] = []
+    for index in range(len(encoders)):
+        own = {name.split("/", 1)[1]: t for name, t in part.items() if name.startswith(f"{index}/")}
+        parts.append({**own, **about})
+    return parts
+
+
+def _merge_into(
+    file: Path,
+    own: dict[str, Tensor],
+    encoder: Encoder,
+    manifest: Manifest,
+    processes: Processes,
+    limit: int | None,
+) -> None:
+    """Writes the parts of all processes as one cache file. Collective."""
+    if processes.rank == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    processes.wait()
+    save_file(own, _part_file(file, processes.rank))
+    processes.wait()
+    if processes.rank == 0:
+        parts = [_part_file(file, rank) for rank in range(processes.world_size)]
+        merged = merge_parts([_read_tensors(part) for part in parts])
+        for part in parts:
+            part.unlink()
+        _check_complete(merged, manifest, limit)
+        _save_atomically(merged, file, {"encoder": encoder.describe(), "split": manifest.split})
+    processes.wait()
+
+
+def _part_file(file: Path, rank: int) -> Path:
+    return file.with_name(f".{file.name}.part-{rank:05d}")
 
 
 def _check_complete(merged: dict[str, Tensor], manifest: Manifest, limit: int | None) -> None:
@@ -304,7 +346,7 @@ def _check_complete(merged: dict[str, Tensor], manifest: Manifest, limit: int | 
         )
 
 
-def _cache_key(encoder: Encoder, manifest: Manifest, features: FeaturesConfig, limit: int | None) -> str:
+def _cache_file(encoder: Encoder, manifest: Manifest, features: FeaturesConfig, limit: int | None) -> Path:
     parts = {
         "schema": CACHE_SCHEMA,
         "weights": encoder.weights_sha256,
@@ -316,7 +358,8 @@ def _cache_key(encoder: Encoder, manifest: Manifest, features: FeaturesConfig, l
         "num_blocks": features.num_blocks,
         "limit": limit,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(features.cache_dir) / f"{encoder.label}-{manifest.split}-{key}.safetensors"
 
 
 def _save_atomically(tensors: dict[str, Tensor], path: Path, about: dict[str, Any]) -> None:
@@ -331,7 +374,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors if len(tensors["labels"]) else {}
 
 
-def _read_bank(path: Path, manifest: Manifest, key: str) -> FeatureBank:
-    tensors = _read_tensors(path)
+def _read_bank(file: Path, manifest: Manifest, seconds: float) -> FeatureBank:
+    tensors = _read_tensors(file)
     labels, sample_ids = (tensors.pop(name) for name in _KEYS)
-    return FeatureBank(tensors=tensors, labels=labels, sample_ids=sample_ids, manifest=manifest, key=key)
+    return FeatureBank(
+        tensors=tensors, labels=labels, sample_ids=sample_ids, manifest=manifest, seconds=seconds
+    )

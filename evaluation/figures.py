@@ -21,8 +21,8 @@ from matplotlib.ticker import PercentFormatter
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", ":", "-.")
 # Wide enough for a laptop's column, and still legible at a phone's 360 pixels.
-_SIZE = (6.4, 4.2)
-_DPI = 150
+_SIZE = (5.4, 3.7)
+_DPI = 160
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -215,7 +215,7 @@ def draw_probes(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
     axes.invert_yaxis()
     axes.set_xlabel("Top-1 accuracy on the test split")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.12)
     axes.grid(axis="x", alpha=0.3)
     caption = "Bars: bootstrap intervals over test images. For two encoders on the same images, see the differences."
     return _finish(figure, axes, "probes", "Probes side by side", caption, bool(rows))

@@ -21,11 +21,11 @@ from data.config import DataConfig
 from data.pipeline import TrainingStream
 from evaluation.features import FeatureBank, first_id_after, open_stream
 from evaluation.figures import Chart, to_png
-from evaluation.harness import Session
 from evaluation.knn import nearest
 from evaluation.processes import Processes
 from evaluation.projections import project
 from evaluation.prototypes import load_exported_prototypes
+from evaluation.session import Session
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -143,7 +143,7 @@ def draw_patch_components(gallery: Gallery, run: str) -> Chart | None:
     if tokens is None or round(tokens.shape[1] ** 0.5) ** 2 != tokens.shape[1] or tokens.shape[1] < 4:
         return None
     maps = _three_components(tokens.float())
-    figure, axes = plt.subplots(2, len(queries), figsize=(7.2, 2.4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(2, len(queries), figsize=(7.2, 2.3), layout="constrained", squeeze=False)
     for column, query in enumerate(queries):
         for row, picture in enumerate((gallery.test_images[query], maps[column])):
             axes[row, column].imshow(picture.permute(1, 2, 0).numpy())

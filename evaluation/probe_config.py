@@ -58,19 +58,19 @@ class LinearConfig:
     """
 
     learning_rates: tuple[float, ...] = (
-        1e-5,
-        2e-5,
-        5e-5,
         1e-4,
         2e-4,
         5e-4,
         1e-3,
         2e-3,
         5e-3,
-        1e-2,
-        2e-2,
-        5e-2,
+        0.01,
+        0.02,
+        0.05,
         0.1,
+        0.2,
+        0.5,
+        1.0,
     )
     features: tuple[str, ...] = ("embedding",)
     epochs: int = 10
@@ -217,48 +217,14 @@ class LongTailConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """A short recipe that trains the whole encoder with a new linear classifier (AdamW, cosine, flips and crops).
-
-    Attributes:
-        epochs: passes over the training split.
-        lr: peak learning rate per 256 images of batch.
-        weight_decay: of AdamW.
-        layer_decay: learning rate of block i times layer_decay ** (depth - i), for timm encoders.
-        warmup_fraction: share of the steps with a linear warm-up.
-        crop_scale_min: smallest area of the random resized crop.
-    """
-
-    epochs: int = 3
-    lr: float = 5e-4
-    weight_decay: float = 0.05
-    layer_decay: float = 0.75
-    warmup_fraction: float = 0.1
-    crop_scale_min: float = 0.6
-
-    def __post_init__(self) -> None:
-        """Refuses rates and shares outside their ranges."""
-        refuse_unless(self.epochs >= 1, "finetune.epochs", self.epochs, "at least 1")
-        refuse_unless(self.lr > 0, "finetune.lr", self.lr, "more than 0")
-        refuse_unless(self.weight_decay >= 0, "finetune.weight_decay", self.weight_decay, "at least 0")
-        refuse_unless(0 < self.layer_decay <= 1, "finetune.layer_decay", self.layer_decay, "0 < decay <= 1")
-        refuse_unless(
-            0 <= self.warmup_fraction < 1, "finetune.warmup_fraction", self.warmup_fraction, "0 <= share < 1"
-        )
-        refuse_unless(
-            0 < self.crop_scale_min <= 1, "finetune.crop_scale_min", self.crop_scale_min, "0 < scale <= 1"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PrototypeAuditConfig:
     """The audit of a checkpoint's prototypes.
 
     Attributes:
         thresholds: eps of Definition 2.1 (two prototypes are one when 1 - cosine < eps).
         angle_pairs: random pairs from which the density of angles is drawn.
-        use_images: also project the test images, where the checkpoint carries its projection head, and count
-            which prototypes they use.
+        use_images: also count which prototypes the test images use, where the checkpoint carries its projection
+            head and another probe needs features.
     """
 
     thresholds: tuple[float, ...] = (0.025, 0.05, 0.1, 0.25, 0.5)

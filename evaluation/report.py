@@ -26,10 +26,10 @@ from evaluation.comparison import accuracy_rows, difference_rows, long_tail_rows
 from evaluation.config import EvaluationConfig
 from evaluation.encoder import load_encoder
 from evaluation.figures import Chart
-from evaluation.harness import Session
 from evaluation.page import Section, render_page
 from evaluation.processes import Processes
 from evaluation.results import read_results
+from evaluation.session import Session
 from evaluation.tables import (
     Row,
     compare_knn,

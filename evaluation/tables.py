@@ -163,7 +163,12 @@ def _rows_of(result: dict[str, Any], controls: Sequence[dict[str, Any]]) -> list
     if result["probe"] == "prototypes":
         return prototype_rows(result)
     headline = result["figures"].get("headline", {})
-    return [{key: percent(v) if isinstance(v, float) else str(v) for key, v in headline.items()}]
+    plain = ("learning_rate", "C", "predictions")
+    rows = {
+        key: percent(v) if isinstance(v, float) and key not in plain else str(v)
+        for key, v in headline.items()
+    }
+    return [{key: text for key, text in rows.items() if key != "predictions"}]
 
 
 def _top1(result: dict[str, Any], k: int) -> dict[str, float]:

@@ -1,0 +1,190 @@
+"""Linear classifiers on cached features: a grid trained in one pass, and logistic regression by L-BFGS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+# Batch size to which learning rates refer (linear scaling, Goyal et al. 2017).
+_REFERENCE_BATCH = 256
+# Standard deviation of the initial weights, as DINOv2's and CARP's linear probes have it.
+_INITIAL_STD = 0.01
+_PREDICT_BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class LinearGrid:
+    """Classifiers of one feature, one for each learning rate.
+
+    Attributes:
+        weights: [D, L, C].
+        biases: [L, C].
+    """
+
+    weights: Float[Tensor, "D L C"]
+    biases: Float[Tensor, "L C"]
+
+    def predict(self, features: Float[Tensor, "B D"]) -> Int64[Tensor, "B L"]:
+        """Returns the predicted class of every image under every learning rate."""
+        flat = self.weights.flatten(1)
+        blocks = [
+            (block.to(flat) @ flat).view(-1, *self.biases.shape).add(self.biases).argmax(dim=2).cpu()
+            for block in features.split(_PREDICT_BLOCK)
+        ]
+        return torch.cat(blocks)
+
+    def top1(self, features: Float[Tensor, "B D"], labels: Int64[Tensor, " B"]) -> list[float]:
+        """Returns the accuracy in 0..1 for every learning rate."""
+        return (self.predict(features) == labels[:, None]).double().mean(dim=0).tolist()
+
+
+@torch.no_grad()
+def train_linear_grid(
+    features: Float[Tensor, "B D"],
+    labels: Int64[Tensor, " B"],
+    *,
+    learning_rates: Sequence[float],
+    num_classes: int,
+    epochs: int,
+    batch_size: int,
+    momentum: float,
+    weight_decay: float,
+    seed: int,
+    device: torch.device | None = None,
+) -> LinearGrid:
+    """Returns one softmax classifier per learning rate, all trained on the same batches in one pass.
+
+    SGD with momentum and a cosine schedule to 0, without augmentation. The gradient of softmax cross-entropy in
+    a linear map is written out, x^T (softmax(x W + b) - onehot), so that all classifiers share two GEMMs a step;
+    they do not see each other. Features are divided by one scalar, their root mean square, which makes a learning
+    rate mean the same for encoders of different scale. fp32. Not collective.
+
+    Args:
+        features: training features.
+        labels: classes.
+        learning_rates: per 256 images of batch.
+        num_classes: C.
+        epochs: passes.
+        batch_size: images per step; the last, smaller batch of an epoch is used too.
+        momentum: of SGD.
+        weight_decay: of SGD, on weights and not on biases.
+        seed: of initial weights and order.
+        device: where to train; the CPU by default.
+    """
+    device = device or torch.device("cpu")
+    generator = torch.Generator().manual_seed(seed)
+    scale = features.square().mean().sqrt().clamp_min(1e-12)
+    inputs, targets = (features / scale).to(device), labels.to(device)
+    num, dim, rates = len(features), features.shape[1], len(learning_rates)
+    initial = torch.randn(dim, 1, num_classes, generator=generator) * _INITIAL_STD
+    weights = initial.expand(-1, rates, -1).reshape(dim, rates * num_classes).to(device)
+    biases = torch.zeros(rates * num_classes, device=device)
+    weight_velocity, bias_velocity = torch.zeros_like(weights), torch.zeros_like(biases)
+    peak = torch.tensor(learning_rates, device=device).repeat_interleave(num_classes)
+    peak = peak * batch_size / _REFERENCE_BATCH
+    total, step = epochs * math.ceil(num / batch_size), 0
+    for _ in range(epochs):
+        order = torch.randperm(num, generator=generator).to(device)
+        for index in order.split(batch_size):
+            batch, truth = inputs[index], targets[index]
+            gradient = torch.addmm(biases, batch, weights).view(-1, rates, num_classes).softmax(dim=2)
+            gradient.scatter_add_(
+                2,
+                truth.view(-1, 1, 1).expand(-1, rates, 1),
+                gradient.new_full((1, 1, 1), -1.0).expand(len(index), rates, 1),
+            )
+            flat = gradient.flatten(1).div_(len(index))
+            lr = peak * (0.5 * (1 + math.cos(math.pi * step / total)))
+            weight_velocity.mul_(momentum).addmm_(batch.T, flat).add_(weights, alpha=weight_decay)
+            bias_velocity.mul_(momentum).add_(flat.sum(dim=0))
+            weights.sub_(weight_velocity * lr)
+            biases.sub_(bias_velocity * lr)
+            step += 1
+    return LinearGrid(
+        (weights / scale.to(device)).view(dim, rates, num_classes), biases.view(rates, num_classes)
+    )
+
+
+def split_held_out(labels: Int64[Tensor, " B"], share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Returns indices (fitted, held out), stratified: about `share` of every class with two images or more."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    held: list[Tensor] = []
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        held.append(members[:count])
+    held_out = torch.cat(held).sort().values
+    is_held = torch.zeros(len(labels), dtype=torch.bool)
+    is_held[held_out] = True
+    return (~is_held).nonzero()[:, 0], held_out
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """Multinomial logistic regression: weights [D, C], biases [C]."""
+
+    weights: Float[Tensor, "D C"]
+    biases: Float[Tensor, " C"]
+
+    def predict(self, features: Float[Tensor, "B D"]) -> Int64[Tensor, " B"]:
+        """Returns predicted classes of features, which are L2-normalised here as they were in fitting."""
+        unit = normalize(features.float(), dim=1)
+        return (unit.to(self.weights) @ self.weights + self.biases).argmax(dim=1).cpu()
+
+
+def fit_logistic(
+    features: Float[Tensor, "B D"],
+    labels: Int64[Tensor, " B"],
+    *,
+    inverse_regularisation: float,
+    num_classes: int,
+    max_iterations: int = 200,
+    device: torch.device | None = None,
+) -> Logistic:
+    """Returns the minimiser of C * sum of cross-entropies + |W|^2 / 2 on L2-normalised features, by L-BFGS.
+
+    The objective of scikit-learn's `LogisticRegression(C=...)`, divided by C * B here so that tolerances do not
+    depend on either. Whole-batch, strong Wolfe line search, fp64 on the CPU and fp32 elsewhere. Not collective.
+
+    Args:
+        features: training features.
+        labels: classes.
+        inverse_regularisation: C.
+        num_classes: number of classes; one without images keeps a small probability everywhere.
+        max_iterations: of L-BFGS.
+        device: where to fit; the CPU by default.
+    """
+    device = device or torch.device("cpu")
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    inputs = normalize(features.float(), dim=1).to(device, dtype)
+    targets = labels.to(device)
+    weights = torch.zeros(inputs.shape[1], num_classes, device=device, dtype=dtype, requires_grad=True)
+    biases = torch.zeros(num_classes, device=device, dtype=dtype, requires_grad=True)
+    strength = 0.5 / (inverse_regularisation * len(inputs))
+    optimizer = torch.optim.LBFGS(
+        [weights, biases],
+        max_iter=max_iterations,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-10,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = cross_entropy(inputs @ weights + biases, targets) + strength * weights.square().sum()
+        loss.backward()
+        return loss.item()
+
+    optimizer.step(closure)
+    return Logistic(weights.detach(), biases.detach())

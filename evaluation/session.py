@@ -1,0 +1,82 @@
+"""One encoder under evaluation, with the features that its probes share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from data.datasets import Manifest
+from evaluation.config import EvaluationConfig
+from evaluation.encoder import Encoder
+from evaluation.features import FeatureBank, load_features, load_splits
+from evaluation.processes import Processes
+
+
+@dataclass
+class Outcome:
+    """What a probe found.
+
+    Attributes:
+        figures: JSON-able figures.
+        predictions: predicted classes of the test images by name, with `labels`.
+    """
+
+    figures: dict[str, Any]
+    predictions: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Session:
+    """One encoder under evaluation; features are extracted when the first probe asks for them."""
+
+    config: EvaluationConfig
+    encoder: Encoder
+    processes: Processes
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    _splits: tuple[Manifest, Manifest] | None = None
+    _banks: tuple[FeatureBank, FeatureBank] | None = None
+
+    @property
+    def splits(self) -> tuple[Manifest, Manifest]:
+        """Manifests of training and test split."""
+        if self._splits is None:
+            self._splits = load_splits(self.config.data)
+        return self._splits
+
+    @property
+    def has_features(self) -> bool:
+        """Whether features have been extracted already."""
+        return self._banks is not None
+
+    @property
+    def banks(self) -> tuple[FeatureBank, FeatureBank]:
+        """Features of training and test split. Collective on first use."""
+        if self._banks is None:
+            extract_together([self])
+        assert self._banks is not None
+        return self._banks
+
+    def features_for(self, requested: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns the requested features; for controls without tokens, those that they have."""
+        if self.encoder.role != "control":
+            return requested
+        available = self.banks[0].available()
+        return tuple(name for name in requested if name in available) or ("embedding",)
+
+
+def extract_together(sessions: Sequence[Session]) -> None:
+    """Gives every session its features, decoding images once for all encoders of one preprocessing. Collective."""
+    config, processes = sessions[0].config, sessions[0].processes
+    encoders = [session.encoder for session in sessions]
+    limits = (config.data.max_train_images, config.data.max_test_images)
+    train, test = (
+        load_features(
+            encoders, manifest, data=config.data, features=config.features, processes=processes, limit=limit
+        )
+        for manifest, limit in zip(sessions[0].splits, limits, strict=True)
+    )
+    for session, banks in zip(sessions, zip(train, test, strict=True), strict=True):
+        session._banks = banks
