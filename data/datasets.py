@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data.config import DataConfig
 from data.decoding import BadImageError, decode_to_pil, find_image
 from data.reader import EncodedSample, Failure, ShardReader
+from data.remote import ShardCache, open_shards
 from data.shards import DataError, Manifest, check_shard_files, load_manifest
 from data.workers import start_worker
 
@@ -67,7 +69,7 @@ class EvaluationStream:
     sample id, outside of this stream. Images that cannot be decoded are left out and counted in `skipped`.
 
     Args:
-        directory: folder of shards.
+        directory: folder or address of shards.
         split: its name.
         transform: Pillow RGB image to float tensor [C, H, W]; must be picklable with workers.
         batch_size: images of a batch; the last one may be smaller.
@@ -90,11 +92,12 @@ class EvaluationStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.manifest = load_manifest(directory, split)
-        check_shard_files(self.manifest)
+        self.manifest, cache = open_shards(DataConfig(shards=directory, split=split))
+        if cache is None:
+            check_shard_files(self.manifest)
         self.num_samples = self.manifest.num_samples
         self.skipped: list[str] = []
-        self._dataset = _EvaluationDataset(self.manifest, transform, batch_size, rank, world_size)
+        self._dataset = _EvaluationDataset(self.manifest, cache, transform, batch_size, rank, world_size)
         self._num_workers = num_workers
 
     def __iter__(self) -> Iterator[LabelledBatch]:
@@ -118,11 +121,13 @@ class _EvaluationDataset(IterableDataset):
     def __init__(
         self,
         manifest: Manifest,
+        cache: ShardCache | None,
         transform: Callable[[Image.Image], Tensor],
         batch_size: int,
         rank: int,
         world_size: int,
     ) -> None:
+        self.cache = cache
         self.manifest, self.transform, self.batch_size = manifest, transform, batch_size
         self.rank, self.world_size = rank, world_size
 
@@ -161,7 +166,7 @@ class _EvaluationDataset(IterableDataset):
 
     def _read(self, start: int, stop: int) -> Iterator[tuple[int, EncodedSample | Failure]]:
         """Yields samples [start, stop) of the split in the manifest's order."""
-        reader = ShardReader(self.manifest)
+        reader = ShardReader(self.manifest, cache=self.cache)
         first, first_id = 0, 0
         for index, shard in enumerate(self.manifest.shards):
             low, high = max(start - first, 0), min(stop - first, shard.num_selected)

@@ -15,6 +15,7 @@ from data.decoding import BadImageError, decode_image, find_image
 from data.lanes import LaneReader
 from data.plan import Element, SamplePlan
 from data.reader import EncodedSample, Failure, ShardReader
+from data.remote import ShardCache
 from data.shards import DataError, Manifest
 from data.workers import measure_rss_mib
 
@@ -32,6 +33,7 @@ class LaneDataset(IterableDataset):
         config: what to decode and cut.
         manifest: the split.
         plan: the order.
+        cache: through which remote shards are had.
         rank: of this process.
         world_size: number of ranks.
         batch_size: samples of a micro-batch of the rank.
@@ -45,13 +47,14 @@ class LaneDataset(IterableDataset):
         manifest: Manifest,
         plan: SamplePlan,
         *,
+        cache: ShardCache | None,
         rank: int,
         world_size: int,
         batch_size: int,
         first: int,
         used: dict[int, int],
     ) -> None:
-        self.config, self.manifest, self.plan = config, manifest, plan
+        self.config, self.manifest, self.plan, self.cache = config, manifest, plan, cache
         self.rank, self.world_size, self.batch_size, self.first = rank, world_size, batch_size, first
         self.used = dict(used)
 
@@ -59,7 +62,7 @@ class LaneDataset(IterableDataset):
         """Yields this worker's part of micro-batch after micro-batch."""
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        reader = ShardReader(self.manifest, verify_hash=self.config.verify_hash)
+        reader = ShardReader(self.manifest, verify_hash=self.config.verify_hash, cache=self.cache)
         lanes = {
             lane: LaneReader(self.plan, lane, used, reader)
             for index, (lane, used) in enumerate(sorted(self.used.items()))

@@ -17,8 +17,9 @@ from data.decoding import BadImageError, decode_image, find_image
 from data.loading import LaneDataset
 from data.plan import SamplePlan
 from data.reader import Failure, ShardReader
+from data.remote import open_shards
 from data.samplers import build_copies
-from data.shards import DataError, Manifest, check_shard_files, load_manifest
+from data.shards import DataError, Manifest, check_shard_files
 from data.workers import start_worker
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,9 @@ class TrainingStream:
         position: DataPosition | None = None,
     ) -> None:
         self.config = config
-        self.manifest = load_manifest(config.shards, config.split)
-        check_shard_files(self.manifest)
+        self.manifest, self._cache = open_shards(config)
+        if self._cache is None:
+            check_shard_files(self.manifest)
         _check_consumers(config, self.manifest, world_size)
         _check_batch(config, global_batch_size, micro_batch_size, world_size)
         self.plan = build_plan(config, self.manifest, seed)
@@ -79,7 +81,7 @@ class TrainingStream:
         self._num_seen, self._skipped_names = 0, list[str]()
         self._num_skipped = 0
         self._close: Callable[[], None] | None = None
-        check_decodable(ShardReader(self.manifest), config)
+        check_decodable(ShardReader(self.manifest, cache=self._cache), config)
 
     def __iter__(self) -> Iterator[CropBatch]:
         """Yields micro-batches from the stream's position on.
@@ -93,6 +95,7 @@ class TrainingStream:
             self.config,
             self.manifest,
             self.plan,
+            cache=self._cache,
             rank=self._rank,
             world_size=self._world_size,
             batch_size=self._batch_size,
@@ -209,10 +212,10 @@ def check_decodable(reader: ShardReader, config: DataConfig) -> None:
 
     Shards without images, or with suffixes that this repository does not know, are found before step 0.
     """
-    shard = reader.manifest.shards[0]
+    number, shard = next((n, shard) for n, shard in enumerate(reader.manifest.shards) if shard.num_selected)
     ordinals = range(shard.samples)
     reason = ""
-    for _, sample in reader.read(0, ordinals[:8]):
+    for _, sample in reader.read(number, ordinals[:8]):
         if isinstance(sample, Failure):
             reason = reason or f"{sample.name}: {sample.reason}"
             continue
@@ -229,9 +232,10 @@ def check_decodable(reader: ShardReader, config: DataConfig) -> None:
 
 def _check_consumers(config: DataConfig, manifest: Manifest, world_size: int) -> None:
     consumers = world_size * max(1, config.num_workers)
-    if len(manifest.shards) < consumers:
+    num_shards = sum(1 for shard in manifest.shards if shard.num_selected)
+    if num_shards < consumers:
         raise DataError(
-            f"{manifest.directory} holds {len(manifest.shards)} shards of split {manifest.split!r}; expected at least "
+            f"{manifest.directory} holds {num_shards} shards of split {manifest.split!r}; expected at least "
             f"{consumers} = world size {world_size} x {max(1, config.num_workers)} workers; write smaller shards "
             "(--samples-per-shard) or lower data.num_workers"
         )

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
+from data.remote import ShardCache
 from data.shards import DataError, Manifest, Shard, load_index
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,14 @@ class ShardReader:
     Args:
         manifest: the split.
         verify_hash: compare each shard's SHA-256 with the manifest before its first use.
+        cache: through which remote shards are had (and always compared); None for local ones.
     """
 
-    def __init__(self, manifest: Manifest, *, verify_hash: bool = False) -> None:
+    def __init__(
+        self, manifest: Manifest, *, verify_hash: bool = False, cache: ShardCache | None = None
+    ) -> None:
         self.manifest = manifest
+        self._cache = cache
         self._verify_hash = verify_hash
         self._verified: set[int] = set()
         self._first_ids = manifest.first_ids
@@ -137,6 +142,8 @@ class ShardReader:
         return Failure(name, "its bytes are not those that the index describes")
 
     def _open(self, shard_index: int, shard: Shard) -> BinaryIO:
+        if self._cache is not None:
+            return self._cache.open(shard)
         path = Path(self.manifest.path_of(shard))
         if self._verify_hash and shard_index not in self._verified:
             with path.open("rb") as file:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 MANIFEST_NAME = "manifest.json"
@@ -94,34 +94,41 @@ class Manifest:
         return tuple(accumulate((shard.samples for shard in self.shards), initial=0))
 
     def path_of(self, shard: Shard) -> str:
-        """Returns the shard's path or address."""
-        return join_address(self.directory, shard.name)
-
-
-def join_address(directory: str, name: str) -> str:
-    """Returns the path of a file in a folder that may be an address such as `s3://bucket/folder`."""
-    if is_remote(directory):
-        return f"{directory.rstrip('/')}/{name}"
-    return str(Path(directory) / name)
-
-
-def is_remote(address: str) -> bool:
-    """Returns whether an address names something other than a local path."""
-    return re.match(r"^[a-z][a-z0-9+.-]*:", address) is not None
+        """Returns the shard's path."""
+        return str(Path(self.directory) / shard.name)
 
 
 def load_manifest(directory: str, split: str) -> Manifest:
     """Returns one split of the manifest in a folder.
 
+    Args:
+        directory: the folder, or a brace list of some of its shards such as `DIR/train-{000000..000099}.tar`.
+        split: which split.
+
     Raises:
-        DataError: no such folder or manifest, an unreadable one, or no such split in it.
+        DataError: no such folder or manifest, an unreadable one, or no such split or shard in it.
     """
+    pattern = ""
+    if directory.endswith(".tar"):
+        directory, pattern = str(Path(directory).parent), Path(directory).name
     splits = _read_splits(directory)
-    where = join_address(directory, MANIFEST_NAME)
+    where = str(Path(directory) / MANIFEST_NAME)
     if split not in splits:
         known = ", ".join(sorted(splits)) or "none"
         raise DataError(f"data.split is {split!r}; expected one of {where}: {known}; set data.split")
-    return _split_from_dict(splits[split], directory, split, where)
+    manifest = _split_from_dict(splits[split], directory, split, where)
+    return _restrict_to(manifest, set(braceexpand(pattern))) if pattern else manifest
+
+
+def _restrict_to(manifest: Manifest, names: set[str]) -> Manifest:
+    unknown = sorted(names - {shard.name for shard in manifest.shards})
+    if unknown:
+        raise DataError(
+            f"data.shards names {unknown[0]}; expected shards that the manifest lists; mend the list in data.shards"
+        )
+    # The others stay, with nothing selected: sample ids count through all of them.
+    shards = tuple(shard if shard.name in names else replace(shard, ordinals=()) for shard in manifest.shards)
+    return replace(manifest, shards=shards)
 
 
 def split_names(directory: str) -> list[str]:
@@ -224,9 +231,9 @@ def check_shard_files(manifest: Manifest) -> None:
     One `stat` a shard: cheap enough before every run. It finds every cut tar; `python -m data.verify_shards`
     finds the rest.
     """
-    if is_remote(manifest.directory):
-        return
     for shard in manifest.shards:
+        if not shard.num_selected:
+            continue
         path = Path(manifest.path_of(shard))
         if not path.is_file():
             raise DataError(

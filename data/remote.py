@@ -1,0 +1,173 @@
+"""Shards behind an address: fetched with retries into a bounded folder, checked, and used from there.
+
+Any address that fsspec opens will do (`s3://`, `gs://`, `https://`, `memory://`, with the package that it needs).
+`pipe:COMMAND`, in which `{}` stands for the file's name, runs a shell command and is refused unless
+`data.allow_pipe` is set. A fetched file enters the folder under a temporary name and gets its own after its size and
+SHA-256 were compared with the manifest, so that processes can share the folder and half a file is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+
+from data.config import DataConfig
+from data.shards import MANIFEST_NAME, DataError, Manifest, Shard, load_manifest
+
+logger = logging.getLogger(__name__)
+
+_NUM_TRIES = 6
+_FIRST_WAIT_S = 0.5
+_LONGEST_WAIT_S = 8.0
+_PIPE_TIMEOUT_S = 600
+
+
+class _TransferError(OSError):
+    """What arrived is not what the manifest describes."""
+
+
+def is_remote(address: str) -> bool:
+    """Returns whether an address names something other than a local path."""
+    return re.match(r"^[a-z][a-z0-9+.-]*:", address) is not None
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """A bounded local folder of the files behind one address.
+
+    Attributes:
+        address: the folder's address, or a `pipe:` command.
+        directory: the local folder.
+        max_bytes: bound of the shards in it; the ones used longest ago go first.
+        wait: sleeps between tries.
+    """
+
+    address: str
+    directory: str
+    max_bytes: int
+    wait: Callable[[float], None] = time.sleep
+
+    def open(self, shard: Shard) -> BinaryIO:
+        """Returns a shard, open for reading; fetches it first where it is not there.
+
+        Raises:
+            DataError: it could not be had after several tries.
+        """
+        path = Path(self.directory) / shard.name
+        for _ in range(_NUM_TRIES):
+            try:
+                os.utime(path)
+                return path.open("rb")
+            except FileNotFoundError:
+                # Also when another process made room between the two lines: an open file outlives its name.
+                self.fetch(shard.name, expected_bytes=shard.bytes, expected_sha256=shard.sha256)
+                self._make_room(keep=path.name)
+        raise DataError(
+            f"{path} disappeared {_NUM_TRIES} times; expected data.cache_gib to hold a shard for every loader "
+            "process; set data.cache_gib"
+        )
+
+    def fetch(self, name: str, *, expected_bytes: int | None = None, expected_sha256: str = "") -> Path:
+        """Returns a file's local path after fetching it, with retries that wait longer and longer.
+
+        Raises:
+            DataError: it could not be had, or never arrived whole.
+        """
+        final = Path(self.directory) / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f".{final.name}.{secrets.token_hex(8)}.tmp")
+        reason = ""
+        for attempt in range(_NUM_TRIES):
+            if attempt:
+                self.wait(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (attempt - 1)))
+            try:
+                self._transfer(name, temporary)
+                _compare(temporary, expected_bytes, expected_sha256)
+                temporary.replace(final)
+                return final
+            except (OSError, subprocess.SubprocessError) as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                logger.warning("%s of %s, try %d: %s", name, self.address, attempt + 1, reason)
+            except ImportError as error:
+                raise DataError(
+                    f"{self.address} needs a package: {error}; install it, or copy the shards"
+                ) from error
+            finally:
+                temporary.unlink(missing_ok=True)
+        raise DataError(
+            f"{name} of {self.address} could not be fetched in {_NUM_TRIES} tries ({reason}); expected a file that "
+            "arrives whole; look at the store, or set data.shards to a copy"
+        )
+
+    def _transfer(self, name: str, target: Path) -> None:
+        with target.open("wb") as file:
+            if self.address.startswith("pipe:"):
+                command = self.address.removeprefix("pipe:").replace("{}", name)
+                subprocess.run(command, shell=True, check=True, stdout=file, timeout=_PIPE_TIMEOUT_S)
+                return
+            with fsspec.open(f"{self.address.rstrip('/')}/{name}", "rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+
+    def _make_room(self, keep: str) -> None:
+        """Removes the shards used longest ago until the rest fits."""
+        shards = []
+        for path in Path(self.directory).glob("*.tar"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            shards.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in shards)
+        for _, size, path in sorted(shards):
+            if total <= self.max_bytes:
+                return
+            if path.name != keep:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def open_shards(config: DataConfig) -> tuple[Manifest, ShardCache | None]:
+    """Returns the manifest of a configuration's shards, and the cache through which to read them if they are remote.
+
+    Raises:
+        DataError: the address cannot be read, or is a `pipe:` that is not allowed.
+    """
+    address = config.shards
+    if not is_remote(address):
+        return load_manifest(address, config.split), None
+    if address.startswith("pipe:") and not config.allow_pipe:
+        raise DataError(
+            f"data.shards is {address!r}, which runs a shell command; expected a folder or an address; set "
+            "data.allow_pipe=true if you trust it"
+        )
+    folder = hashlib.sha256(address.encode()).hexdigest()[:16]
+    cache = ShardCache(address, str(Path(config.cache_dir) / folder), int(config.cache_gib * 1024**3))
+    # Small, and the one file that nothing else vouches for: fetched anew in every run.
+    cache.fetch(MANIFEST_NAME)
+    manifest = load_manifest(cache.directory, config.split)
+    if manifest.index_path:
+        cache.fetch(manifest.index_path)
+    return manifest, cache
+
+
+def _compare(path: Path, expected_bytes: int | None, expected_sha256: str) -> None:
+    size = path.stat().st_size
+    if expected_bytes is not None and size != expected_bytes:
+        raise _TransferError(f"{size} bytes arrived; expected {expected_bytes}")
+    if expected_sha256:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected_sha256:
+            raise _TransferError(f"SHA-256 {found[:12]}... arrived; expected {expected_sha256[:12]}...")

@@ -1,0 +1,74 @@
+"""Loader processes: they outlive the job's signals, end with the trainer, and report their memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.pipeline import TrainingStream
+from data.shards import DataError
+
+OPTIONS = {"seed": 0, "global_batch_size": 8, "micro_batch_size": 8, "rank": 0, "world_size": 1}
+
+
+def children() -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def test_workers_ignore_the_jobs_signals(make_set, make_config):
+    before = set(children())
+    stream = TrainingStream(make_config(make_set([7, 3, 7, 3]), num_workers=2), **OPTIONS)
+    batches = iter(stream)
+    next(batches)
+    workers = [pid for pid in children() if pid not in before]
+    assert len(workers) >= 2
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for pid in workers:
+            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, number)
+    ids = [sample for _ in range(6) for sample in next(batches).sample_ids.tolist()]
+    assert len(ids) == 48
+    stream.close()
+
+
+PROGRAM = """
+import sys
+from data.config import DataConfig
+from data.pipeline import TrainingStream
+config = DataConfig(shards=sys.argv[1], recipe="none", num_lanes=4, num_workers=2, global_crop_size=8,
+                    num_local_crops=0)
+batches = iter(TrainingStream(config, seed=0, global_batch_size=8, micro_batch_size=8, rank=0, world_size=1))
+print(next(batches).worker_rss_mib, flush=True)
+{ending}
+"""
+
+
+@pytest.mark.parametrize(
+    "ending", ["", "raise RuntimeError('a fault')", "import os, signal; os.kill(os.getpid(), 9)"]
+)
+def test_no_loader_outlives_its_trainer(make_set, ending):
+    shards = make_set([7, 3, 7, 3])
+    started = time.monotonic()
+    program = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(ending=ending), shards],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )
+    assert float(program.stdout) > 10
+    # subprocess.run waits for the pipes' last writer: a loader left behind would hold it open.
+    assert time.monotonic() - started < 50
+    assert program.returncode == {"": 0}.get(ending, program.returncode)
+
+
+def test_memory_is_bounded_by_the_configuration(make_set, make_config):
+    config = make_config(make_set([7, 3]), num_workers=1, max_worker_memory_gib=0.001)
+    with pytest.raises(DataError, match=r"holds [\d.]+ GiB; expected at most 0.001 GiB"):
+        next(iter(TrainingStream(config, **OPTIONS)))
