@@ -34,7 +34,7 @@ $(VENV)/.installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/pyth
 demo: $(VENV)/.installed
 	$(BIN)/python -m data.make_shards fashion-mnist --out $(FASHION)
 	$(BIN)/python pretrain.py $(DEMO) run.name=demo run.output_dir=$(OUTPUTS) data.shards=$(FASHION)
-	$(BIN)/python evaluate.py configs/evaluate_fashion-mnist.yaml encoder=$(OUTPUTS)/demo 'probes=[prototypes,knn]' data.shards=$(FASHION)
+	$(BIN)/python evaluate.py configs/eval_fashion_mnist.yaml encoder=$(OUTPUTS)/demo 'probes=[prototypes,knn]' data.shards=$(FASHION)
 	$(BIN)/python -m evaluation.report $(OUTPUTS)/demo --out $(OUTPUTS)/demo/report
 
 test: $(VENV)/.installed-dev
