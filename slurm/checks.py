@@ -24,7 +24,11 @@ def check_arm(arm: Arm, cluster: ClusterConfig) -> None:
     """
     config = arm.config
     _check_paths(arm)
-    _check_shards(config.data.shards, config.data.split)
+    _check_shards(config.data.shards, config.data.split, "data.split")
+    if arm.evaluation is not None:
+        data = arm.evaluation.data
+        key = "evaluation.test_split, or data.test_split of --evaluate-config"
+        _check_shards(data.test_shards or data.shards, data.test_split, key)
     if not (CHECKOUT / config.engine.deepspeed_config).is_file() and config.engine.name == "deepspeed":
         raise UserError(
             f"engine.deepspeed_config is {config.engine.deepspeed_config!r}; expected an existing JSON file; "
@@ -93,7 +97,7 @@ def _check_paths(arm: Arm) -> None:
             )
 
 
-def _check_shards(shards: str, split: str) -> None:
+def _check_shards(shards: str, split: str, key: str) -> None:
     if _REMOTE in shards:
         return
     manifest = Path(shards) / "manifest.json"
@@ -109,7 +113,7 @@ def _check_shards(shards: str, split: str) -> None:
             f"{manifest} cannot be read ({type(error).__name__}); expected JSON; write it again"
         ) from error
     if split not in splits:
-        raise UserError(f"data.split is {split!r}; expected one of {', '.join(splits)}; set data.split")
+        raise UserError(f"split is {split!r}; expected one of {', '.join(splits)}; set {key}")
 
 
 def _check_writable(run_dir: Path) -> None:

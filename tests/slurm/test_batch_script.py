@@ -224,18 +224,22 @@ def test_one_task_of_an_array_is_requeued_alone(cluster: PrivateCluster, tmp_pat
     cluster.run("scancel", str(job.id))
 
 
-def test_a_lost_node_is_replaced(cluster: PrivateCluster, tmp_path: Path) -> None:
-    """slurmd, its step daemon and its rank die at once; the peer then fails with an ordinary error."""
-    job = Job(cluster, tmp_path, "--exclude=" + ",".join(cluster.nodes[2:]), arguments="", STEPS="60")
+@pytest.mark.parametrize("peer_timeout_s", ["inf", "1"], ids=["peer hangs", "peer fails"])
+def test_a_lost_node_is_replaced(peer_timeout_s: str, cluster: PrivateCluster, tmp_path: Path) -> None:
+    """slurmd, its step daemon and its rank die at once; the peer then hangs, or ends with an ordinary error."""
+    apart = "--exclude=" + ",".join(cluster.nodes[2:])
+    job = Job(cluster, tmp_path, apart, STEPS="60", PEER_TIMEOUT_S=peer_timeout_s)
     job.wait_until_stepping()
     lost = cluster.nodes[1]
     step_daemon = int(parent_of(job.pid(1)))
     cluster.stop_daemon(f"slurmd-{lost}", signal.SIGKILL)
     os.kill(step_daemon, signal.SIGKILL)
     os.kill(job.pid(1), signal.SIGKILL)
+    started = time.monotonic()
     try:
         # Slurm misses the node after SlurmdTimeout (10 s here, 300 s by default) and its ping interval.
         cluster.wait_for_state(job.id, "PENDING", timeout_s=90)
+        print(f"requeued {time.monotonic() - started:.0f} s after the loss")
         assert job.restarts == 1
         cluster.run("scontrol", "update", f"JobId={job.id}", "ExcNodeList=" + lost)
         assert job.end() == "COMPLETED", job.log

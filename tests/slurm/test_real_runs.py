@@ -79,11 +79,6 @@ class Run:
         found = self.directory.glob("checkpoints/step-*/COMMIT")
         return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
-    def resumed_at(self) -> list[int]:
-        return [
-            int(step) for step in re.findall(r"(?:resum|continu)\w* (?:at|from|after) step (\d+)", self.log)
-        ]
-
     def rank_pids(self) -> dict[int, int]:
         """Process ids of this job's ranks on this machine: our own children's children, found by their job id."""
         pids = {}
@@ -143,6 +138,8 @@ def test_three_requeues_in_one_epoch_equal_an_uninterrupted_run(
     assert run.end() == "COMPLETED", run.log
 
     assert int(cluster.job(run.id)["Restarts"]) == 3
+    for step in stopped_at:
+        assert f"step-{step:08d}: {step} steps done" in run.log, run.log
     assert stopped_at == sorted(set(stopped_at)) and stopped_at[-1] < 90, stopped_at
     assert sorted(run.learned()) == list(range(91))
     assert run.learned() == whole.learned()
@@ -227,7 +224,11 @@ def test_array_has_one_directory_per_seed_and_results_appear_by_themselves(
             for name in ("knn", "prototypes", "long_tail")
         )
 
-    assert cluster.wait_until(results, 300), run.log + cluster.run("squeue") + str(cluster.job(evaluation))
+    def ended() -> bool:
+        return not cluster.run("squeue", "-h", "-j", f"{run.id},{evaluation}").strip()
+
+    assert cluster.wait_until(ended, 300), cluster.run("squeue")
+    assert results(), run.log
     seeds = [
         (directory / "config.yaml").read_text().split("seed: ")[1].split()[0] for directory in directories
     ]

@@ -43,14 +43,17 @@ def main(directory: Path, exit_code: int) -> int:
 
 
 def any_rank_warned(directory: Path, step: int, rank: int, warned: bool) -> bool:
-    """A collective through files; like the real ones it waits for ever for a rank that is gone."""
+    """A collective through files; like NCCL it waits for ever for a rank that is gone."""
     start = os.environ.get("SLURM_RESTART_COUNT", "0")
     votes = [directory / f"vote.{start}.{step}.{other}" for other in range(int(os.environ["SLURM_NTASKS"]))]
     ballot = directory / f"ballot.{rank}"
     ballot.write_text(str(int(warned)))
     ballot.rename(votes[rank])
+    started = time.monotonic()
     while not all(vote.exists() for vote in votes):
         time.sleep(0.01)
+        if time.monotonic() > started + float(os.environ.get("PEER_TIMEOUT_S", "inf")):
+            raise ConnectionError("a peer is gone")
     return any(vote.read_text() == "1" for vote in votes)
 
 

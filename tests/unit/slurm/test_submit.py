@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -155,7 +156,11 @@ REFUSALS = {
     "unknown key": (["optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
     "wrong type": (["optim.lr=fast"], "optim.lr"),
     "missing data": (["data.shards=/nowhere"], "data.shards is '/nowhere'"),
-    "missing split": (["data.split=trian"], "data.split is 'trian'; expected one of test, train"),
+    "missing split": (["data.split=trian"], "split is 'trian'; expected one of test, train; set data.split"),
+    "missing test split": (
+        ["evaluation.test_split=val", "--evaluate", "knn"],
+        "split is 'val'; expected one of test, train; set evaluation.test_split",
+    ),
     "batch": (["batch.global_batch_size=30", "--gpus-per-node", "4"], "set batch.global_batch_size"),
     "lanes": (["data.num_lanes=6", "--gpus-per-node", "4"], "set data.num_lanes"),
     "no such cluster": (["--cluster", "nowhere"], "expected one of example"),
@@ -251,3 +256,25 @@ def test_resolved_configuration_loads_again(arguments: list[str]) -> None:
     copy = Path(arguments[1].split("=")[1]).parent / "again.yaml"
     copy.write_text(config_to_yaml(config))
     assert config_hash(load_config(PretrainConfig, str(copy))) == config_hash(config)
+
+
+def test_the_configuration_in_the_documentation_loads(tmp_path: Path) -> None:
+    text = (CHECKOUT / "docs" / "slurm.md").read_text()
+    found = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    assert len(found) == 1
+    path = tmp_path / "vit-large.yaml"
+    path.write_text(found[0])
+    config = load_config(PretrainConfig, str(path))
+    assert config.batch.micro_batch_size_per_gpu(4 * 8) == 32
+    assert config.data.num_lanes % 32 == 0
+    assert (CHECKOUT / config.engine.deepspeed_config).is_file()
+
+
+def test_every_command_line_in_the_documentation_is_understood() -> None:
+    from slurm.submit import _parse
+
+    text = (CHECKOUT / "docs" / "slurm.md").read_text().replace("\\\n", " ")
+    lines = [line.split("#")[0] for line in text.splitlines() if line.startswith("python -m slurm.submit")]
+    assert len(lines) >= 5
+    for line in lines:
+        assert _parse(shlex.split(line)[3:]).config.startswith("configs/")
