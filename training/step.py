@@ -105,6 +105,7 @@ class TrainingStep:
         applied, grad_norm = self._apply(mean_loss["total"], schedule)
         reach("update", step)
         if applied:
+            self.estimator.reseed(step + 1)
             self._count_usage(teacher)
         prototypes = self.estimator.prototypes("teacher", teacher[-1].learned_prototypes).detach()
         return StepOutcome(applied, mean_loss, grad_norm, teacher[-1].projections, prototypes)
@@ -115,10 +116,10 @@ class TrainingStep:
         return self._synchronization.reduce_sum
 
     @torch.no_grad()
-    def current_prototypes(self) -> Tensor:
-        """Returns the teacher's prototypes [K, P] before any step of this process. Collective when sharded."""
-        learned = self.engine.teacher.learned_prototypes
-        return self.estimator.prototypes("teacher", None if learned is None else learned())
+    def initial_prototypes(self) -> Tensor:
+        """Returns the teacher's prototypes [K, P] before step 0. Learned ones are a function of the seed."""
+        learned = self.estimator.build_learned()
+        return self.estimator.prototypes("teacher", None if learned is None else learned()).to(self._device)
 
     def _apply(self, loss: Tensor, schedule: StepSchedule) -> tuple[bool, float]:
         """Moves everything, or nothing: one decision that all ranks share, taken before anything moves."""

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data.collate import CropBatch
 from data.pipeline import TrainingStream
+from prototypes.alarms import find_alarms
 from prototypes.diagnostics import count_unique, effective_rank, mean_cosine
 from runtime.distributed import Process
 from runtime.preemption import PreemptionFlag
@@ -94,7 +95,7 @@ class Trainer:
             config.engine, run_dir, process, training_step.engine, training_step.estimator
         )
         self._stopwatch = Stopwatch()
-        self._epoch_usage: dict[str, float] = {}
+        self._alarms_raised: set[str] = set()
         self._last_saved = progress.step if progress.step else -1
         self._record: MetricsRecord | None = None
         self._wandb: WandbView | None = None
@@ -148,8 +149,7 @@ class Trainer:
         step, logging_config = self.progress.step, self.config.logging
         values: dict[str, float] = {}
         if step % self._steps_per_epoch == 0 or step == self._num_steps:
-            self._epoch_usage = self._close_epoch()
-            values |= self._epoch_usage
+            values |= self._close_epoch()
         if (
             step % self._steps_per_epoch == 0
             or step in logging_config.unique_early_steps
@@ -194,6 +194,13 @@ class Trainer:
         text = "  ".join(f"{name.split('/')[1]} {values[name]:.4f}" for name in interesting if name in values)
         speed = values.get("throughput/images_per_s", 0.0)
         logger.info("step %d/%d  %s  %.0f images/s", self.progress.step, self._num_steps, text, speed)
+        for alarm in find_alarms(
+            values, step=self.progress.step, partition_size=self.config.prototypes.partition.size
+        ):
+            # Once a run: an alarm that stays true would bury every other line.
+            if alarm.name not in self._alarms_raised:
+                self._alarms_raised.add(alarm.name)
+                logger.warning("ALARM at step %d: %s", self.progress.step, alarm.message)
 
     def _close_epoch(self) -> dict[str, float]:
         """Returns the usage of the epoch that ends here and starts the next count. Collective."""
@@ -212,7 +219,7 @@ class Trainer:
 
     def _log_initial_prototypes(self) -> None:
         if 0 in self.config.logging.unique_early_steps:
-            self._log(self._count_unique(self.training_step.current_prototypes()))
+            self._log(self._count_unique(self.training_step.initial_prototypes()))
 
     def _schedule(self) -> StepSchedule:
         optim = self.config.optim
