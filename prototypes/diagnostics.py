@@ -14,7 +14,7 @@ from torch import nn
 from prototypes.statistics import full_precision
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Int64
     from torch import Tensor
 
 UNIQUE_THRESHOLDS = (0.025, 0.05, 0.1, 0.25, 0.5)
@@ -48,33 +48,49 @@ def count_unique(
             f"prototype {int(bad.nonzero()[0])} is zero or not finite; expected a direction; "
             "inspect the checkpoint"
         )
-    return {eps: len(greedy_leader_index(prototypes, eps)) for eps in thresholds}
+    leads = find_leaders(prototypes, tuple(thresholds))
+    return dict(zip(thresholds, leads.sum(0).tolist(), strict=True))
+
+
+def greedy_leader_index(
+    rows: Float[Tensor, "N P"], eps: float, leaders: Float[Tensor, "M P"] | None = None
+) -> Int64[Tensor, " L"]:
+    """Returns the indices of the greedy leader cover of `rows`, beside existing `leaders`."""
+    return find_leaders(rows, (eps,), leaders)[:, 0].nonzero().squeeze(1)
 
 
 @torch.no_grad()
-def greedy_leader_index(
-    rows: Float[Tensor, "N P"], eps: float, leaders: Float[Tensor, "M P"] | None = None
-) -> Tensor:
-    """Returns the indices of the greedy leader cover of `rows`, beside existing `leaders`, int64.
+def find_leaders(
+    rows: Float[Tensor, "N P"], thresholds: Sequence[float], leaders: Float[Tensor, "M P"] | None = None
+) -> Bool[Tensor, "N E"]:
+    """Returns which rows lead their own group, at each threshold, in one pass; see `count_unique`.
 
-    Blocks of 1,024 rows against chunks of the leaders found so far, then a scan inside the block: no [N, N]
-    tensor, N * M * P products for M leaders.
+    Blocks of 1,024 rows meet chunks of all rows that lead at some threshold, then a scan runs inside the
+    block. All thresholds share the products: N * L * P of them for L leaders, and no [N, N] tensor.
+
+    Args:
+        rows: any length but zero, any float dtype.
+        thresholds: cosine distances eps.
+        leaders: leaders at every threshold that were there before; they count for covering only.
     """
     known = rows[:0] if leaders is None else leaders.to(rows)
     found = _Directions(torch.cat([known, torch.empty_like(rows)]))
+    leads = torch.ones(len(found), len(thresholds), dtype=torch.bool, device=rows.device)
     num_found = len(known)
-    index: list[Tensor] = []
+    result = torch.empty(len(rows), len(thresholds), dtype=torch.bool, device=rows.device)
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = _Directions(rows[start : start + _BLOCK_ROWS])
-        free = torch.ones(len(block), dtype=torch.bool, device=rows.device)
+        covered = torch.zeros(len(block), len(thresholds), dtype=torch.bool, device=rows.device)
         for first in range(0, num_found, _LEADERS_PER_CHUNK):
-            chunk = found[slice(first, min(first + _LEADERS_PER_CHUNK, num_found))]
-            free &= ~_covers(block, chunk, eps).any(dim=1)
-        new = _scan(block, free, eps)
+            chunk = slice(first, min(first + _LEADERS_PER_CHUNK, num_found))
+            _mark_covered_(covered, block, found[chunk], leads[chunk], thresholds)
+        is_leader = _scan(block, covered, thresholds)
+        new = is_leader.any(1).nonzero().squeeze(1)
         found.put_(num_found, block[new])
+        leads[num_found : num_found + len(new)] = is_leader[new]
         num_found += len(new)
-        index.append(new + start)
-    return torch.cat(index) if index else torch.empty(0, dtype=torch.int64, device=rows.device)
+        result[start : start + len(block)] = is_leader
+    return result
 
 
 class _Directions:
@@ -95,29 +111,51 @@ class _Directions:
         self.unit[start : start + len(other)] = other.unit
 
 
-def _covers(rows: _Directions, leaders: _Directions, eps: float) -> Tensor:
-    """Returns 1 - cosine(row, leader) < eps for all pairs; pairs near the threshold are decided in fp64."""
+def _mark_covered_(
+    covered: Tensor, block: _Directions, leaders: _Directions, leads: Tensor, thresholds: Sequence[float]
+) -> None:
+    """Sets covered[i, e] where a leader at threshold e lies within eps_e of row i, in place."""
+    cosine = _products(block, leaders)
+    nearest = cosine.amax(dim=1)
+    for column, eps in enumerate(thresholds):
+        # Only rows that have some leader near need a closer look: none of a codebook of random directions.
+        close = (nearest > 1 - eps - _BORDER).nonzero().squeeze(1)
+        if len(close):
+            within = _within(cosine[close], block[close], leaders, eps)
+            covered[close, column] |= (within & leads[:, column]).any(dim=1)
+
+
+def _scan(block: _Directions, covered: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Returns which rows of one block lead, given which are covered from outside: in order, row by row."""
+    cosine = _products(block, block).fill_diagonal_(-2.0)
+    nearest = float(cosine.max())
+    result = ~covered
+    for column, eps in enumerate(thresholds):
+        if nearest < 1 - eps - _BORDER:
+            continue
+        alive = result[:, column].cpu()
+        within = _within(cosine, block, block, eps).cpu()
+        # A row without an earlier neighbour is decided already.
+        for position in (within & alive).any(dim=1).nonzero().squeeze(1).tolist():
+            if alive[position]:
+                alive[position + 1 :] &= ~within[position, position + 1 :]
+        result[:, column] = alive.to(covered.device)
+    return result
+
+
+def _products(rows: _Directions, leaders: _Directions) -> Tensor:
     with full_precision(rows.unit.device):
-        margin = (rows.unit @ leaders.unit.T).sub_(1 - eps)
-    covered = margin > 0
-    left, right = (margin.abs_() < _BORDER).nonzero(as_tuple=True)
+        return rows.unit @ leaders.unit.T
+
+
+def _within(cosine: Tensor, rows: _Directions, leaders: _Directions, eps: float) -> Tensor:
+    """Returns 1 - cosine < eps for all pairs; pairs near the threshold are decided in fp64."""
+    within = cosine > 1 - eps
+    left, right = ((cosine - (1 - eps)).abs() < _BORDER).nonzero(as_tuple=True)
     if len(left):
-        cosine = nn.functional.cosine_similarity(
-            rows.rows[left].double(), leaders.rows[right].double(), dim=1
-        )
-        covered[left, right] = 1 - cosine < eps
-    return covered
-
-
-def _scan(block: _Directions, free: Tensor, eps: float) -> Tensor:
-    """Returns the leaders among the free rows of one block, in order."""
-    candidates = free.nonzero().squeeze(1)
-    covered = _covers(block[candidates], block[candidates], eps).cpu()
-    alive = torch.ones(len(candidates), dtype=torch.bool)
-    for position in range(len(candidates)):
-        if alive[position]:
-            alive[position + 1 :] &= ~covered[position, position + 1 :]
-    return candidates[alive.to(candidates.device)]
+        exact = nn.functional.cosine_similarity(rows.rows[left].double(), leaders.rows[right].double(), dim=1)
+        within[left, right] = 1 - exact < eps
+    return within
 
 
 class UsageCounter:

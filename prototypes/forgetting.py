@@ -17,7 +17,7 @@ MIN_MASS = 1e-6
 """Responsibility below which a component counts as unvisited: fp32 means of less mass are noise."""
 
 
-_COUNT_FLOOR = 1e-8
+_COUNT_FLOOR = 1e-6
 """Smallest count that uniform forgetting divides by; below it a mean shrinks to zero."""
 
 
@@ -64,7 +64,7 @@ def forget(
     w_k > 0. The simple gain replaces Omega_k by w_k. With `responsibility_scale: mean` the exponent is
     w_k / N, which freezes a large codebook (kept to show it). Uniform forgetting (the ablation)::
 
-        n_k' = (1 - eta) n_k + w_k;  rho_k = w_k / n_k';  mu_k = S1_k / max(n_k, 1e-8)
+        n_k' = (1 - eta) n_k + w_k;  rho_k = w_k / n_k';  mu_k = S1_k / max(n_k, 1e-6)
 
     Args:
         config: forgetting, gain and scale.

@@ -7,7 +7,7 @@ from prototypes.alarms import find_alarms
 from prototypes.diagnostics import UsageCounter, count_unique, effective_rank, mean_cosine
 from prototypes.gmm_config import AnnealingConfig
 from tests.unit.prototypes import oracle
-from tests.unit.prototypes.building import build, clustered_rows, make_config, take_step
+from tests.unit.prototypes.building import build, clustered_rows, exact_gmm, make_config, take_step
 
 
 def test_unique_prototypes_of_known_sets():
@@ -117,7 +117,11 @@ def test_alarms_on_planted_estimators():
         take_step(estimator, clustered_rows(128, 8, seed=step))
     frozen = find_alarms(estimator.metrics(), step=2000, partition_size=4)
     assert [alarm.name for alarm in frozen] == ["frozen_codebook"]
-    uniform = run_for_alarms(forgetting="uniform", uniform_rate=0.3)
-    assert "underflow" in [alarm.name for alarm in find_alarms(uniform, step=2000, partition_size=4)]
+    uniform = build(make_config(32, 8, **exact_gmm(forgetting="uniform", uniform_rate=0.5)))
+    uniform.means[0] = 300.0
+    for step in range(40):
+        take_step(uniform, clustered_rows(32, 8, seed=step))
+    underflow = find_alarms(uniform.metrics(), step=40, partition_size=4)
+    assert [alarm.name for alarm in underflow] == ["underflow"]
     cold = run_for_alarms(num_steps=5, beta=AnnealingConfig(schedule="constant", end=0.05, guard=None))
     assert "beta_below_critical" in [alarm.name for alarm in find_alarms(cold, step=2000, partition_size=4)]

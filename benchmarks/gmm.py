@@ -1,0 +1,260 @@
+"""Speed and accuracy of one online EM step beside its peers: python -m benchmarks.gmm [--large].
+
+Contestants: `ours`; `eager`, the same GEMM form with a fresh tensor for every intermediate; `broadcast`, the
+[N, K, P] form; `sklearn`, GaussianMixture's E and M step in fp32. Exit code 1 if a ratio misses its floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from benchmarks._ceiling import measure
+from benchmarks._timing import Timing, compare, describe_noise, serve
+from prototypes.config import PartitionConfig, PrototypesConfig
+from prototypes.estimator import build_estimator
+from prototypes.gmm import DiagonalGmm
+from prototypes.gmm_config import AnnealingConfig, GmmConfig, VarianceConfig
+
+MAX_L1_ERROR = 5e-3
+MAX_EXTRA_GIB = 0.3
+SMALL = (128, 2048, 256)
+LARGE = (128, 65536, 256)
+_FORGETTING = 0.95
+
+
+def main() -> int:
+    """Runs the comparison, prints one line per ratio, returns the exit code."""
+    arguments = parse_arguments()
+    if arguments.contestant:
+        torch.manual_seed(0)
+        serve(CONTESTANTS[arguments.contestant](arguments.N, arguments.K, arguments.D))
+        return 0
+    ceiling = measure()
+    print(ceiling, "|", describe_noise())
+    passed = report_accuracy()
+    passed &= report(SMALL, ceiling, {"broadcast": 20.0, "sklearn": 1.3}, arguments.rounds)
+    if arguments.large:
+        passed &= report(LARGE, ceiling, {"eager": 1.4}, arguments.rounds)
+    return 0 if passed else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--large", action="store_true", help="also K = 65,536")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contestant", choices=sorted(CONTESTANTS), help="used by the parent")
+    for name, value in zip("NKD", SMALL, strict=True):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    return parser.parse_args()
+
+
+def report(shape: tuple[int, int, int], ceiling: object, floors: dict[str, float], rounds: int) -> bool:
+    """Prints times, ratios to peers and the distance to the machine's floor; returns whether all pass."""
+    command = [f"--{name}={value}" for name, value in zip("NKD", shape, strict=True)]
+    timings = compare("benchmarks.gmm", ["ours", *floors], command, num_rounds=rounds)
+    ours = timings["ours"]
+    floor_s = compute_floor(shape, ceiling)
+    sizes = " ".join(f"{name}={value}" for name, value in zip("NKD", shape, strict=True))
+    print(
+        f"gmm {sizes} | ours min {1e3 * ours.minimum:.1f} median {1e3 * ours.median:.1f} ms "
+        f"({ours.minimum / floor_s:.1f}x floor {1e3 * floor_s:.1f} ms)"
+    )
+    passed = True
+    for name, least in floors.items():
+        passed &= print_ratio(name, timings[name], ours, least)
+    if shape == LARGE:
+        extra = ours.extra_bytes / 2**30
+        passed &= extra < MAX_EXTRA_GIB
+        verdict = "PASS" if extra < MAX_EXTRA_GIB else "FAIL"
+        print(f"  peak beside state and candidate {extra:.2f} GiB | {verdict} < {MAX_EXTRA_GIB}")
+    return passed
+
+
+def print_ratio(name: str, peer: Timing, ours: Timing, least: float) -> bool:
+    """Prints one peer's line and returns whether its ratio of minima passes."""
+    ratio = peer.minimum / ours.minimum
+    verdict = "PASS" if ratio >= least else "FAIL"
+    print(
+        f"  {name} min {1e3 * peer.minimum:.1f} median {1e3 * peer.median:.1f} ms | {ratio:.2f}x of minima, "
+        f"{peer.median / ours.median:.2f}x of medians | {verdict} >= {least}x"
+    )
+    return ratio >= least
+
+
+def compute_floor(shape: tuple[int, int, int], ceiling: object) -> float:
+    """Returns the least seconds of a step: its two GEMMs, or its tables read and written once."""
+    num_rows, num_prototypes, dim = shape
+    table = num_prototypes * 2 * dim * 4
+    # E reads the tables, the statistics are written and read, the candidate is written, the means are published.
+    return ceiling.seconds(5.5 * table, 8 * num_rows * num_prototypes * dim)  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------------------------------- contestants
+
+
+def build_ours(num_rows: int, num_prototypes: int, dim: int) -> Callable[[], object]:
+    """Our estimator, state and candidate allocated and initialised."""
+    beta = AnnealingConfig(schedule="constant", guard=None)
+    config = PrototypesConfig(
+        num_prototypes=num_prototypes,
+        dim=dim,
+        partition=PartitionConfig(size=num_prototypes // 4),
+        gmm=GmmConfig(beta=beta, variance=VarianceConfig(shrinkage=0.0)),
+    )
+    estimator = build_estimator(config, seed=0, num_observations_per_epoch=2_560_000, total_steps=1000)
+    assert isinstance(estimator, DiagonalGmm)
+    rows = torch.randn(num_rows, dim)
+    # The first batch sets the moments; the candidate counts as state, not as extra memory.
+    estimator._candidate.allocate(estimator, estimator.table_names)
+    for table in estimator._candidate.tables.values():
+        table.zero_()
+
+    def step() -> None:
+        estimator.commit(estimator.observe(rows))
+        estimator.accept()
+
+    return step
+
+
+class _PlainMixture:
+    """State of the peers that are written here."""
+
+    def __init__(self, num_rows: int, num_prototypes: int, dim: int) -> None:
+        self.rows = torch.nn.functional.normalize(torch.randn(num_rows, dim), dim=1)
+        self.means = torch.nn.functional.normalize(torch.randn(num_prototypes, dim), dim=1)
+        self.variances = torch.full((num_prototypes, dim), 1.0 / dim)
+        self.counts = torch.ones(num_prototypes)
+        self.weights = torch.full((num_prototypes,), 1.0 / num_prototypes)
+
+    def m_step(self, mass: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """M-step with a fresh tensor per intermediate; returns unit means."""
+        kept = _FORGETTING**mass
+        gain = (1 - kept) / (1 - _FORGETTING)
+        counts = kept * self.counts + gain
+        rate = (gain / counts)[:, None]
+        safe = mass.clamp_min(1e-6)[:, None]
+        mean, square = first / safe, second / safe
+        shift = mean - self.means
+        new_variances = (1 - rate) * self.variances + rate * (square - mean**2) + rate * (1 - rate) * shift**2
+        self.means = self.means + rate * shift
+        self.variances = new_variances.clamp_min(0.05 / self.means.shape[1])
+        self.counts = counts
+        self.weights = 0.99 * self.weights + 0.01 * mass / mass.sum()
+        return torch.nn.functional.normalize(self.means, dim=1)
+
+
+def build_eager(num_rows: int, num_prototypes: int, dim: int) -> Callable[[], object]:
+    """GEMM form, nothing in place, nothing in chunks."""
+    mixture = _PlainMixture(num_rows, num_prototypes, dim)
+
+    def step() -> torch.Tensor:
+        h, mu, var = mixture.rows, mixture.means, mixture.variances
+        features = torch.cat([h, h * h], dim=1)
+        theta = torch.cat([mu / var, -0.5 / var], dim=1)
+        bias = mixture.weights.log() - 0.5 * (mu * mu / var + (2 * torch.pi * var).log()).sum(1)
+        gamma = torch.softmax(features @ theta.T + bias, dim=1)
+        moments = gamma.T @ features
+        return mixture.m_step(gamma.sum(0), moments[:, :dim], moments[:, dim:])
+
+    return torch.no_grad()(step)
+
+
+def build_broadcast(num_rows: int, num_prototypes: int, dim: int) -> Callable[[], object]:
+    """The equations as they are printed: [N, K, P] differences."""
+    mixture = _PlainMixture(num_rows, num_prototypes, dim)
+
+    def step() -> torch.Tensor:
+        h, mu, var = mixture.rows, mixture.means, mixture.variances
+        difference = h[:, None, :] - mu[None]
+        log_rho = mixture.weights.log() - 0.5 * (difference**2 / var + (2 * torch.pi * var).log()).sum(-1)
+        gamma = torch.softmax(log_rho, dim=1)
+        first = (gamma[..., None] * h[:, None, :]).sum(0)
+        second = (gamma[..., None] * (h * h)[:, None, :]).sum(0)
+        return mixture.m_step(gamma.sum(0), first, second)
+
+    return torch.no_grad()(step)
+
+
+def build_sklearn(num_rows: int, num_prototypes: int, dim: int) -> Callable[[], object]:
+    """scikit-learn's E and M step, single precision."""
+    from sklearn.mixture import GaussianMixture
+
+    mixture = _PlainMixture(num_rows, num_prototypes, dim)
+    model = GaussianMixture(num_prototypes, covariance_type="diag")
+    model.weights_, model.means_ = mixture.weights.numpy(), mixture.means.numpy()
+    model.covariances_ = mixture.variances.numpy()
+    model.precisions_cholesky_ = 1 / np.sqrt(model.covariances_)
+    rows = mixture.rows.numpy()
+
+    def step() -> None:
+        _, log_responsibilities = model._e_step(rows)
+        model._m_step(rows, log_responsibilities)
+
+    return step
+
+
+CONTESTANTS: dict[str, Callable[[int, int, int], Callable[[], object]]] = {
+    "ours": build_ours,
+    "eager": build_eager,
+    "broadcast": build_broadcast,
+    "sklearn": build_sklearn,
+}
+
+
+# ------------------------------------------------------------------------------------------- accuracy
+
+
+def report_accuracy() -> bool:
+    """Prints the L1 error of the responsibilities against fp64 at the variance floor; returns whether all pass."""
+    passed = True
+    for cosine in (0.0, 0.9, 0.9999):
+        error = compute_l1_error(cosine)
+        passed &= error <= MAX_L1_ERROR
+        verdict = "PASS" if error <= MAX_L1_ERROR else "FAIL"
+        print(f"  L1(gamma) {error:.1e} at mean cosine {cosine} | {verdict} <= {MAX_L1_ERROR:.0e}")
+    return passed
+
+
+def compute_l1_error(cosine: float, num_prototypes: int = 2048, dim: int = 256, num_rows: int = 128) -> float:
+    """Returns the largest L1 error of a row's responsibilities, with every variance at the floor.
+
+    Rows lie between pairs of means, so that several components compete for each.
+    """
+    generator = torch.Generator().manual_seed(0)
+    floor = 0.05
+    config = PrototypesConfig(
+        num_prototypes=num_prototypes,
+        dim=dim,
+        gmm=GmmConfig(variance=VarianceConfig(floor=floor, shrinkage=0.0)),
+    )
+    estimator = build_estimator(config, seed=0, num_observations_per_epoch=1000, total_steps=10)
+    assert isinstance(estimator, DiagonalGmm)
+    direction = torch.nn.functional.normalize(torch.randn(dim, generator=generator), dim=0)
+    noise = torch.nn.functional.normalize(torch.randn(num_prototypes, dim, generator=generator), dim=1)
+    means = torch.nn.functional.normalize(cosine**0.5 * direction + (1 - cosine) ** 0.5 * noise, dim=1)
+    estimator.means.copy_(means)
+    centred = means - means.mean(0)
+    estimator.row_mean.copy_(means.mean(0))
+    estimator.row_covariance.copy_(centred.T @ centred / num_prototypes)
+    estimator.variances.copy_(floor * estimator.row_covariance.diagonal().expand_as(means))
+    partner = means[torch.randperm(num_prototypes, generator=generator)[:num_rows]]
+    rows = torch.nn.functional.normalize(means[:num_rows] + partner, dim=1)
+    seen = estimator.preprocess(rows).double()
+    exact = torch.stack(
+        [
+            -0.5 * ((row - estimator.means.double()) ** 2 / estimator.variances.double()).sum(1)
+            - 0.5 * estimator.variances.double().log().sum(1)
+            for row in seen
+        ]
+    ).softmax(1)
+    return float((estimator.responsibilities(rows).double() - exact).abs().sum(1).max())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
