@@ -128,14 +128,11 @@ def _build_section(config_class: type, values: Any, prefix: str, known_keys: set
 
 def _unknown_key_message(key: str, siblings: list[str], prefix: str, known_keys: set[str]) -> str:
     name = key[len(prefix) :]
-    near = difflib.get_close_matches(name, siblings, n=1)
-    if near:
-        suggestion = prefix + near[0]
-    else:
-        # The key may be right and its section wrong.
-        same_leaf = sorted(known for known in known_keys if known.rsplit(".", 1)[-1] == name)
-        candidates = same_leaf or difflib.get_close_matches(key, sorted(known_keys), n=1)
-        suggestion = candidates[0] if candidates else ""
+    # The key may be right and its section wrong: the same leaf elsewhere is the better guess.
+    same_leaf = [known for known in sorted(known_keys) if known.rsplit(".", 1)[-1] == name]
+    near = [prefix + sibling for sibling in difflib.get_close_matches(name, siblings, n=1)]
+    candidates = same_leaf or near or difflib.get_close_matches(key, sorted(known_keys), n=1)
+    suggestion = candidates[0] if candidates else ""
     hint = f"did you mean {suggestion}?" if suggestion else f"known keys here: {', '.join(sorted(siblings))}"
     return f"unknown key {key}; {hint}"
 

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "runtime": set(),
     "training": {"models", "prototypes", "data", "runtime"},
     "evaluation": {"models", "prototypes", "data", "runtime"},
-    "slurm": {"runtime", "training"},
+    "slurm": {"runtime", "training", "evaluation"},
     "benchmarks": set(ROOMS),
     "pretrain": {"training", "evaluation", "runtime", "data"},
     "evaluate": {"evaluation", "runtime"},
@@ -85,7 +85,11 @@ def find_violations(name, source):
             and not imported.startswith("prototypes.diagnostics")
         ):
             found.append(f"{name} imports {imported}: evaluation may use prototypes.diagnostics only")
-        if room == "slurm" and target == "training" and not imported.startswith("training.config"):
+        if (
+            room == "slurm"
+            and target in ("training", "evaluation")
+            and not imported.startswith(f"{target}.config")
+        ):
             found.append(f"{name} imports {imported}: slurm may use config classes only")
     if source.count("\n") > MAX_FILE_LINES:
         found.append(f"{name} has {source.count(chr(10))} lines, more than {MAX_FILE_LINES}")

@@ -25,7 +25,6 @@ from training.checkpoint import CheckpointStore, find_latest_checkpoint
 from training.config import PretrainConfig
 from training.engine import Engine, TrainedNetwork
 from training.guards import LossSpikeGuard
-from training.optimizer import count_parameters
 from training.snapshot import Progress, load_progress, restore
 from training.step import TrainingStep
 from training.synchronization import Synchronization
@@ -46,23 +45,53 @@ def build_trainer(
     Raises:
         ValueError: something that the user can mend: data, sizes, an engine that refuses a combination.
     """
-    micro_batch_size = config.batch.micro_batch_size_per_gpu(process.world_size)
     checkpoint = find_latest_checkpoint(run_dir / "checkpoints", process) if config.run.resume else None
-    position = load_progress(checkpoint).position if checkpoint is not None else None
-    stream = TrainingStream(
+    stream = _build_stream(config, process, checkpoint)
+    training_step = _build_training_step(config, stream.num_samples, process)
+    progress = Progress()
+    if checkpoint is not None:
+        progress = restore(checkpoint, training_step, process)
+        logger.info("continuing from %s: %d steps done", checkpoint, progress.step)
+    settings = config.checkpoint
+    return Trainer(
+        config=config,
+        run_dir=run_dir,
+        process=process,
+        stream=stream,
+        training_step=training_step,
+        store=CheckpointStore(
+            run_dir / "checkpoints", process, keep_last=settings.keep_last, keep_every=settings.keep_every
+        ),
+        progress=progress,
+        provenance=collect_provenance()
+        | {
+            "config_hash": config_hash(config),
+            "data_hash": stream.manifest.hash,
+            "run": config.run.name,
+            "mode": config.prototypes.mode,
+        },
+        probe=build_probe(config, process.device, process) if config.evaluation.knn_every_steps else None,
+        preemption=preemption,
+    )
+
+
+def _build_stream(config: PretrainConfig, process: Process, checkpoint: Path | None) -> TrainingStream:
+    return TrainingStream(
         config.data,
         seed=config.run.seed,
         global_batch_size=config.batch.global_batch_size,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=config.batch.micro_batch_size_per_gpu(process.world_size),
         rank=process.rank,
         world_size=process.world_size,
-        position=position,
+        position=load_progress(checkpoint).position if checkpoint is not None else None,
     )
+
+
+def _build_training_step(config: PretrainConfig, num_samples: int, process: Process) -> TrainingStep:
     synchronization = Synchronization(process.world_size)
-    estimator = _build_estimator(config, stream.num_samples, process, synchronization)
-    engine = _build_engine(config, process, estimator)
-    training_step = TrainingStep(
-        engine=engine,
+    estimator = _build_estimator(config, num_samples, process, synchronization)
+    return TrainingStep(
+        engine=_build_engine(config, process, estimator),
         estimator=estimator,
         prototypes=config.prototypes,
         objective=config.objective,
@@ -72,34 +101,6 @@ def build_trainer(
         spike_guard=LossSpikeGuard(config.optim.spike_factor),
         device=process.device,
         seed=config.run.seed,
-    )
-    progress = Progress()
-    if checkpoint is not None:
-        progress = restore(checkpoint, training_step, process)
-        logger.info("continuing from %s: %d steps done", checkpoint, progress.step)
-    provenance = collect_provenance() | {
-        "config_hash": config_hash(config),
-        "data_hash": stream.manifest.hash,
-        "run": config.run.name,
-        "mode": config.prototypes.mode,
-        "num_parameters": count_parameters(engine.teacher_network().backbone),
-    }
-    return Trainer(
-        config=config,
-        run_dir=run_dir,
-        process=process,
-        stream=stream,
-        training_step=training_step,
-        store=CheckpointStore(
-            run_dir / "checkpoints",
-            process,
-            keep_last=config.checkpoint.keep_last,
-            keep_every=config.checkpoint.keep_every,
-        ),
-        progress=progress,
-        provenance=provenance,
-        probe=build_probe(config, process.device, process) if config.evaluation.knn_every_steps else None,
-        preemption=preemption,
     )
 
 
@@ -114,6 +115,7 @@ def _build_estimator(
         total_steps=config.num_steps(num_samples),
         rank=process.rank,
         world_size=process.world_size,
+        rows_per_rank=num_views * config.batch.global_batch_size // process.world_size,
         reduce_sum=synchronization.reduce_sum,
         gather=synchronization.gather,
         device=process.device,
