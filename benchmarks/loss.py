@@ -1,0 +1,85 @@
+"""Memory and speed of the CARP loss beside the form that builds all logits: python -m benchmarks.loss."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+
+from benchmarks._timing import compare, describe_noise, serve
+from prototypes.losses import carp_loss
+from prototypes.partitions import draw_partition
+
+NUM_VIEWS, NUM_SAMPLES, DIM, BLOCK_SIZE = 4, 32, 128, 512
+
+
+def main() -> int:
+    """Prints both contestants' times and memory; returns 1 unless ours needs at most half the memory."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--K", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--contestant", choices=sorted(CONTESTANTS), help="used by the parent")
+    arguments = parser.parse_args()
+    if arguments.contestant:
+        torch.manual_seed(0)
+        serve(CONTESTANTS[arguments.contestant](arguments.K))
+        return 0
+    timings = compare(
+        "benchmarks.loss", ["ours", "whole"], [f"--K={arguments.K}"], num_rounds=arguments.rounds
+    )
+    ours, whole = timings["ours"], timings["whole"]
+    share = ours.extra_bytes / max(whole.extra_bytes, 1)
+    verdict = "PASS" if share <= 0.5 else "FAIL"
+    print(describe_noise())
+    print(
+        f"loss K={arguments.K} forward + backward | ours min {1e3 * ours.minimum:.0f} ms, {ours.extra_bytes / 2**20:.0f} MiB"
+        f" | whole min {1e3 * whole.minimum:.0f} ms, {whole.extra_bytes / 2**20:.0f} MiB | "
+        f"{whole.minimum / ours.minimum:.2f}x speed, {share:.2f}x memory | {verdict} memory <= 0.5x"
+    )
+    return 0 if verdict == "PASS" else 1
+
+
+def build_ours(num_prototypes: int) -> Callable[[], object]:
+    """A few blocks at a time, recomputed in the backward pass."""
+    student, teacher, prototypes, partition = make_inputs(num_prototypes)
+
+    def step() -> None:
+        carp_loss(student, teacher, prototypes, prototypes, partition).total.backward()
+
+    return step
+
+
+def build_whole(num_prototypes: int) -> Callable[[], object]:
+    """All logits of all views at once, as the formula is printed."""
+    student, teacher, prototypes, partition = make_inputs(num_prototypes)
+    eps = torch.finfo(torch.float32).eps
+
+    def step() -> None:
+        p = (student @ prototypes.T)[..., partition].softmax(-1)
+        with torch.no_grad():
+            q = (teacher @ prototypes.T)[..., partition].softmax(-1)
+        pairs = [(i, j) for i in range(len(p)) for j in range(len(q)) if i != j]
+        agreement = torch.stack([(p[i] * q[j]).sum(-1) for i, j in pairs])
+        mean = (p.sum((0, 1)) + q.sum((0, 1))) / ((len(p) + len(q)) * p.shape[1])
+        entropy = (math.log(BLOCK_SIZE) + (mean * mean.clamp(eps, 1 - eps).log()).sum(-1)).mean()
+        (entropy - agreement.clamp(eps, 1 - eps).log().mean()).backward()
+
+    return step
+
+
+def make_inputs(num_prototypes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns student and teacher projections, prototypes and a partition."""
+    student = torch.randn(NUM_VIEWS, NUM_SAMPLES, DIM, requires_grad=True)
+    teacher = torch.randn(2, NUM_SAMPLES, DIM)
+    prototypes = torch.nn.functional.normalize(torch.randn(num_prototypes, DIM), dim=1)
+    return student, teacher, prototypes, draw_partition(num_prototypes, BLOCK_SIZE, seed=0, step=0)
+
+
+CONTESTANTS: dict[str, Callable[[int], Callable[[], object]]] = {"ours": build_ours, "whole": build_whole}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
