@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 _REPETITIONS_PER_TURN = 3
 
@@ -28,7 +28,7 @@ class Timing:
         minimum: fastest repetition.
         median: middle repetition.
         spread: (third quartile - first quartile) / median.
-        extra_bytes: growth of the process's peak memory from set-up to the end.
+        extra_bytes: peak memory of the process above what it held after set-up.
     """
 
     minimum: float
@@ -120,18 +120,29 @@ def compare(
 
 def serve(run: Callable[[], object]) -> None:
     """Child side: times `run` as often as each line of standard input asks; set up before calling."""
-    before = _peak_bytes()
+    before = _reset_peak()
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
             start = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - start)
-        print(json.dumps({"seconds": seconds, "extra_bytes": _peak_bytes() - before}), flush=True)
+        print(
+            json.dumps({"seconds": seconds, "extra_bytes": _read_status_bytes("VmHWM") - before}), flush=True
+        )
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _read_status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}; memory is measured on Linux only")
+
+
+def _reset_peak() -> int:
+    """Returns the memory in use, and makes it the peak from here on: set-up may have needed more for a moment."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _read_status_bytes("VmRSS")
 
 
 def describe_noise() -> str:

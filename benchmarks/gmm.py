@@ -110,7 +110,7 @@ def build_ours(num_rows: int, num_prototypes: int, dim: int) -> Callable[[], obj
     estimator = build_estimator(config, seed=0, num_observations_per_epoch=2_560_000, total_steps=1000)
     assert isinstance(estimator, DiagonalGmm)
     rows = torch.randn(num_rows, dim)
-    # The first batch sets the moments; the candidate counts as state, not as extra memory.
+    # The candidate counts as state, not as extra memory.
     estimator._candidate.allocate(estimator, estimator.table_names)
     for table in estimator._candidate.tables.values():
         table.zero_()

@@ -19,12 +19,14 @@ NUM_VIEWS, NUM_SAMPLES, DIM, BLOCK_SIZE = 4, 32, 128, 512
 def main() -> int:
     """Prints both contestants' times and memory; returns 1 unless ours needs at most half the memory."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--K", type=int, default=16384)
+    parser.add_argument("--K", type=int, default=65536)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--contestant", choices=sorted(CONTESTANTS), help="used by the parent")
     arguments = parser.parse_args()
     if arguments.contestant:
         torch.manual_seed(0)
+        # A small run first: modules loaded on first use are not the loss's memory.
+        CONTESTANTS[arguments.contestant](2 * BLOCK_SIZE)()
         serve(CONTESTANTS[arguments.contestant](arguments.K))
         return 0
     timings = compare(
@@ -34,9 +36,12 @@ def main() -> int:
     share = ours.extra_bytes / max(whole.extra_bytes, 1)
     verdict = "PASS" if share <= 0.5 else "FAIL"
     print(describe_noise())
+    times = [
+        f"{name} min {1e3 * timing.minimum:.0f} ms, {timing.extra_bytes / 2**20:.0f} MiB"
+        for name, timing in timings.items()
+    ]
     print(
-        f"loss K={arguments.K} forward + backward | ours min {1e3 * ours.minimum:.0f} ms, {ours.extra_bytes / 2**20:.0f} MiB"
-        f" | whole min {1e3 * whole.minimum:.0f} ms, {whole.extra_bytes / 2**20:.0f} MiB | "
+        f"loss K={arguments.K} forward + backward | {' | '.join(times)} | "
         f"{whole.minimum / ours.minimum:.2f}x speed, {share:.2f}x memory | {verdict} memory <= 0.5x"
     )
     return 0 if verdict == "PASS" else 1
