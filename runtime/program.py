@@ -49,7 +49,7 @@ def faults_unless(*users_mistakes: type[ValueError]) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, *users_mistakes):
-        raise
     except ValueError as error:
+        if isinstance(error, (UserError, *users_mistakes)):
+            raise
         raise RuntimeError(f"fault: {error}") from error

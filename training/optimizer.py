@@ -35,7 +35,7 @@ def build_parameter_groups(student: TrainedNetwork, config: OptimConfig) -> list
     that the encoder's loss trains do not decay: only their direction counts.
     """
     backbone = student.network.backbone
-    skip = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
+    skip: set[str] = getattr(backbone, "no_weight_decay", set)()
     decay = 1.0  # a marker: the scheduled value replaces it
     if config.layer_decay != 1.0:
         groups = timm.optim.param_groups_layer_decay(
@@ -46,7 +46,7 @@ def build_parameter_groups(student: TrainedNetwork, config: OptimConfig) -> list
             weight_decay_exclude_1d=True,
         )
     else:
-        groups = timm.optim.param_groups_weight_decay(backbone, decay, skip)
+        groups = timm.optim.param_groups_weight_decay(backbone, weight_decay=decay, no_weight_decay_list=skip)
     head = list(student.network.projection_head.parameters())
     groups = [dict(group) for group in groups]
     groups.append({"params": [p for p in head if p.ndim > 1], "weight_decay": decay})

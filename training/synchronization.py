@@ -37,7 +37,7 @@ class Synchronization:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         # Collective: every rank makes the group at the same point of its program.
-        self._statistics_group = dist.new_group() if world_size > 1 else None
+        self._statistics_group: Any = dist.new_group() if world_size > 1 else None
 
     def reduce_sum(self, tensor: Tensor) -> Handle:
         """Starts an in-place sum over ranks and returns its handle. Asynchronous collective, no gradient."""
@@ -74,5 +74,5 @@ class _MeanOverRanks(torch.autograd.Function):
         return mean.div_(world_size)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None

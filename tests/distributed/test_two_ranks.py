@@ -22,7 +22,12 @@ def digit_shards(tmp_path_factory):
 
 def train(out, shards, world_size, steps, *overrides):
     out.mkdir(parents=True)
-    run_ranks("tests.helpers.two_ranks", [str(out), shards, str(steps), *overrides], world_size, log_dir=out / "logs")
+    run_ranks(
+        "tests.helpers.two_ranks",
+        [str(out), shards, str(steps), *overrides],
+        world_size,
+        log_dir=out / "logs",
+    )
     return [load_file(out / f"rank-{rank}.safetensors") for rank in range(world_size)]
 
 
@@ -50,11 +55,22 @@ def test_mixture_is_bitwise_equal_on_both_ranks_after_20_steps(digit_shards, tmp
 
 
 def test_torchrun_trains_zero_1_and_continues_on_one_rank(digit_shards, tmp_path):
-    options = [*TINY, f"data.shards={digit_shards}", f"run.output_dir={tmp_path}", "run.name=elastic", "optim.steps=6"]
+    options = [
+        *TINY,
+        f"data.shards={digit_shards}",
+        f"run.output_dir={tmp_path}",
+        "run.name=elastic",
+        "optim.steps=6",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*torchrun, "pretrain.py", DEMO, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+        [*torchrun, "pretrain.py", DEMO, *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "elastic/checkpoints/step-00000006/COMMIT").exists()

@@ -32,7 +32,12 @@ def command(shards, out, name, *overrides):
 def run(shards, out, name, *overrides, environment=None, expect=0):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     result = subprocess.run(
-        command(shards, out, name, *overrides), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        command(shards, out, name, *overrides),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert result.returncode == expect, result.stderr[-3000:]
     return result
@@ -120,7 +125,9 @@ def test_export_loads_everywhere_with_the_live_teachers_features(digit_shards, t
     config = load_config(PretrainConfig, str(tmp_path / "exported/config.yaml"))
     live = build_backbone(config.model, drop_path_rate=0.0)
     prefix = "teacher/network.backbone."
-    state = {k.removeprefix(prefix): v for k, v in ConsolidatedState(checkpoint).items() if k.startswith(prefix)}
+    state = {
+        k.removeprefix(prefix): v for k, v in ConsolidatedState(checkpoint).items() if k.startswith(prefix)
+    }
     live.load_state_dict(state)
     images = torch.randn(4, 1, 28, 28)
     with torch.no_grad():
@@ -164,6 +171,8 @@ def test_accumulation_gives_the_mixture_of_the_whole_batch(digit_shards, tmp_pat
     from training.state_files import load_tree
 
     for name, accumulation in (("one", 1), ("two", 2)):
-        run(digit_shards, tmp_path, name, "optim.steps=1", f"batch.gradient_accumulation_steps={accumulation}")
+        run(
+            digit_shards, tmp_path, name, "optim.steps=1", f"batch.gradient_accumulation_steps={accumulation}"
+        )
     one, two = (load_tree(tmp_path / n / "checkpoints/step-00000001", "estimator") for n in ("one", "two"))
     torch.testing.assert_close(one["means"], two["means"], rtol=1e-5, atol=1e-6)
