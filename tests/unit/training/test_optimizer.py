@@ -50,7 +50,7 @@ def test_layer_decay_slows_the_first_layers(student):
     groups = build_parameter_groups(student, OptimConfig(layer_decay=0.5))
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     blocks = student.network.backbone.blocks
-    assert scale[id(blocks[0].mlp.fc1.weight)] < scale[id(blocks[1].mlp.fc1.weight)] < 1.0
+    assert scale[id(blocks[0].mlp.fc1.weight)] < scale[id(blocks[1].mlp.fc1.weight)] <= 1.0
 
 
 def test_schedule_reaches_every_group(student):
