@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -66,30 +66,46 @@ def carp_loss(
     Returns:
         Scalars, fp32. Both a uniform and a constant one-hot solution give log S.
     """
-    num_blocks, block_size = partition.shape
+    consistency, mean_prob = _compute_in_chunks(
+        student,
+        teacher.detach(),
+        student_prototypes,
+        teacher_prototypes.detach(),
+        partition.split(blocks_per_chunk),
+    )
+    if mean_over_ranks is not None:
+        mean_prob = mean_over_ranks(mean_prob)
+    entropy = math.log(partition.shape[1]) - _compute_entropy(mean_prob).mean()
+    return CarpLoss(consistency + entropy_weight * entropy, consistency, entropy)
+
+
+def _compute_in_chunks(
+    student: Float[Tensor, "V B Q"],
+    teacher: Float[Tensor, "W B Q"],
+    student_prototypes: Float[Tensor, "K Q"],
+    teacher_prototypes: Float[Tensor, "K Q"],
+    chunks: Sequence[Int64[Tensor, "_ S"]],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "G S"]]:
+    """Returns the mean consistency and the mean probabilities; each chunk's logits live for the chunk only."""
     # Sample-major rows make the products <p_i, q_j> of one sample one small matrix product without a copy.
     student_rows = student.transpose(0, 1).contiguous()
-    teacher_rows = teacher.detach().transpose(0, 1).contiguous()
+    teacher_rows = teacher.transpose(0, 1).contiguous()
     consistency_sums, mean_probs = [], []
-    for blocks in partition.split(blocks_per_chunk):
+    for blocks in chunks:
         consistency, mean_prob = checkpoint(
             _compute_blocks,
             student_rows,
             teacher_rows,
             student_prototypes,
-            teacher_prototypes.detach(),
+            teacher_prototypes,
             blocks,
             use_reentrant=False,
             preserve_rng_state=False,
         )
         consistency_sums.append(consistency)
         mean_probs.append(mean_prob)
-    consistency = torch.stack(consistency_sums).sum() / num_blocks
-    mean_prob = torch.cat(mean_probs)
-    if mean_over_ranks is not None:
-        mean_prob = mean_over_ranks(mean_prob)
-    entropy = math.log(block_size) - _compute_entropy(mean_prob).mean()
-    return CarpLoss(consistency + entropy_weight * entropy, consistency, entropy)
+    mean_probs_of_blocks = torch.cat(mean_probs)
+    return torch.stack(consistency_sums).sum() / len(mean_probs_of_blocks), mean_probs_of_blocks
 
 
 def _compute_blocks(

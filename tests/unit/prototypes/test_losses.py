@@ -1,5 +1,6 @@
 """CARP's loss, its gradients and its partitions."""
 
+import copy
 import math
 
 import numpy as np
@@ -29,7 +30,7 @@ def test_equals_the_float64_oracle():
     loss = carp_loss(3 * student, 3 * teacher, prototypes, other, partition, entropy_weight=0.7)
     arrays = [value.detach().double().numpy() for value in (3 * student, 3 * teacher, prototypes, other)]
     expected = oracle.carp(*arrays, partition.numpy(), entropy_weight=0.7)
-    np.testing.assert_allclose([float(value) for value in loss], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose([value.item() for value in loss], expected, rtol=1e-5, atol=1e-6)
 
 
 def whole_loss(student, teacher, student_prototypes, teacher_prototypes, partition):
@@ -75,11 +76,11 @@ def test_collapsed_solutions_cost_the_log_of_the_block_size():
     _, _, prototypes, partition = make_inputs()
     nothing = torch.zeros(4, 6, 8)
     uniform = carp_loss(nothing, nothing[:2], prototypes, prototypes, partition)
-    assert float(uniform.total) == pytest.approx(math.log(6), rel=1e-5)
+    assert uniform.total.item() == pytest.approx(math.log(6), rel=1e-5)
     # One direction, very long: all samples agree on one prototype per block.
     constant = 1e4 * torch.randn(8).expand(4, 6, 8)
     one_hot = carp_loss(constant, constant[:2], prototypes, prototypes, partition)
-    assert float(one_hot.total) == pytest.approx(math.log(6), rel=1e-3)
+    assert one_hot.total.item() == pytest.approx(math.log(6), rel=1e-3)
 
 
 def test_mean_over_ranks_gives_the_gradient_of_the_concatenated_batch():
@@ -181,7 +182,48 @@ def test_koleo_equals_the_oracle_and_pushes_neighbours_apart():
     partition = draw_partition(24, 6, seed=0, step=0)
     loss = compute_koleo(prototypes, partition)
     expected = oracle.koleo(prototypes.detach().double().numpy(), partition.numpy())
-    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
     loss.backward()
     moved = torch.nn.functional.normalize(prototypes - 0.05 * prototypes.grad, dim=1)
     assert compute_koleo(moved, partition) < loss
+
+
+@pytest.mark.parametrize("mode", ["full", "joint", "partial"])
+def test_resume_reproduces_the_next_twenty_losses_bitwise(mode):
+    """A linear encoder against the estimator's prototypes: everything that a run keeps, saved in the middle."""
+    from tests.unit.prototypes.building import build, clustered_rows, make_config
+
+    def make():
+        torch.manual_seed(1)
+        estimator = build(make_config(24, 8, mode=mode, size=6))
+        encoder, learned = torch.nn.Linear(8, 8), estimator.build_learned()
+        parameters = [*encoder.parameters(), *(learned.parameters() if learned is not None else ())]
+        return estimator, torch.nn.ModuleList([encoder, *([] if learned is None else [learned])]), parameters
+
+    def run(estimator, modules, parameters, steps):
+        optimizer, losses = torch.optim.SGD(parameters, lr=0.1), []
+        for step in steps:
+            views = clustered_rows(32, 8, seed=step).view(2, 16, 8)
+            with torch.no_grad():
+                h = modules[0](views)
+            estimator.commit(estimator.observe(h.flatten(0, 1)))
+            learned = modules[1]() if len(modules) > 1 else None
+            rows_s, columns_s = estimator.logit_operands(modules[0](views), "student", learned)
+            rows_t, columns_t = estimator.logit_operands(h, "teacher", learned)
+            partition = draw_partition(24, 6, seed=0, step=step)
+            loss = carp_loss(rows_s, rows_t, columns_s, columns_t, partition).total
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            estimator.accept()
+            losses.append(loss.item())
+        return losses
+
+    estimator, modules, parameters = make()
+    run(estimator, modules, parameters, range(10))
+    saved = copy.deepcopy((estimator.state_dict(), modules.state_dict()))
+    expected = run(estimator, modules, parameters, range(10, 30))
+    resumed, resumed_modules, resumed_parameters = make()
+    resumed.load_state_dict(saved[0])
+    resumed_modules.load_state_dict(saved[1])
+    assert run(resumed, resumed_modules, resumed_parameters, range(10, 30)) == expected
