@@ -152,18 +152,7 @@ def write_split(
         raise DataError(f"split {split!r} has 0 images; expected at least 1; look at the input folder")
     records_dir = Path(directory) / _RECORDS
     records_dir.mkdir(parents=True, exist_ok=True)
-    fingerprint = _fingerprint(source, split, samples_per_shard, max_shard_bytes, seed)
-    order = draw_permutation(hash_key(seed, _SHARD_ORDER), len(source)).tolist()
-    jobs = [
-        ShardJob(
-            split=split,
-            number=number,
-            indices=indices,
-            directory=directory,
-            fingerprint=fingerprint,
-        )
-        for number, indices in enumerate(_cut_in_shards(source, order, samples_per_shard, max_shard_bytes))
-    ]
+    jobs = _list_jobs(source, split, directory, samples_per_shard, max_shard_bytes, seed)
     records = {job.name: record for job in jobs if (record := _find_record(job)) is not None}
     missing = [job for job in jobs if job.name not in records]
     logger.info("%s: %d of %d shards are there already", split, len(records), len(jobs))
@@ -209,6 +198,18 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _list_jobs(
+    source: ImageSource, split: str, directory: str, samples_per_shard: int, max_shard_bytes: int, seed: int
+) -> list[ShardJob]:
+    fingerprint = _fingerprint(source, split, samples_per_shard, max_shard_bytes, seed)
+    order = draw_permutation(hash_key(seed, _SHARD_ORDER), len(source)).tolist()
+    shards = _cut_in_shards(source, order, samples_per_shard, max_shard_bytes)
+    return [
+        ShardJob(split=split, number=number, indices=indices, directory=directory, fingerprint=fingerprint)
+        for number, indices in enumerate(shards)
+    ]
 
 
 def _jobs_with_duplicates(jobs: Sequence[ShardJob], records: dict[str, ShardRecord]) -> list[ShardJob]:
