@@ -25,6 +25,7 @@ OVERRIDES = (
     "optim.warmup_epochs=1",
     "prototypes.num_prototypes=256",
     "prototypes.partition.size=64",
+    "evaluation.knn_every_steps=0",
 )
 
 
