@@ -45,8 +45,6 @@ class Contestant:
             **os.environ,
             "OMP_NUM_THREADS": str(num_threads),
             "OPENBLAS_NUM_THREADS": str(num_threads),
-            # Threads of a contestant that waits must not spin on the cores of the one that runs.
-            "OMP_WAIT_POLICY": "PASSIVE",
         }
         self.name = name
         self.seconds: list[float] = []

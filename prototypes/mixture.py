@@ -25,7 +25,9 @@ from prototypes.statistics import Collectives, FlatStatistics, full_precision
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
-COMPONENTS_PER_CHUNK = 2048
+# A chunk's tables stay in a core's cache on the CPU; a GPU wants few, large kernels instead.
+_COMPONENTS_PER_CHUNK = {"cpu": 512}
+_COMPONENTS_PER_CHUNK_ON_GPU = 16384
 _ROWS_AT_ONCE = 64
 _SMALLEST_VARIANCE = 1e-12
 
@@ -208,7 +210,7 @@ class Mixture(PrototypeEstimator):
         own = slice(0, self.num_prototypes) if own is None else own
         if out is None:
             out = features.new_empty(len(features), own.stop - own.start)
-        for chunk in iterate_chunks(own):
+        for chunk in iterate_chunks(own, self.means.device):
             theta, bias = self.natural_parameters(chunk)
             columns = out[:, chunk.start - own.start : chunk.stop - own.start]
             torch.addmm(bias + self.log_mixing_weights(chunk), features, theta.T, out=columns)
@@ -236,7 +238,8 @@ class Mixture(PrototypeEstimator):
         return {name: getattr(self, name) for name in moments.MOMENT_TABLES}
 
 
-def iterate_chunks(components: slice) -> Iterator[slice]:
-    """Yields ranges of at most COMPONENTS_PER_CHUNK components, whose tables fit in the cache."""
-    for start in range(components.start, components.stop, COMPONENTS_PER_CHUNK):
-        yield slice(start, min(start + COMPONENTS_PER_CHUNK, components.stop))
+def iterate_chunks(components: slice, device: torch.device) -> Iterator[slice]:
+    """Yields ranges of components whose tables are worked on together."""
+    size = _COMPONENTS_PER_CHUNK.get(device.type, _COMPONENTS_PER_CHUNK_ON_GPU)
+    for start in range(components.start, components.stop, size):
+        yield slice(start, min(start + size, components.stop))

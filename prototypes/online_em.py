@@ -284,7 +284,7 @@ class OnlineMixture(Mixture):
             mass.addmv_(gamma.T, part_weight)
             observed = part[:, : self.num_statistics] * part_weight[:, None]
             torch.addmm(sums, gamma.T, observed, beta=0 if start == 0 else 1, out=sums)
-        for chunk in iterate_chunks(own):
+        for chunk in iterate_chunks(own, self.means.device):
             self.centre_statistics_(chunk, statistics.mass[chunk], statistics.moments[chunk])
 
     def _probe(
@@ -332,7 +332,7 @@ class OnlineMixture(Mixture):
             self.gmm.mixing_weights, self.mixing_weights, statistics.mass, forgetting.counts, rate
         )
         self._candidate.write({"counts": forgetting.counts, "usage": usage, "mixing_weights": weights})
-        for chunk in iterate_chunks(slice(0, self.num_prototypes)):
+        for chunk in iterate_chunks(slice(0, self.num_prototypes), self.means.device):
             self.m_step(chunk, forgetting.rate[chunk], statistics.mass[chunk], statistics.moments[chunk])
         if forgetting.shrink is not None:
             self._candidate["means"].mul_(forgetting.shrink[:, None])
