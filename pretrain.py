@@ -24,8 +24,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         raise UserError("no configuration given; expected CONFIG.yaml [key.sub=value ...]; see configs/")
     config = load_config(PretrainConfig, arguments[0], arguments[1:])
-    with PreemptionFlag() as preemption:  # before the slow imports: until then the signals kill
-        return pretrain(config, preemption)
+    # Before the slow imports, because until then the signals kill; and for the whole process, because a rank that
+    # is still tearing down when srun passes a signal on must not die of it.
+    return pretrain(config, PreemptionFlag().install())
 
 
 def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:

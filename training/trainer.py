@@ -96,6 +96,8 @@ class Trainer:
         )
         self._stopwatch = Stopwatch()
         self._alarms_raised: set[str] = set()
+        self._skipped_samples = 0
+        self._worker_rss_mib = 0.0
         self._last_saved = progress.step if progress.step else -1
         self._record: MetricsRecord | None = None
         self._wandb: WandbView | None = None
@@ -136,6 +138,8 @@ class Trainer:
             samples=self.config.batch.global_batch_size,
             position=batches[-1].position,
         )
+        self._skipped_samples += sum(len(batch.skipped) for batch in batches)
+        self._worker_rss_mib = max(batch.worker_rss_mib for batch in batches)
         self._stopwatch.steps += 1
         self._stopwatch.data_wait_s += waited
         self._stopwatch.total_s += time.perf_counter() - started
@@ -148,7 +152,8 @@ class Trainer:
         """Collects this step's line; what is collective happens on every rank, at steps all ranks agree on."""
         step, logging_config = self.progress.step, self.config.logging
         values: dict[str, float] = {}
-        if step % self._steps_per_epoch == 0 or step == self._num_steps:
+        # Usage is a figure of one whole epoch; a run shorter than that reports what it has.
+        if step % self._steps_per_epoch == 0 or step == self._num_steps < self._steps_per_epoch:
             values |= self._close_epoch()
         if (
             step % self._steps_per_epoch == 0
@@ -181,6 +186,8 @@ class Trainer:
             if stopwatch.total_s
             else 0.0,
             "memory/peak_gib": peak_memory_gib(self.process.device),
+            "memory/worker_rss_gib": self._worker_rss_mib / 1024,
+            "data/skipped_samples": float(self._skipped_samples),
         }
         return values | self.training_step.estimator.metrics()
 

@@ -27,7 +27,7 @@ TINY = (
     "model.num_heads=2",
     "model.head.hidden_dim=32",
     "model.head.projection_dim=16",
-    "model.head.use_bn=false",
+    "model.head.use_bn=true",
     "prototypes.num_prototypes=64",
     "prototypes.dim=16",
     "prototypes.partition.size=16",
@@ -36,7 +36,9 @@ TINY = (
 )
 
 
-def write_digit_shards(directory: Path, *, num_train: int = 384, num_test: int = 96, per_shard: int = 48) -> str:
+def write_digit_shards(
+    directory: Path, *, num_train: int = 384, num_test: int = 96, per_shard: int = 48
+) -> str:
     """Writes splits `train` and `test`, 28 x 28 grey PNGs in a mixed order, and returns the folder."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
@@ -46,7 +48,9 @@ def write_digit_shards(directory: Path, *, num_train: int = 384, num_test: int =
             path = directory / f"{split}-{shard // per_shard:06d}.tar"
             with webdataset.TarWriter(str(path), mtime=0) as writer:
                 for index in indices[shard : shard + per_shard]:
-                    image = Image.fromarray((digits.images[index] * 255 / 16).astype(np.uint8)).resize((28, 28))
+                    image = Image.fromarray((digits.images[index] * 255 / 16).astype(np.uint8)).resize(
+                        (28, 28)
+                    )
                     encoded = io.BytesIO()
                     image.save(encoded, format="PNG")
                     label = str(int(digits.target[index])).encode()
