@@ -10,13 +10,13 @@ DEMO := configs/pretrain_vit-mini_fashion-mnist_full.yaml
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 FAST := not slow and not slurm and not browser
 
-.PHONY: help demo test test-all lint format bench audit audit-all clean
+.PHONY: help demo test test-all slow-tools lint format bench clean
 
 help:
 	@echo "make demo      install, fetch Fashion-MNIST, pretrain a small ViT, evaluate, write the report"
 	@echo "make test      the fast suite;  make test-all  also Slurm, browser, fault loops, long runs"
 	@echo "make lint      ruff and mypy;   make format    ruff format"
-	@echo "make bench     speed ratios;    make audit     the collapse audit, three seeds an arm"
+	@echo "make bench     speed ratios beside their peers"
 	@echo "make clean     remove caches (not datasets, not outputs)"
 
 $(VENV)/bin/python:
@@ -40,7 +40,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "$(FAST)" -n 2 --dist loadscope -q
 
-test-all: $(VENV)/.installed-dev
+# What the slow tests start besides Python: a Slurm, a browser, network namespaces. Without root they skip by name.
+slow-tools:
+	@{ command -v slurmctld && command -v chromium && command -v ip; } >/dev/null || [ "$$(id -u)" != 0 ] || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    slurm-wlm munge iproute2 chromium fonts-dejavu-core >/dev/null; }
+
+test-all: $(VENV)/.installed-dev slow-tools
 	$(BIN)/python -m pytest -m "$(FAST)" -n 2 --dist loadscope -q
 	$(BIN)/python -m pytest -m "slow or slurm or browser" -q --timeout 3600
 
@@ -56,6 +62,8 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.gmm
 	$(BIN)/python -m benchmarks.unique
+	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.loader
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
