@@ -1,0 +1,218 @@
+"""Faults of a run on two gloo ranks: the fault matrix on `pretrain.py` itself, with planned faults (FAULT=...)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.digits import DEMO, TINY, write_digit_shards
+from tests.helpers.ranks import start_ranks, wait_for_ranks
+from training.checkpoint_files import list_committed, load_manifest
+
+STEPS, EVERY = 8, 3
+ZERO = "engine.deepspeed_config=ds_configs/zero{}_fp32.json"
+MODES = {**{f"zero{stage}": ZERO.format(stage) for stage in range(4)}, "fsdp2": "engine.name=fsdp2"}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_digit_shards(tmp_path_factory.mktemp("digits"))
+
+
+def start(
+    out: Path,
+    shards: str,
+    *overrides: str,
+    fault: str | None = None,
+    world_size: int = 2,
+    label: str = "logs",
+    **env: str,
+) -> list[subprocess.Popen]:
+    arguments = [
+        DEMO,
+        *TINY,
+        f"data.shards={shards}",
+        f"run.output_dir={out}",
+        "run.name=run",
+        f"optim.steps={STEPS}",
+        f"checkpoint.every_steps={EVERY}",
+        "checkpoint.keep_last=10",
+        "engine.hang_timeout_s=60",
+        "run.collective_timeout_s=60",
+        *overrides,
+    ]
+    environment = {**env, **({"FAULT": fault} if fault else {})}
+    return start_ranks("pretrain", arguments, world_size, environment=environment, log_dir=out / label)
+
+
+def run(
+    out: Path, shards: str, *overrides: str, expect: int = 0, timeout_s: float = 200, **options
+) -> list[int]:
+    codes = wait_for_ranks(start(out, shards, *overrides, **options), timeout_s)
+    logs = "".join(
+        path.read_text()[-3000:] for path in sorted((out / options.get("label", "logs")).glob("*.log"))
+    )
+    if expect == 0:
+        assert codes == [0] * len(codes), logs
+    else:
+        assert all(codes), logs
+    return codes
+
+
+def hashes(out: Path, step: int = STEPS) -> dict[str, str]:
+    """SHA-256 of everything in a checkpoint that the run computed (the model card names the run)."""
+    files = load_manifest(out / "run" / "checkpoints" / f"step-{step:08d}")["files"]
+    return {entry["path"]: entry["sha256"] for entry in files if not entry["path"].endswith(".md")}
+
+
+def metrics(out: Path) -> dict[int, float]:
+    lines = (out / "run" / "metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry["loss/total"] for entry in map(json.loads, lines) if "loss/total" in entry}
+
+
+def console(out: Path) -> str:
+    return "".join(path.read_text() for path in sorted(out.glob("*/rank-*.log")))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    run(out, shards, "engine.checksum_every=1", CANARY_TOKEN="canary-4711", WANDB_API_KEY="canary-4711")
+    return out
+
+
+def test_sigkill_of_a_rank_ends_its_peer_and_the_restart_is_bitwise(
+    shards: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    processes = start(tmp_path, shards, fault="kill@1:7:backward", label="killed")
+    died_at = ended_at = None
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and ended_at is None:
+        if died_at is None and processes[1].poll() is not None:
+            died_at = time.monotonic()
+        if processes[0].poll() is not None:
+            ended_at = time.monotonic()
+        time.sleep(0.01)
+    wait_for_ranks(processes, 5)
+    assert died_at is not None and ended_at is not None
+    assert processes[1].returncode == -signal.SIGKILL and processes[0].returncode not in (0, -signal.SIGKILL)
+    assert (
+        ended_at - died_at <= 10
+    )  # the error itself is there within 1 s; the interpreter's end takes the rest
+    assert list_committed(tmp_path / "run" / "checkpoints")[0].name == "step-00000006"
+    run(tmp_path, shards, label="again")
+    assert hashes(tmp_path) == hashes(uninterrupted)
+    assert metrics(tmp_path) == metrics(uninterrupted)
+
+
+def test_a_flipped_bit_in_one_replica_stops_the_run_and_is_named(shards: str, tmp_path: Path) -> None:
+    run(tmp_path, shards, "engine.checksum_every=2", fault="flip@1:3:replicas", expect=1)
+    assert "rank 1 differs in estimator/" in console(tmp_path) and "step 4" in console(tmp_path)
+
+
+def test_no_secret_of_the_environment_reaches_a_file(uninterrupted: Path) -> None:
+    files = [path for path in uninterrupted.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if b"canary-4711" in path.read_bytes()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_two_kills_in_one_run_change_no_byte(shards: str, tmp_path: Path, mode: str) -> None:
+    reference = tmp_path / "reference"
+    run(reference, shards, MODES[mode], "batch.gradient_accumulation_steps=2")
+    out = tmp_path / "interrupted"
+    for number, fault in enumerate(("kill@0:4:update", "kill@1:7:forward")):
+        run(
+            out,
+            shards,
+            MODES[mode],
+            "batch.gradient_accumulation_steps=2",
+            fault=fault,
+            expect=1,
+            label=f"{number}",
+        )
+    run(out, shards, MODES[mode], "batch.gradient_accumulation_steps=2")
+    assert hashes(out) == hashes(reference)
+    assert metrics(out) == metrics(reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [(1, 2, 4), (4, 2, 1), (2, 4, 1)])
+def test_any_number_of_ranks_continues(
+    shards: str, uninterrupted: Path, tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    for number, world_size in enumerate(order):
+        steps = f"optim.steps={STEPS}"
+        fault = f"kill@*:{EVERY * (number + 1)}:forward" if number < len(order) - 1 else None
+        run(
+            tmp_path,
+            shards,
+            steps,
+            world_size=world_size,
+            fault=fault,
+            expect=int(fault is not None),
+            label=f"{number}",
+        )
+    expected, found = metrics(uninterrupted), metrics(tmp_path)
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_one_bad_loss_costs_one_step(shards: str, tmp_path: Path, value: str) -> None:
+    run(tmp_path, shards, fault=f"{value}@1:3:loss")
+    assert "moved nothing" in console(tmp_path)
+
+
+@pytest.mark.slow
+def test_bad_losses_without_end_stop_the_run(shards: str, tmp_path: Path) -> None:
+    run(tmp_path, shards, "optim.max_skipped_steps=3", fault="nan@1:*:loss", expect=1)
+    assert "3 steps in a row were skipped" in console(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_stopped_rank_is_named_by_its_peer(shards: str, tmp_path: Path) -> None:
+    processes = start(tmp_path, shards, "engine.hang_timeout_s=20", fault="stop@1:5:forward")
+    try:
+        deadline = time.monotonic() + 150
+        while processes[0].poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert processes[0].returncode == 1
+        assert "silent rank 1 (not running)" in console(tmp_path)
+        stacks = (tmp_path / "run" / "heartbeats" / "stacks-rank-0.txt").read_text()
+        assert "training/step.py" in stacks
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.slow
+def test_a_loss_spike_is_skipped_alike_after_a_resume(shards: str, tmp_path: Path) -> None:
+    options = ("optim.spike_factor=3", "optim.steps=24", "checkpoint.every_steps=10")
+    spike = "spike@*:21:loss"
+    reference, out = tmp_path / "reference", tmp_path / "resumed"
+    run(reference, shards, *options, fault=spike)
+    run(out, shards, *options, fault="kill@0:12:forward", expect=1, label="killed")
+    run(out, shards, *options, fault=spike)
+    assert "moved nothing" in console(reference)
+    assert hashes(out, 24) == hashes(reference, 24)
+
+
+@pytest.mark.slow
+def test_a_full_disk_during_a_save_does_not_end_the_run(shards: str, tmp_path: Path) -> None:
+    run(tmp_path, shards, fault="enospc@1:3:save_written")
+    names = [path.name for path in list_committed(tmp_path / "run" / "checkpoints")]
+    assert names == ["step-00000008", "step-00000006"]
+    assert "NOT saved" in console(tmp_path) and "No space left" in console(tmp_path)
