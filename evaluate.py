@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
 
     set_up_logging(rank=0)
     written = evaluate(config)
-    print(summarise(written))
+    if written:
+        print(summarise(written))
     return 0
 
 

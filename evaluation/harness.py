@@ -25,7 +25,9 @@ FEATURE_PROBES = ("knn", "linear", "logistic", "few_shot", "clustering", "long_t
 
 
 def evaluate(config: EvaluationConfig) -> list[Path]:
-    """Runs every probe on the encoder and k-NN on its controls; returns the results files. Collective.
+    """Runs every probe on the encoder and k-NN on its controls; returns the results files.
+
+    Collective; processes other than the first return none.
 
     Raises:
         ValueError: whatever the user can mend, in one line.
@@ -51,7 +53,7 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
     for control in beside:
         place = directory / "controls" / control.encoder.label
         written += [_run_probe(control, probe, place) for probe in CONTROL_PROBES]
-    return written
+    return written if processes.rank == 0 else []
 
 
 def _needs_features(config: EvaluationConfig) -> bool:

@@ -163,6 +163,27 @@ class _Embedding(nn.Module):
         return {"embedding": self.backbone(images)}
 
 
+def _describe_probe(config: TrainingConfig) -> tuple[EvaluationDataConfig, Preprocessing]:
+    data = EvaluationDataConfig(
+        shards=config.data.shards,
+        train_split=config.data.split,
+        test_split=config.evaluation.test_split,
+        max_train_images=config.evaluation.knn_train_images,
+        max_test_images=config.evaluation.knn_test_images,
+        # No loader processes: they would compete with training's own.
+        num_workers=0,
+    )
+    transform = Preprocessing(
+        channels=config.data.channels,
+        image_size=config.model.image_size,
+        crop_fraction=1.0,
+        interpolation=config.data.interpolation,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+    )
+    return data, transform
+
+
 def build_knn_probe(
     config: TrainingConfig, device: torch.device, process: TrainingProcess | None = None
 ) -> Callable[[nn.Module], dict[str, float]]:
@@ -181,24 +202,8 @@ def build_knn_probe(
     Raises:
         ValueError: unlabelled or missing splits, before training starts.
     """
-    data = EvaluationDataConfig(
-        shards=config.data.shards,
-        train_split=config.data.split,
-        test_split=config.evaluation.test_split,
-        max_train_images=config.evaluation.knn_train_images,
-        max_test_images=config.evaluation.knn_test_images,
-        # No loader processes: they would compete with training's own.
-        num_workers=0,
-    )
+    data, transform = _describe_probe(config)
     splits = load_splits(data)
-    transform = Preprocessing(
-        channels=config.data.channels,
-        image_size=config.model.image_size,
-        crop_fraction=1.0,
-        interpolation=config.data.interpolation,
-        mean=tuple(config.data.mean),
-        std=tuple(config.data.std),
-    )
     processes = Processes(device=device)
     if process is not None:
         processes = Processes(

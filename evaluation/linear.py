@@ -95,23 +95,26 @@ def train_linear_grid(
     for _ in range(epochs):
         order = torch.randperm(num, generator=generator).to(device)
         for index in order.split(batch_size):
-            batch, truth = inputs[index], targets[index]
-            gradient = torch.addmm(biases, batch, weights).view(-1, rates, num_classes).softmax(dim=2)
-            gradient.scatter_add_(
-                2,
-                truth.view(-1, 1, 1).expand(-1, rates, 1),
-                gradient.new_full((1, 1, 1), -1.0).expand(len(index), rates, 1),
-            )
-            flat = gradient.flatten(1).div_(len(index))
+            batch = inputs[index]
+            logits = torch.addmm(biases, batch, weights).view(-1, rates, num_classes)
+            gradient = _logit_gradient(logits, targets[index])
             lr = peak * (0.5 * (1 + math.cos(math.pi * step / total)))
-            weight_velocity.mul_(momentum).addmm_(batch.T, flat).add_(weights, alpha=weight_decay)
-            bias_velocity.mul_(momentum).add_(flat.sum(dim=0))
+            weight_velocity.mul_(momentum).addmm_(batch.T, gradient).add_(weights, alpha=weight_decay)
+            bias_velocity.mul_(momentum).add_(gradient.sum(dim=0))
             weights.sub_(weight_velocity * lr)
             biases.sub_(bias_velocity * lr)
             step += 1
     return LinearGrid(
         (weights / scale.to(device)).view(dim, rates, num_classes), biases.view(rates, num_classes)
     )
+
+
+def _logit_gradient(logits: Float[Tensor, "B L C"], labels: Int64[Tensor, " B"]) -> Float[Tensor, "B LC"]:
+    """Returns d mean cross-entropy / d logits of every classifier, flattened."""
+    gradient = logits.softmax(dim=2)
+    index = labels.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
+    gradient.scatter_add_(2, index, gradient.new_full((1, 1, 1), -1.0).expand(index.shape))
+    return gradient.flatten(1).div_(len(labels))
 
 
 def split_held_out(labels: Int64[Tensor, " B"], share: float, seed: int) -> tuple[Tensor, Tensor]:

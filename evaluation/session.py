@@ -79,4 +79,4 @@ def extract_together(sessions: Sequence[Session]) -> None:
         for manifest, limit in zip(sessions[0].splits, limits, strict=True)
     )
     for session, banks in zip(sessions, zip(train, test, strict=True), strict=True):
-        session._banks = banks
+        session._banks, session._splits = banks, sessions[0].splits

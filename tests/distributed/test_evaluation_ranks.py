@@ -1,0 +1,69 @@
+"""One and two processes: the same features, the same figures, nothing counted twice."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+from evaluation.features import merge_parts
+from tests.helpers.digits import write_digit_shards
+from tests.helpers.ranks import start_ranks, wait_for_ranks
+from tests.unit.evaluation.conftest import write_run
+
+
+def evaluate_with(ranks, root, run, shards, cache):
+    config = root / "eval.yaml"
+    config.write_text(
+        f"encoder: {run}\ndata: {{shards: {shards}, num_workers: 0, batch_size: 40}}\ndevice: cpu\n"
+    )
+    out = root / f"results-{ranks}-{cache.name}"
+    arguments = [
+        str(config),
+        f"output_dir={out}",
+        f"features.cache_dir={cache}",
+        "probes=[knn,linear,long_tail]",
+        "knn.k=[5,20]",
+        "linear.epochs=2",
+    ]
+    processes = start_ranks("evaluate", arguments, ranks, log_dir=root / f"logs-{ranks}-{cache.name}")
+    codes = wait_for_ranks(processes, 150)
+    assert codes == [0] * ranks, [
+        p.read_text()[-2000:] for p in (root / f"logs-{ranks}-{cache.name}").iterdir()
+    ]
+    return {
+        probe: json.loads((out / f"{probe}.json").read_text())["figures"]
+        for probe in ("knn", "linear", "long_tail")
+    }
+
+
+def test_one_and_two_processes_agree(tmp_path):
+    # 95 test images in batches of 40 on two processes: neither parts nor batches are equal.
+    shards = write_digit_shards(tmp_path / "shards", num_test=95)
+    run = write_run(tmp_path / "run", seed=5)
+    alone = evaluate_with(1, tmp_path, run, shards, tmp_path / "cache-1")
+    together = evaluate_with(2, tmp_path, run, shards, tmp_path / "cache-2")
+    assert together["knn"]["test_images"] == 95 and together["knn"]["train_images"] == 384
+    for path in (tmp_path / "cache-1").iterdir():
+        ours, theirs = load_file(path), load_file(tmp_path / "cache-2" / path.name)
+        assert torch.equal(ours["sample_ids"], theirs["sample_ids"])
+        assert torch.equal(ours["labels"], theirs["labels"])
+        assert (ours["embedding"] - theirs["embedding"]).abs().max() < 1e-5
+    same_cache = evaluate_with(2, tmp_path, run, shards, tmp_path / "cache-1")
+    assert same_cache["knn"] == alone["knn"] and same_cache["long_tail"] == alone["long_tail"]
+    assert abs(same_cache["linear"]["headline"]["top1"] - alone["linear"]["headline"]["top1"]) <= 0.001
+
+
+def test_a_padded_last_batch_is_not_counted_twice():
+    first = {
+        "sample_ids": torch.tensor([0, 2, 4]),
+        "labels": torch.tensor([0, 1, 0]),
+        "x": torch.tensor([0.0, 2.0, 4.0]),
+    }
+    second = {
+        "sample_ids": torch.tensor([1, 3, 0]),
+        "labels": torch.tensor([1, 1, 0]),
+        "x": torch.tensor([1.0, 3.0, 9.0]),
+    }
+    merged = merge_parts([first, second])
+    assert merged["sample_ids"].tolist() == [0, 1, 2, 3, 4]
+    assert merged["x"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]

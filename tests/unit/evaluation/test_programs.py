@@ -1,0 +1,164 @@
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate as program
+from evaluation import report
+from runtime.program import run_program
+from tests.unit.evaluation.conftest import write_run
+
+ROOT = Path(__file__).resolve().parents[3]
+ALL = "[prototypes,knn,linear,logistic,few_shot,clustering,long_tail]"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, digits):
+    """Two runs, each through every probe."""
+    root = tmp_path_factory.mktemp("evaluated")
+    config = root / "eval.yaml"
+    config.write_text(
+        f"encoder: unset\ndata: {{shards: {digits}, num_workers: 0}}\n"
+        f"features: {{cache_dir: {root / 'features'}}}\nknn: {{k: [5, 20], features: [embedding, mean]}}\n"
+        "linear: {epochs: 2, features: [embedding, both]}\nfew_shot: {shots: [1, 5], draws: 2}\n"
+        "long_tail: {imbalance_ratio: 10, few_at_most: 8, many_above: 20}\nconfidence: {resamples: 50}\n"
+    )
+    for seed, name in enumerate(("first", "second")):
+        run = write_run(root / name, seed=seed)
+        arguments = [str(config), f"encoder={run}", f"probes={ALL}", "controls=[random-init,raw-pixels]"]
+        assert program.main([*arguments, "control_seeds=2"]) == 0
+    return root
+
+
+def result(root, name, probe):
+    return json.loads((root / name / "results" / f"{probe}.json").read_text())
+
+
+def test_every_result_says_what_it_was_made_from(evaluated):
+    for path in (evaluated / "first" / "results").rglob("*.json"):
+        content = json.loads(path.read_text())
+        provenance = content["provenance"]
+        for key in ("commit", "config_hash", "manifest_hashes", "versions", "hardware", "finished_utc"):
+            assert provenance[key], (path, key)
+        assert content["encoder"]["role"] in ("teacher", "control") and content["seconds"] >= 0
+    assert len(result(evaluated, "first", "knn")["provenance"]["manifest_hashes"]) == 2
+
+
+def test_usage_comes_from_training_and_from_images(evaluated):
+    figures = result(evaluated, "first", "prototypes")["figures"]
+    assert figures["training_usage"] == {"used": 0.5, "dead": 0.5, "usage_perplexity": 0.25, "step": 10}
+    assert figures["roles"]["teacher"]["num_prototypes"] == 64
+
+
+def test_thinned_training_set_has_three_groups(evaluated):
+    groups = result(evaluated, "first", "long_tail")["figures"]
+    counts = [row["train_images"] for row in groups["per_class"]]
+    assert counts == sorted(counts, reverse=True) and counts[0] == 30 and counts[-1] == 3
+    assert all(groups["groups"][name]["classes"] > 0 for name in ("head", "medium", "tail"))
+
+
+def test_a_second_evaluation_reads_the_cache_and_says_the_same(evaluated):
+    before = result(evaluated, "first", "knn")["figures"]
+    files = {path: path.stat().st_mtime_ns for path in (evaluated / "features").iterdir()}
+    program.main([str(evaluated / "eval.yaml"), f"encoder={evaluated / 'first'}", "probes=[knn]"])
+    assert result(evaluated, "first", "knn")["figures"] == before
+    assert files == {path: path.stat().st_mtime_ns for path in (evaluated / "features").iterdir()}
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.sources, self.images = [], 0
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.sources += [values[key] for key in ("src", "href") if key in values]
+        self.images += tag == "img"
+
+
+def test_report_is_one_page_that_fetches_nothing(evaluated, tmp_path):
+    page = report.write_report([evaluated / "first", evaluated / "second"], tmp_path / "report")
+    parser = _Page()
+    text = page.read_text()
+    parser.feed(text)
+    assert parser.images >= 12 and all(source.startswith(("data:", "#")) for source in parser.sources)
+    assert not re.search(r"https?://", text)
+    assert parser.images == len(list((tmp_path / "report").glob("*.png")))
+    names = {path.stem for path in (tmp_path / "report").glob("*.png")}
+    assert {
+        "loss",
+        "usage",
+        "probes",
+        "unique_by_eps",
+        "neighbours_first",
+        "prototype_images_second",
+    } <= names
+    markdown = (tmp_path / "report" / "results.md").read_text()
+    assert "second minus first" in markdown and "## Long tail" in markdown
+    assert (tmp_path / "report" / "results.csv").read_text().startswith("table,row,column,value\n")
+
+
+def test_report_of_metrics_alone(tmp_path):
+    run = tmp_path / "bare"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0}\n{"step": 2, "loss/to')
+    page = report.write_report([run], tmp_path / "out")
+    assert page.read_text().count("<img") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["probes=[knnn]"], "probes is"),
+        (["knn.kk=3"], "unknown key knn.kk"),
+        (["encoder=nowhere"], "encoder is 'nowhere'"),
+        (["knn.features=[blocks_of_wood]"], "knn.features is"),
+        (["knn.k=[100000]"], "knn.k is 100000"),
+        (["data.shards=nowhere"], "nowhere"),
+        (["data.test_shards=SHIFTED"], "class maps"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(evaluated, arguments, message, capsys, tmp_path):
+    if "SHIFTED" in arguments[0]:
+        source = json.loads(
+            (evaluated / "eval.yaml").read_text().split("shards: ")[1].split(",")[0].join('""')
+        )
+        shifted = tmp_path / "shifted"
+        shifted.mkdir()
+        for path in Path(source).iterdir():
+            (shifted / path.name).write_bytes(path.read_bytes())
+        manifest = json.loads((shifted / "manifest.json").read_text())
+        manifest["splits"]["test"]["classes"].reverse()
+        (shifted / "manifest.json").write_text(json.dumps(manifest))
+        arguments = [f"data.test_shards={shifted}"]
+    base = [str(evaluated / "eval.yaml"), f"encoder={evaluated / 'first'}"]
+    assert run_program(program.main, [*base, *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+
+
+def test_a_typo_is_reported_before_torch_is_loaded():
+    code = (
+        "import sys, evaluate\nfrom runtime.program import run_program\n"
+        "rc = run_program(evaluate.main, ['configs/eval_fashion_mnist.yaml', 'knn.kk=1'])\n"
+        "assert rc == 2 and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_predictions_are_saved_beside_figures(evaluated):
+    from evaluation.results import read_predictions, read_results
+
+    for entry in read_results(evaluated / "first" / "results"):
+        if entry["probe"] in ("knn", "linear", "logistic", "long_tail"):
+            predictions = read_predictions(entry)
+            name = entry["figures"]["headline"]["predictions"]
+            top1 = (predictions[name] == predictions["labels"]).double().mean().item()
+            stated = entry["figures"]["headline"].get("top1", entry["figures"]["headline"].get("overall"))
+            assert top1 == pytest.approx(stated) and predictions[name].dtype == torch.int32
