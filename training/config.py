@@ -21,6 +21,7 @@ class RunConfig:
         device: `auto` (CUDA where there is one), `cpu` or `cuda`.
         resume: continue from the newest complete checkpoint of the run directory where there is one.
         dry_run: print what the run would be (parameters, FLOPs, memory, steps) and exit.
+        dry_run_world_size: ranks that the dry run describes; null describes those that run it.
         collective_timeout_s: seconds after which a collective that a rank never joined fails.
     """
 
@@ -30,6 +31,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: bool = True
     dry_run: bool = False
+    dry_run_world_size: int | None = None
     collective_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:

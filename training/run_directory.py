@@ -16,6 +16,7 @@ MECHANICS = (
     "run.device",
     "run.resume",
     "run.dry_run",
+    "run.dry_run_world_size",
     "run.collective_timeout_s",
     "batch.gradient_accumulation_steps",
     "data.shards",
