@@ -131,3 +131,23 @@ def test_another_size_than_a_fixed_encoder_takes_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(EncoderError, match="image_size is 56; expected 28"):
         load_encoder(f"local-dir:{tmp_path}", transform=TransformConfig(image_size=56))
+
+
+class _Hostile:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (open, (str(self.canary), "w"))
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:", "hf:"])
+def test_a_hostile_pickle_is_refused_and_never_runs(prefix, tmp_path, run_dir, dinov2):
+    canary, folder = tmp_path / "canary", tmp_path / "net"
+    folder.mkdir()
+    source = dinov2 / "whole" if prefix == "hf:" else run_dir / "checkpoints" / "step-00000010" / "teacher"
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    torch.save({"weights": _Hostile(canary)}, folder / "pytorch_model.bin")
+    with pytest.raises(EncoderError) as caught:
+        load_encoder(f"{prefix}{folder}")
+    assert "\n" not in str(caught.value) and not canary.exists()
