@@ -35,6 +35,7 @@ from training.state_files import (
 from training.step import TrainingStep
 
 _TEACHER_BACKBONE = "teacher/network.backbone."
+_TEACHER_HEAD = "teacher/network.projection_head."
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Snapshot:
         self._process = process
         self._provenance = provenance
         self._teacher: dict[str, Tensor] = {}
+        self._teacher_head: dict[str, Tensor] = {}
         self._prototypes: dict[str, Tensor] = {}
         self._learned: Tensor | None = None
         self._share = collect_share(self._stream(training_step.engine), process.rank, process.world_size)
@@ -124,12 +126,16 @@ class Snapshot:
             prototypes=self._prototypes,
             provenance=self._provenance,
         )
+        # Beside the encoder, for whoever asks which prototype an image is nearest to.
+        save_tensors(directory / "teacher" / "projection_head.safetensors", self._teacher_head)
 
     def _stream(self, engine: Engine) -> Any:
         """The engine's state; on the way rank 0 keeps what the export needs."""
         for name, tensor in engine.iterate_state():
             if self._process.is_main and name.startswith(_TEACHER_BACKBONE):
                 self._teacher[name.removeprefix(_TEACHER_BACKBONE)] = tensor.detach().to("cpu", copy=True)
+            if self._process.is_main and name.startswith(_TEACHER_HEAD):
+                self._teacher_head[name.removeprefix(_TEACHER_HEAD)] = tensor.detach().to("cpu", copy=True)
             if self._process.is_main and name.startswith("teacher/learned_prototypes."):
                 self._learned = tensor.detach().to("cpu", copy=True)
             yield name, tensor
