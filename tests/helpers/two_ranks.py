@@ -28,7 +28,9 @@ SPREAD = 50.0
 
 def main(out_dir: Path, shards: str, steps: int, overrides: list[str]) -> None:
     config = load_config(
-        PretrainConfig, DEMO, [*TINY, f"data.shards={shards}", f"optim.steps={steps}", "run.resume=false", *overrides]
+        PretrainConfig,
+        DEMO,
+        [*TINY, f"data.shards={shards}", f"optim.steps={steps}", "run.resume=false", *overrides],
     )
     process = distributed.start("cpu", timeout_s=60)
     trainer = build_trainer(config, process, out_dir, PreemptionFlag(), lambda *_: None)
@@ -55,7 +57,9 @@ def main(out_dir: Path, shards: str, steps: int, overrides: list[str]) -> None:
         assert outcome.applied
         losses = process.all_gather_object(float(outcome.loss["total"]))
         found[f"loss/{index}"] = torch.tensor(losses, dtype=torch.float64).mean().reshape(1)
-    state = {name: value for name, value in step.estimator.state_dict().items() if isinstance(value, torch.Tensor)}
+    state = {
+        name: value for name, value in step.estimator.state_dict().items() if isinstance(value, torch.Tensor)
+    }
     found |= {f"estimator/{name}": value.detach().clone().contiguous() for name, value in state.items()}
     save_file(found, str(out_dir / f"rank-{process.rank}.safetensors"))
     process.barrier()
