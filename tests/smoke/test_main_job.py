@@ -50,9 +50,9 @@ def read_losses(run_dir):
 
 @pytest.mark.parametrize("mode", ["full", "joint", "frozen_random"])
 def test_modes_train_from_one_yaml(digit_shards, tmp_path, mode):
-    run(digit_shards, tmp_path, mode, f"prototypes.mode={mode}", "optim.steps=13")
+    run(digit_shards, tmp_path, mode, f"prototypes.mode={mode}", "optim.steps=12")
     lines = [json.loads(line) for line in (tmp_path / mode / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(14))
+    assert [line["step"] for line in lines] == list(range(13))
     assert all(line["samples_seen"] == 32 * line["step"] for line in lines)
     expected = {"loss/total", "loss/consistency", "loss/entropy", "optim/lr", "throughput/images_per_s"}
     assert expected <= lines[-1].keys()
@@ -142,7 +142,6 @@ def test_export_loads_everywhere_with_the_live_teachers_features(digit_shards, t
     ("override", "message"),
     [
         ("data.shards=nowhere", "data.shards"),
-        ("batch.global_batch_size=30", "batch.global_batch_size"),
         ("prototypes.partition.size=15", "prototypes.partition.size"),
         ("model.name=vit_tin", "model.name"),
         ("engine.deepspeed_config=missing.json", "engine.deepspeed_config"),
@@ -170,9 +169,9 @@ def test_accumulation_gives_the_mixture_of_the_whole_batch(digit_shards, tmp_pat
     """Two micro-batches, one commit: after one step the estimator equals that of the undivided batch."""
     from training.state_files import load_tree
 
+    # BatchNorm would see half a batch, and a start on the data would pick rows in the order of the micro-batches.
+    options = ("optim.steps=1", "model.head.use_bn=false", "prototypes.gmm.init.method=sphere")
     for name, accumulation in (("one", 1), ("two", 2)):
-        run(
-            digit_shards, tmp_path, name, "optim.steps=1", f"batch.gradient_accumulation_steps={accumulation}"
-        )
+        run(digit_shards, tmp_path, name, *options, f"batch.gradient_accumulation_steps={accumulation}")
     one, two = (load_tree(tmp_path / n / "checkpoints/step-00000001", "estimator") for n in ("one", "two"))
     torch.testing.assert_close(one["means"], two["means"], rtol=1e-5, atol=1e-6)
