@@ -169,7 +169,11 @@ class DeepSpeedEngine(Engine):
             yield from gather_pieces(named, value_piece, _all_gather)
         else:
             yield from ((name, parameter.detach().cpu()) for name, parameter in named)
-        yield from ((name, buffer.detach().cpu()) for name, buffer in self._named_buffers())
+        for name, buffer in self._named_buffers():
+            # BatchNorm without synchronisation differs over ranks: rank 0's is the one that counts.
+            shared = buffer.detach().clone()
+            dist.broadcast(shared, src=0)
+            yield name, shared.cpu()
         parameters = list(self.student.named_parameters())
         for moment in self._moments:
             targets = [(f"optimizer/{name}/{moment}", parameter) for name, parameter in parameters]

@@ -45,6 +45,8 @@ def start(
         "checkpoint.keep_last=10",
         "engine.hang_timeout_s=60",
         "run.collective_timeout_s=60",
+        # BatchNorm sees its own rank's images on CPUs: other numbers of ranks would compute something else.
+        "model.head.use_bn=false",
         *overrides,
     ]
     environment = {**env, **({"FAULT": fault} if fault else {})}
