@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -57,7 +55,7 @@ def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         # Untrusted tags cannot construct objects: OmegaConf's loader derives from yaml.SafeLoader.
         merged = OmegaConf.merge(OmegaConf.load(yaml_path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, ValueError, TypeError) as error:
+    except Exception as error:  # on malformed text OmegaConf and PyYAML raise whatever their parsers meet
         raise ConfigError(f"{yaml_path} cannot be read as YAML: {_one_line(error)}; mend the file") from error
     if not isinstance(values, dict):
         raise ConfigError(
