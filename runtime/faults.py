@@ -31,6 +31,9 @@ class Fault:
         return self.point == point and self.step in ("*", str(step)) and self.rank in ("*", str(rank))
 
 
+_struck: set[Fault] = set()
+
+
 def planned_faults() -> list[Fault]:
     """Returns the faults that the environment asks for.
 
@@ -58,10 +61,19 @@ def is_planned(name: str, point: str, step: int, rank: int | None = None) -> boo
 
 
 def planned_factor(point: str, step: int, rank: int | None = None) -> float:
-    """Returns what a value at this point is multiplied with: 1 unless a `nan`, `inf` or `spike` is planned."""
+    """Returns what a value at this point is multiplied with: 1 unless a `nan`, `inf` or `spike` is planned.
+
+    A fault at a numbered step strikes once: a skipped step is tried again under the same number.
+    """
     if "FAULT" not in os.environ:
         return 1.0
-    return next((factor for name, factor in FACTORS.items() if is_planned(name, point, step, rank)), 1.0)
+    rank = _own_rank() if rank is None else rank
+    for fault in planned_faults():
+        if fault.name in FACTORS and fault.strikes(point, step, rank) and fault not in _struck:
+            if fault.step != "*":
+                _struck.add(fault)
+            return FACTORS[fault.name]
+    return 1.0
 
 
 def reach(point: str, step: int, rank: int | None = None) -> None:
