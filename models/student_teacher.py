@@ -42,11 +42,6 @@ class SelfSupervisedNetwork(nn.Module):
         return self.projection_head(embedding).float()
 
 
-def copy_parameters_(target: nn.Module, source: nn.Module) -> None:
-    """Copies parameters and buffers of `source` into `target` in place, strictly."""
-    target.load_state_dict(source.state_dict())
-
-
 @torch.no_grad()
 def update_ema_(teacher: Iterable[Tensor], student: Iterable[Tensor], ema_momentum: float) -> None:
     """Moves `teacher <- m * teacher + (1 - m) * student` in place, in fp32.

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 
 def build_backbone(config: ModelConfig, *, drop_path_rate: float | None = None) -> nn.Module:
@@ -145,8 +142,3 @@ def _resample(donor: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor
     if isinstance(backbone, VisionTransformer):
         return dict(checkpoint_filter_fn(donor, backbone))
     return donor
-
-
-def embed(backbone: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-    """Returns the backbone's embedding in fp32, gradient flowing as the caller's grad mode says."""
-    return backbone(images).float()
