@@ -9,15 +9,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from runtime.config import config_to_dict, read_yaml
 from runtime.program import UserError
 from slurm.config import ClusterConfig
 from slurm.jobs import CHECKOUT, JOB_RECORD, Arm
+from training.config_difference import describe_difference
 
 _REMOTE = "://"
 
 
 def check_arm(arm: Arm, cluster: ClusterConfig) -> None:
-    """Refuses a run whose data, engine file, batch or directory cannot work on this cluster.
+    """Refuses a run whose data, engine file, batch or directory cannot work on this cluster. Writes nothing.
 
     Raises:
         ValueError: with the key to change.
@@ -44,7 +46,11 @@ def check_arm(arm: Arm, cluster: ClusterConfig) -> None:
         raise UserError("run.device is cuda and the job asks for no GPU; expected GPUs; set --gpus-per-node")
     if config.run.dry_run:
         raise UserError("run.dry_run is true; expected a run that trains; run pretrain.py for its dry run")
-    _check_writable(arm.run_dir)
+    if not config.run.resume:
+        raise UserError(
+            "run.resume is false; expected true: a requeued job would start over; set run.name to begin a new run"
+        )
+    _check_run_directory(arm)
 
 
 def check_scheduler(cluster: ClusterConfig) -> None:
@@ -95,32 +101,52 @@ def _check_paths(arm: Arm) -> None:
                 f"{key} is {path!r}; expected an absolute path, or one below {CHECKOUT} from where submit is started; "
                 f"set {key}"
             )
+    if Path(config.run.output_dir).absolute() == CHECKOUT:
+        raise UserError(
+            f"run.output_dir is {config.run.output_dir!r}, the checkout itself; expected a folder of its own, "
+            "which is not copied with the code; set run.output_dir=outputs"
+        )
 
 
 def _check_shards(shards: str, split: str, key: str) -> None:
     if _REMOTE in shards:
         return
-    manifest = Path(shards) / "manifest.json"
+    # data.shards may also be a brace list of some tars of a folder.
+    folder = Path(shards).parent if shards.endswith(".tar") else Path(shards)
+    manifest = folder / "manifest.json"
     if not manifest.is_file():
         raise UserError(
             f"data.shards is {shards!r}; expected a folder with manifest.json; write one with "
             "python -m data.make_shards, or set data.shards"
         )
     try:
-        splits = sorted(json.loads(manifest.read_bytes())["splits"])
-    except (ValueError, KeyError, TypeError) as error:
+        splits = json.loads(manifest.read_bytes())["splits"]
+        names = {name: [shard["name"] for shard in splits[name].get("shards", ())] for name in splits}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{manifest} cannot be read ({type(error).__name__}); expected JSON; write it again"
         ) from error
-    if split not in splits:
-        raise UserError(f"split is {split!r}; expected one of {', '.join(splits)}; set {key}")
+    if split not in names:
+        raise UserError(f"split is {split!r}; expected one of {', '.join(sorted(names))}; set {key}")
+    present = {path.name for path in folder.iterdir()}
+    missing = [name for name in names[split] if name not in present and not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the {len(names[split])} shards of split {split!r}, {missing[0]} first; "
+            "expected every tar that manifest.json lists; copy them again, or set data.shards"
+        )
 
 
-def _check_writable(run_dir: Path) -> None:
-    """Refuses a directory that cannot be made or written, without making it."""
-    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+def _check_run_directory(arm: Arm) -> None:
+    """Refuses a directory that cannot be made or written, or that another configuration has made its own."""
+    existing = next(path for path in (arm.run_dir, *arm.run_dir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"run directory {run_dir} cannot be written ({existing} is no directory of yours); expected a place to "
-            "write; set run.output_dir"
+            f"run directory {arm.run_dir} cannot be written ({existing} is no directory of yours); expected a place "
+            "to write; set run.output_dir"
         )
+    claimed = arm.run_dir / "config.yaml"
+    if claimed.is_file():
+        problem = describe_difference(arm.run_dir, read_yaml(str(claimed)), config_to_dict(arm.config))
+        if problem is not None:
+            raise UserError(problem)

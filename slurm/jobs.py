@@ -56,9 +56,10 @@ def expand_array(specifications: Sequence[str]) -> list[tuple[str, list[str]]]:
         specifications: such as `seeds=0,1,2` (short for `run.seed`) or `prototypes.mode=full,joint`.
 
     Raises:
-        ConfigError: no key, no value, or a value twice.
+        ConfigError: no key, no value, a value or a key twice, or a key that names the run's place.
     """
     axes: list[list[tuple[str, str]]] = []
+    keys: list[str] = []
     for text in specifications:
         key, _, values = text.partition("=")
         items = [item.strip() for item in values.split(",")]
@@ -66,11 +67,20 @@ def expand_array(specifications: Sequence[str]) -> list[tuple[str, list[str]]]:
             raise ConfigError(
                 f"--array is {text!r}; expected key=value,value with different values; pass --array seeds=0,1,2"
             )
-        if key == "seeds":
-            axes.append([(f"-seed{item}", f"run.seed={item}") for item in items])
-        else:
-            leaf = key.rsplit(".", 1)[-1]
-            axes.append([(re.sub(r"[^\w.-]+", "_", f"-{leaf}-{item}"), f"{key}={item}") for item in items])
+        keys.append("run.seed" if key == "seeds" else key)
+        if keys[-1] in keys[:-1] or keys[-1] in ("run.name", "run.output_dir"):
+            raise ConfigError(
+                f"--array is {text!r}; expected keys once each, and neither run.name nor run.output_dir: every run of "
+                "an array gets a name of its own; pass one --array KEY=V,V for each key"
+            )
+        label = "-seed" if keys[-1] == "run.seed" else f"-{key.rsplit('.', 1)[-1]}-"
+        names = [re.sub(r"[^\w.-]+", "_", label + item) for item in items]
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"--array is {text!r}; expected values that differ as directory names, not {', '.join(names)}; "
+                "submit these runs one by one with run.name"
+            )
+        axes.append([(name, f"{keys[-1]}={item}") for name, item in zip(names, items, strict=True)])
     return [
         ("".join(suffix for suffix, _ in combination), [override for _, override in combination])
         for combination in itertools.product(*axes)
@@ -85,16 +95,19 @@ def snapshot_code(target: Path, output_dir: Path, checkout: Path = CHECKOUT) -> 
 
     Args:
         target: folder to make.
-        output_dir: where runs are written; never copied, also where git does not ignore it.
+        output_dir: where runs are written; below the checkout it is never copied, also where git does not
+            ignore it.
         checkout: root of the project.
 
     Returns:
         Number of files copied.
     """
+    # Where runs are written above the checkout, everything would be "below output_dir".
+    runs = output_dir if output_dir.is_relative_to(checkout) else target
     files = [
         path
         for path in _project_files(checkout)
-        if path.parts[0] not in _NOT_COPIED and not (checkout / path).is_relative_to(output_dir)
+        if path.parts[0] not in _NOT_COPIED and not (checkout / path).is_relative_to(runs)
     ]
     for path in files:
         (target / path).parent.mkdir(parents=True, exist_ok=True)

@@ -132,11 +132,30 @@ def load_evaluation(options: argparse.Namespace, config: PretrainConfig) -> Eval
 
 
 def write(submission: Submission) -> None:
-    """Makes the submission's directory: code, configurations, batch scripts, and the run directories."""
+    """Makes the submission's directory: code, configurations, batch scripts, and the run directories.
+
+    Raises:
+        UserError: no place to write; nothing of the submission is left behind.
+    """
+    made = False
+    try:
+        submission.directory.mkdir(parents=True)
+        made = True
+        _write_files(submission)
+    except OSError as error:
+        if made:  # else it is another submission's, made in the same moment
+            shutil.rmtree(submission.directory, ignore_errors=True)
+        raise UserError(
+            f"{error.filename or submission.directory} cannot be written ({error.strerror}); expected a place for the "
+            "run and a copy of the code; set run.output_dir"
+        ) from error
+
+
+def _write_files(submission: Submission) -> None:
     directory = submission.directory
-    directory.mkdir(parents=True)
     for arm in submission.arms:
         arm.run_dir.mkdir(parents=True, exist_ok=True)
+        (arm.run_dir / JOB_RECORD).touch()
         name = arm.config.run.name.replace("/", "_")
         (directory / f"{name}.yaml").write_text(config_to_yaml(arm.config))
         if arm.evaluation is not None:
@@ -150,23 +169,27 @@ def write(submission: Submission) -> None:
 
 
 def submit(submission: Submission) -> tuple[str, str | None]:
-    """Queues the jobs and returns the ids of pretraining and of evaluation; forgets a refused submission."""
-    script = submission.directory / "pretrain.sbatch"
+    """Queues the jobs and returns the ids of pretraining and of evaluation; both are queued or none."""
+    script, evaluation = (str(submission.directory / name) for name in ("pretrain.sbatch", "evaluate.sbatch"))
+    job_id, evaluation_id = None, None
     try:
-        _sbatch("--test-only", str(script))
-        job_id = _sbatch("--parsable", str(script))
+        _sbatch("--test-only", script)
+        if submission.evaluates:
+            _sbatch("--test-only", evaluation)
+        job_id = _sbatch("--parsable", script)
+        if submission.evaluates:
+            # aftercorr: task i of the evaluation waits for task i of the array only.
+            kind = "aftercorr" if len(submission.arms) > 1 else "afterok"
+            evaluation_id = _sbatch("--parsable", f"--dependency={kind}:{job_id}", evaluation)
     except UserError:
+        if job_id is not None:
+            subprocess.run(["scancel", job_id], check=False)
         shutil.rmtree(submission.directory)
         raise
     for arm in submission.arms:
         with (arm.run_dir / JOB_RECORD).open("a") as record:
             record.write(job_id + "\n")
-    if not submission.evaluates:
-        return job_id, None
-    # aftercorr: task i of the evaluation waits for task i of the array only.
-    kind = "aftercorr" if len(submission.arms) > 1 else "afterok"
-    dependency = f"--dependency={kind}:{job_id}"
-    return job_id, _sbatch("--parsable", dependency, str(submission.directory / "evaluate.sbatch"))
+    return job_id, evaluation_id
 
 
 def report(submission: Submission, config_path: str, job_id: str, evaluation_id: str | None) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import ConfigError, load_config
+from runtime.config import ConfigError, config_to_yaml, load_config
+from runtime.program import UserError
 from slurm.config import ClusterConfig
 from slurm.jobs import CHECKOUT, expand_array, snapshot_code
 from slurm.submit import main
@@ -150,6 +151,11 @@ def test_expand_array() -> None:
     for wrong in ("seeds", "=1", "seeds=", "seeds=1,,2", "seeds=1,1"):
         with pytest.raises(ConfigError, match="seeds=0,1,2"):
             expand_array([wrong])
+    for twice in (["seeds=0", "run.seed=1"], ["optim.lr=1", "optim.lr=2"], ["run.name=a,b"]):
+        with pytest.raises(ConfigError, match="expected keys once each, and neither"):
+            expand_array(twice)
+    with pytest.raises(ConfigError, match="expected values that differ as directory names"):
+        expand_array(["model.name=a/b,a:b"])
 
 
 REFUSALS = {
@@ -174,6 +180,7 @@ REFUSALS = {
     "array": (["--array", "seeds=0,0"], "--array is 'seeds=0,0'"),
     "array key": (["--array", "run.sead=0,1"], "unknown key run.sead"),
     "dry run of pretrain": (["run.dry_run=true"], "run.dry_run"),
+    "no resume": (["run.resume=false"], "run.resume is false; expected true"),
     "gpu wanted": (["run.device=cuda", "--gpus-per-node", "0"], "set --gpus-per-node"),
 }
 
@@ -194,6 +201,96 @@ def test_unwritable_run_directory_is_refused(arguments: list[str], tmp_path: Pat
     done = run_submit(*arguments, f"run.output_dir={tmp_path / 'file' / 'runs'}", "--dry-run")
     assert done.returncode == 2
     assert "cannot be written" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_missing_shard_is_refused(arguments: list[str], shards: Path) -> None:
+    listed = [{"name": f"train-{index:06d}.tar"} for index in range(3)]
+    manifest = {"schema": 1, "splits": {"train": {"shards": listed}, "test": {}}}
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    (shards / "train-000001.tar").touch()
+    expected = "lacks 2 of the 3 shards of split 'train', train-000000.tar first"
+    with pytest.raises(UserError, match=expected):
+        main([*arguments, "--dry-run"])
+    for shard in listed:
+        (shards / shard["name"]).touch()
+    assert main([*arguments, "--dry-run"]) == 0
+    some = f"data.shards={shards}/train-{{000000..000001}}.tar"
+    assert main([*arguments, some, "--dry-run"]) == 0, "a brace list of shards is data too"
+
+
+def test_run_directory_of_another_configuration_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "trial"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(config_to_yaml(load_config(PretrainConfig, CONFIG, arguments[1:])))
+    assert main([*arguments, "checkpoint.every_steps=7", "--dry-run"]) == 0, (
+        "a resumed run may save more often"
+    )
+    with pytest.raises(UserError, match=r"optim.epochs is 3.0, but run directory .* was made with"):
+        main([*arguments, "optim.epochs=3", "--dry-run"])
+
+
+def test_the_checkout_is_no_place_for_runs(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match="the checkout itself; expected a folder of its own"):
+        main([*arguments, "run.output_dir=.", "--dry-run"])
+
+
+@pytest.fixture
+def stand_in_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs that write down how they were called; sbatch refuses what a file `refuse` names."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    calls = folder / "calls"
+    body = f"""#!/bin/bash
+echo "$(basename $0) $*" >> {calls}
+if [[ -s {folder}/refuse && "$*" == *"$(cat {folder}/refuse)"* ]]; then
+    echo "sbatch: error: no such thing" >&2
+    exit 1
+fi
+[[ "$*" == *--parsable* ]] && echo 41 || true
+"""
+    for name in ("sbatch", "scancel", "sinfo", "squeue"):
+        (folder / name).write_text(body)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def test_a_refused_evaluation_leaves_nothing_in_the_queue(
+    stand_in_slurm: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (stand_in_slurm / "refuse").write_text("--dependency=afterok:41")
+    with pytest.raises(UserError, match="sbatch refused the job: no such thing"):
+        main([*arguments, "--evaluate", "knn"])
+    assert "scancel 41\n" in (stand_in_slurm / "calls").read_text()
+    assert not list((tmp_path / "runs").glob("trial/slurm/*"))
+    (stand_in_slurm / "refuse").write_text("")
+    assert main([*arguments, "--evaluate", "knn"]) == 0
+    printed = capsys.readouterr().out
+    for said in (
+        "submitted job 41",
+        "41.log",
+        "squeue -j 41",
+        "scancel 41",
+        "resume  the same command",
+        "then",
+    ):
+        assert said in printed
+    assert (tmp_path / "runs/trial/slurm_jobs.txt").read_text() == "41\n"
+
+
+def test_no_place_to_write_is_one_line_and_leaves_nothing(
+    stand_in_slurm: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What access rights do not show: a quota, a read-only mount, a full disk."""
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device", "code/pretrain.py")
+
+    monkeypatch.setattr("slurm.submit.snapshot_code", full)
+    with pytest.raises(UserError, match=r"code/pretrain.py cannot be written \(No space left on device\)"):
+        main(arguments)
+    assert not list((tmp_path / "runs").glob("trial/slurm/*"))
+    assert not (stand_in_slurm / "calls").exists(), "nothing was queued"
 
 
 def test_without_slurm_a_submission_is_refused_before_anything_is_written(
@@ -240,6 +337,14 @@ def test_snapshot_copies_code_and_links_data(tmp_path: Path) -> None:
     assert (target / "COMMIT_ID").read_text().strip()
     (checkout / "pretrain.py").write_text("changed after submission")
     assert (target / "pretrain.py").read_text() == "pretrain.py"
+
+
+def test_snapshot_is_a_copy_also_where_runs_are_written_above_the_checkout(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "pretrain.py").write_text("")
+    assert snapshot_code(tmp_path / "run" / "code", tmp_path, checkout) == 1
+    assert not (tmp_path / "run" / "code" / "pretrain.py").is_symlink()
 
 
 @pytest.mark.parametrize(
