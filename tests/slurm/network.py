@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,23 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     finally:
         for host in hosts:
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True)
+
+
+@contextmanager
+def ended_with(processes: list[subprocess.Popen]) -> Iterator[None]:
+    """Ends what still runs of `processes` with the block: a failing test leaves nothing behind."""
+    try:
+        yield
+    finally:
+        alive = [process for process in processes if process.poll() is None]
+        for process in alive:
+            process.terminate()  # torchrun passes it on, and kills its ranks after 30 s
+        for process in alive:
+            try:
+                process.wait(timeout=45)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def without_a_route(*command: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -19,11 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
-# The rendezvous takes the first name of the node list, which must resolve; Slurm refuses a node called localhost.
-NODES = (socket.gethostname().split(".")[0], "zz2", "zz3", "zz4")
 
 CONFIGURATION = """
 ClusterName={name}
+FirstJobId={first_job_id}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
@@ -79,8 +79,9 @@ class PrivateCluster:
 
     kill_wait_s: int = 30
     cpus_per_node: int = 64
-    num_nodes: int = len(NODES)
+    num_nodes: int = 4
     home: Path = field(init=False)
+    nodes: tuple[str, ...] = field(init=False)
     daemons: dict[str, subprocess.Popen] = field(init=False, default_factory=dict)
 
     def __enter__(self) -> PrivateCluster:
@@ -88,6 +89,8 @@ class PrivateCluster:
         self.home = Path(tempfile.mkdtemp(prefix="private-slurm-", dir="/tmp"))
         self.home.chmod(0o755)
         self.name = self.home.name
+        # The rendezvous takes the first name of the node list, which must resolve.
+        self.nodes = (name_of_this_machine(), *(f"zz{index}" for index in range(2, self.num_nodes + 1)))
         ports = free_ports(1 + self.num_nodes)
         for part in ("state", *(f"spool-{node}" for node in self.nodes)):
             (self.home / part).mkdir()
@@ -100,6 +103,8 @@ class PrivateCluster:
         (self.home / "slurm.conf").write_text(
             CONFIGURATION.format(
                 name=self.name,
+                # The job's number becomes its rendezvous port: two clusters on one machine keep apart.
+                first_job_id=1 + 100 * secrets.randbelow(190),
                 user=user,
                 home=self.home,
                 controller_port=ports[0],
@@ -125,10 +130,6 @@ class PrivateCluster:
         for name in reversed(list(self.daemons)):
             self.stop_daemon(name)
         shutil.rmtree(self.home, ignore_errors=True)
-
-    @property
-    def nodes(self) -> tuple[str, ...]:
-        return NODES[: self.num_nodes]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -236,6 +237,20 @@ class PrivateCluster:
     def _daemon_logs(self) -> str:
         logs = sorted(self.home.glob("*.out"))
         return "\n".join(f"--- {log.name}\n{log.read_text()[-1500:]}" for log in logs)
+
+
+def name_of_this_machine() -> str:
+    """Returns a name of this machine that resolves to it; Slurm refuses a node called localhost."""
+    own = socket.gethostname()
+    hosts = Path("/etc/hosts")
+    lines = hosts.read_text().splitlines() if hosts.exists() else []
+    local = [name for line in lines if line.startswith("127.") for name in line.split("#")[0].split()[1:]]
+    for name in (own.split(".")[0], own, *local):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind((socket.gethostbyname(name), 0))
+            if not name.startswith("localhost"):
+                return name
+    raise RuntimeError(f"no name of this machine resolves to it; expected {own} in /etc/hosts; add it")
 
 
 def free_ports(count: int) -> list[int]:

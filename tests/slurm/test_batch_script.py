@@ -123,13 +123,27 @@ def test_preempted_by_a_higher_partition(partition: str, cluster: PrivateCluster
 
 
 def test_warned_before_the_time_limit(cluster: PrivateCluster, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, "--time=1", "--signal=USR2@30", STEPS="360")
+    # Slurm looks every 30 s and warns up to 60 s early: with 15 s, between 15 s and 45 s after the start.
+    job = Job(cluster, tmp_path, "--time=1", "--signal=USR2@15", STEPS="360")
     cluster.wait_for_state(job.id, "RUNNING")
     cluster.wait_for_state(job.id, "PENDING", timeout_s=100)
     assert "preempted, the state is saved" in job.log and "TIME LIMIT" not in job.log, job.log
     assert job.saved_step(0) == job.saved_step(1)
     cluster.run("scancel", str(job.id))
     cluster.wait_for_state(job.id, "CANCELLED")
+
+
+def test_what_depends_on_a_job_waits_through_its_requeue(cluster: PrivateCluster, tmp_path: Path) -> None:
+    """The script of a preempted start ends with 0: that must not pass for the run's success."""
+    job = Job(cluster, tmp_path)
+    job.wait_until_stepping()
+    after = cluster.submit(f"--dependency=afterok:{job.id}", "--output=/dev/null", "--wrap=true")
+    cluster.run("scancel", "--signal=USR2", str(job.id))
+    cluster.wait_for_state(job.id, "PENDING", timeout_s=30)
+    time.sleep(3)
+    assert cluster.job(after)["JobState"] == "PENDING", "it started on half a run"
+    assert_saved_once_and_went_on(job)
+    assert cluster.wait_for_state(after, "COMPLETED", timeout_s=30)
 
 
 def test_cancelled_saves_and_stays_down(cluster: PrivateCluster, tmp_path: Path) -> None:

@@ -201,10 +201,10 @@ def test_cancelled_run_is_resumed_by_submitting_again(
     cluster: PrivateCluster, shards: str, tmp_path: Path
 ) -> None:
     run = Run(cluster, shards, tmp_path, "again", "optim.steps=60")
-    run.wait_for_step(4)
     chosen = [f"data.shards={shards}", f"run.output_dir={tmp_path}", "run.name=again", "optim.steps=60"]
     second = submit(cluster, *TINY, *RUN, *chosen)
     assert second.returncode == 2 and f"is trained by job {run.id}" in second.stderr, second.stderr
+    run.wait_for_step(4)
     cluster.run("scancel", str(run.id))
     run.wait_for_state("CANCELLED")
     stopped_at = max(run.record())

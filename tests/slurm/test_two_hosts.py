@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
-from tests.slurm.network import missing_for_namespaces, two_hosts
+from tests.slurm.network import ended_with, missing_for_namespaces, two_hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -34,7 +34,11 @@ def start(hosts, shards: str, out: Path, num_steps: int) -> list[subprocess.Pope
         )
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": host.interface}
         log = (out / f"host{node_rank}.log").open("ab")
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        )
     return processes
 
 
@@ -46,8 +50,8 @@ def steps_done(out: Path) -> int:
 
 def test_torchrun_on_two_hosts_trains_is_warned_on_one_and_goes_on(tmp_path: Path) -> None:
     shards = write_digit_shards(tmp_path / "digits")
-    with two_hosts() as hosts:
-        processes = start(hosts, shards, tmp_path, num_steps=2000)
+    with two_hosts() as hosts, ended_with(started := []):
+        started += (processes := start(hosts, shards, tmp_path, num_steps=2000))
         deadline = time.monotonic() + 120
         while steps_done(tmp_path) < 5 and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -61,7 +65,7 @@ def test_torchrun_on_two_hosts_trains_is_warned_on_one_and_goes_on(tmp_path: Pat
         assert (tmp_path / "two" / "checkpoints" / f"step-{saved_at:08d}" / "COMMIT").is_file(), log
 
         # optim.steps stretches the schedule: the same run again, then, is the same command.
-        processes = start(hosts, shards, tmp_path, num_steps=2000)
+        started += (processes := start(hosts, shards, tmp_path, num_steps=2000))
         deadline = time.monotonic() + 120
         while steps_done(tmp_path) < saved_at + 5 and time.monotonic() < deadline:
             time.sleep(0.1)
