@@ -1,29 +1,39 @@
 """The record of a run: `metrics.jsonl`, one JSON object a line; wandb is a view of it and can never stop a run.
 
-`python -m training.metrics replay RUN_DIRECTORY` sends a finished or interrupted record to wandb as one run, for
-nodes without a network.
+The view is a process of its own that reads the record as it grows: wandb's threads, its waiting for a dead network and
+its 40 s at exit stay outside the process that trains. `python -m training.metrics replay RUN_DIRECTORY` sends a
+finished or interrupted record to wandb as one run, for nodes without a network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-import queue
+import os
+import select
+import signal
+import subprocess
 import sys
-import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from runtime.config import read_yaml
 from runtime.files import write_atomically
-from runtime.program import EXIT_DONE, UserError, run_program
+from runtime.logging_setup import set_up_logging
+from runtime.preemption import ignore_preemption_signals
+from runtime.program import EXIT_DONE, EXIT_FAULT, UserError, run_program
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("training.metrics")  # also where this file is the program
 
 RECORD_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb_id"
+WANDB_SENT_NAME = "wandb_sent"  # the newest step of which wandb has confirmed that it has everything up to it
+_POLL_S = 1.0
+_INIT_TIMEOUT_S = 60  # of wandb's first answer; the training process does not wait for it
 
 
 class MetricsRecord:
@@ -33,15 +43,28 @@ class MetricsRecord:
         run_dir: the run directory.
         resume_step: updates done at the start; lines of later steps, written by an interrupted run after its last
             checkpoint, are dropped so that every step stands in the record once.
+        resume_bytes: length of the record at that checkpoint; what follows is dropped without a look at its steps.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, *, resume_step: int, resume_bytes: int | None = None) -> None:
         self.path = run_dir / RECORD_NAME
         if self.path.exists():
-            kept = [
-                line for line in read_record(self.path) if line["step"] <= resume_step and resume_step > 0
-            ]
-            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            lines = read_record(self.path)
+            content = self.path.read_bytes()
+            # A record that was lost or replaced is shorter, or has no end of a line there.
+            if resume_bytes and content[resume_bytes - 1 : resume_bytes] == b"\n":
+                write_atomically(self.path, content[:resume_bytes])
+            else:
+                kept = [line for line in lines if line["step"] <= resume_step and resume_step > 0]
+                write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            last = max((line["step"] for line in lines), default=0)
+            if last > resume_step:
+                logger.warning(
+                    "the last start ended at step %d or later without saving it: going on from step %d, steps after "
+                    "it are done again",
+                    last,
+                    resume_step,
+                )
         self._file = self.path.open("a")
 
     def write(self, step: int, samples_seen: int, values: Mapping[str, float]) -> dict[str, Any]:
@@ -51,6 +74,11 @@ class MetricsRecord:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         return line
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the record so far."""
+        return self._file.tell()
 
     def close(self) -> None:
         """Closes the file."""
@@ -76,52 +104,83 @@ def wandb_id(run_dir: Path) -> str:
     return path.read_text().strip()
 
 
+def keep_wandb_id(run_dir: Path, saved: str) -> None:
+    """Puts the id that a checkpoint remembers back where the run directory has lost its own."""
+    path = run_dir / WANDB_ID_NAME
+    if not path.exists():
+        write_atomically(path, saved + "\n")
+
+
 class WandbView:
-    """Sends lines to wandb from a thread of its own: a dead network costs the training thread nothing.
+    """A process that sends the record to wandb while it grows; nothing in this process waits for it. Not collective.
 
     Args:
-        run_dir: the run directory; wandb's files go into its `wandb/`.
+        run_dir: the run directory, with `metrics.jsonl` open; wandb's files go into its `wandb/`.
         mode: `online` or `offline`.
         project: wandb project.
-        config: the resolved configuration, plain values.
+        facts: plain values that stand beside the run's configuration in wandb.
     """
 
-    def __init__(self, run_dir: Path, *, mode: str, project: str, config: dict[str, Any]) -> None:
-        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._settings = {
-            "id": wandb_id(run_dir),
-            "name": run_dir.name,
-            "dir": str(run_dir),
-            "mode": mode,
-            "project": project,
-            "config": config,
-        }
-        self._run_dir = run_dir
-        self._thread = threading.Thread(target=self._send, name="wandb", daemon=True)
-        self._thread.start()
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Queues a line; returns at once."""
-        self._lines.put(line)
+    def __init__(self, run_dir: Path, *, mode: str, project: str, facts: Mapping[str, Any]) -> None:
+        self._run_dir = run_dir.absolute()
+        settings = {"mode": mode, "project": project, "facts": dict(facts)}
+        self._follower = subprocess.Popen(
+            [sys.executable, "-m", "training.metrics", "follow", str(self._run_dir)],
+            cwd=Path(__file__).resolve().parent.parent,
+            env={**os.environ, "WANDB_SILENT": "true"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # so that it can be ended with whatever it has started
+        )
+        self._tell(settings)
+        if mode == "offline":
+            logger.info("wandb is offline: `python -m training.metrics replay %s` sends the record", run_dir)
 
     def close(self, timeout_s: float = 20.0) -> None:
-        """Waits at most `timeout_s` for what is queued."""
-        self._lines.put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            logger.warning("wandb did not finish within %.0f s; %s", timeout_s, self._remedy())
-
-    def _remedy(self) -> str:
-        return f"nothing is lost: `python -m training.metrics replay {self._run_dir}` sends the record later"
-
-    def _send(self) -> None:
+        """Waits at most `timeout_s` for what has not been sent, then ends the view."""
+        self._tell({"end": True})
         try:
-            run = _start_wandb(self._settings)
-            while (line := self._lines.get()) is not None:
-                run.log(line)
-            run.finish()
-        except Exception as error:  # wandb's failures are of many types, and none may reach the run
-            logger.warning("wandb stopped (%s: %.200s); %s", type(error).__name__, error, self._remedy())
+            code = self._follower.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._follower.pid, signal.SIGKILL)
+            self._follower.wait()
+            code = None
+        if code != EXIT_DONE:
+            why = f"did not finish within {timeout_s:.0f} s" if code is None else "stopped before the end"
+            logger.warning(
+                "wandb %s; nothing is lost: `python -m training.metrics replay %s` sends the record later",
+                why,
+                self._run_dir,
+            )
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        pipe = self._follower.stdin
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):
+            pipe.write(json.dumps(message).encode() + b"\n")
+            pipe.flush()
+
+
+def follow(run_dir: Path, settings: Mapping[str, Any], ended: Callable[[], bool]) -> int:
+    """Sends a growing record to wandb until `ended`, and what is left then; returns the lines sent.
+
+    A start begins behind the last step that wandb has confirmed, so that lines of a start without a network follow
+    with the next one. Offline every start writes the whole record: of the files of one run, the last is complete.
+    """
+    sent_path = run_dir / WANDB_SENT_NAME
+    is_online = settings["mode"] == "online"
+    sent = int(sent_path.read_text()) if is_online and sent_path.exists() else -1
+    run = _start_wandb(run_dir, settings)
+    count, newest = 0, sent
+    for line in _growing_record(run_dir / RECORD_NAME, ended):
+        if line["step"] > sent:
+            run.log(line)
+            count, newest = count + 1, line["step"]
+    run.finish()
+    if is_online and count:
+        write_atomically(sent_path, f"{newest}\n")
+    return count
 
 
 def replay(run_dir: Path, mode: str, project: str) -> int:
@@ -133,26 +192,40 @@ def replay(run_dir: Path, mode: str, project: str) -> int:
     record = run_dir / RECORD_NAME
     if not record.is_file():
         raise UserError(f"{run_dir} has no {RECORD_NAME}; expected a run directory; pass outputs/RUN")
-    settings = {
-        "id": wandb_id(run_dir),
-        "name": run_dir.name,
-        "dir": str(run_dir),
-        "mode": mode,
-        "project": project,
-    }
-    run = _start_wandb(settings)
     lines = read_record(record)
+    run = _start_wandb(run_dir, {"mode": mode, "project": project, "facts": {}})
     for line in lines:
         run.log(line)
     run.finish()
     return len(lines)
 
 
-def _start_wandb(settings: dict[str, Any]) -> Any:
+def _growing_record(path: Path, ended: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a record as they are written; a line that is still being written comes with the next look."""
+    with path.open() as file:
+        rest = ""
+        while True:
+            last_look = ended()
+            *whole, rest = (rest + file.read()).split("\n")
+            yield from (json.loads(text) for text in whole if text)
+            if last_look:
+                return
+
+
+def _start_wandb(run_dir: Path, settings: Mapping[str, Any]) -> Any:
     import wandb
 
+    config_path = run_dir / "config.yaml"
+    config = read_yaml(str(config_path)) if config_path.is_file() else {}
     run = wandb.init(
-        **settings, resume="allow", settings=wandb.Settings(init_timeout=60, silent=True, disable_git=True)
+        id=wandb_id(run_dir),
+        name=run_dir.name,
+        dir=str(run_dir),
+        mode=settings["mode"],
+        project=settings["project"],
+        config={**config, **settings["facts"]},
+        resume="allow",
+        settings=wandb.Settings(init_timeout=_INIT_TIMEOUT_S, silent=True, disable_git=True, console="off"),
     )
     # Our own axis: after a resume from an older checkpoint wandb's internal step is ahead and would drop lines.
     run.define_metric("step")
@@ -160,8 +233,31 @@ def _start_wandb(settings: dict[str, Any]) -> Any:
     return run
 
 
+def _follow_for_parent(run_dir: Path) -> int:
+    """What `WandbView` starts: settings come as the first line of standard input, and the end as a second one."""
+    # A scheduler warns every process of a step; the parent says when to end.
+    ignore_preemption_signals()
+    set_up_logging(0)
+    stream = sys.stdin.fileno()
+    # Unbuffered: what a buffer has taken, select does not see.
+    with os.fdopen(stream, "rb", buffering=0, closefd=False) as pipe:
+        settings = json.loads(pipe.readline())
+
+    def ended() -> bool:
+        return bool(select.select([stream], [], [], _POLL_S)[0])  # a line, or the parent's death
+
+    try:
+        follow(run_dir, settings, ended)
+    except Exception as error:  # wandb's failures are of many types, and none may reach the run
+        logger.warning("wandb stopped (%s: %.200s)", type(error).__name__, error)
+        return EXIT_FAULT
+    return EXIT_DONE
+
+
 def main(arguments: list[str]) -> int:
     """Runs `python -m training.metrics replay RUN_DIRECTORY [mode=offline] [project=NAME]`."""
+    if len(arguments) == 2 and arguments[0] == "follow":
+        return _follow_for_parent(Path(arguments[1]))
     if len(arguments) < 2 or arguments[0] != "replay":
         raise UserError(
             "arguments are {}; expected replay RUN_DIRECTORY [mode=online|offline] [project=NAME]; pass them".format(
@@ -171,7 +267,7 @@ def main(arguments: list[str]) -> int:
     options = {"mode": "online", "project": "decoupled-prototypes"}
     for argument in arguments[2:]:
         key, _, value = argument.partition("=")
-        if key not in options or not value:
+        if key not in options or not value or (key == "mode" and value not in ("online", "offline")):
             raise UserError(
                 f"argument is {argument!r}; expected mode=online|offline or project=NAME; mend it"
             )

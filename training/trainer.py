@@ -194,9 +194,7 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         if self._record is None:
             return
-        line = self._record.write(self.progress.step, self.progress.samples_seen, values)
-        if self._wandb is not None:
-            self._wandb.write(line)
+        self._record.write(self.progress.step, self.progress.samples_seen, values)
         interesting = ("loss/total", "prototypes/unique_0.025", "prototypes/used", "eval/knn20_top1")
         text = "  ".join(f"{name.split('/')[1]} {values[name]:.4f}" for name in interesting if name in values)
         speed = values.get("throughput/images_per_s", 0.0)
@@ -270,6 +268,8 @@ class Trainer:
         name = self._preemption.signal_name or "a signal to another rank"
         logger.info("stopping at step %d after %s", self.progress.step, name)
         self._save()
+        # The grace time is for the state; what wandb has not got yet follows with the next start.
+        self._close_record(wandb_timeout_s=5.0)
         return EXIT_PREEMPTED
 
     def _open_record(self) -> None:
@@ -282,14 +282,15 @@ class Trainer:
                 self._run_dir,
                 mode=settings.wandb_mode,
                 project=settings.wandb_project,
-                config=self._provenance,
+                facts=self._provenance,
             )
 
-    def _close_record(self) -> None:
+    def _close_record(self, wandb_timeout_s: float = 20.0) -> None:
         if self._record is not None:
             self._record.close()
         if self._wandb is not None:
-            self._wandb.close()
+            self._wandb.close(wandb_timeout_s)
+            self._wandb = None
 
     def _progress_bar(self) -> tqdm:
         """A bar on rank 0's terminal; elsewhere (batch jobs, files) the log lines are enough."""

@@ -3,7 +3,8 @@
     python paired_pretrain.py READ_FD WRITE_FD REPORT CONFIG [key=value ...]
 
 Before each step a byte is read from READ_FD, after it one is written to WRITE_FD. REPORT becomes JSON: when the first
-step was reached, the seconds of every step, and every connection that Python opened with the thread that did.
+step was reached, the seconds of every step, the seconds from the last one to the end, and every connection that this
+process opened from Python.
 """
 
 import contextlib
@@ -45,7 +46,12 @@ def main(read_fd: int, write_fd: int, report: Path, arguments: list[str]) -> int
     Trainer._train_step = take_turns  # type: ignore[method-assign]
     sys.addaudithook(audit)
     code = pretrain.main(arguments)
-    document = {"first_step_s": reached[0] - STARTED, "step_s": times, "connections": connections}
+    document = {
+        "first_step_s": reached[0] - STARTED,
+        "step_s": times,
+        "after_last_step_s": time.time() - reached[-1] - times[-1],
+        "connections": connections,
+    }
     report.write_text(json.dumps(document))
     return code
 
