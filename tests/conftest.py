@@ -1,5 +1,6 @@
 """Shared set-up: shapes in signatures are checked, threads are few, nothing leaks into the home directory."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +25,20 @@ settings.load_profile("suite")
 def _one_thread_and_a_fixed_seed():
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    """A program run inside a test sets up its log; its handlers would write into the next test's closed stream."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
+    for handler in [handler for handler in handlers if handler not in root.handlers]:
+        root.addHandler(handler)
+    root.setLevel(level)
 
 
 def pytest_collection_modifyitems(items):
