@@ -13,6 +13,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_WEIGHT_EPOCHS = 2.0
+_USAGE_EPOCHS = 0.25
+_MAX_WEIGHT_RATE = 0.01
+_MAX_USAGE_RATE = 0.1
+
+
+def compute_rates(
+    mass: Float[Tensor, " K"], num_observations_per_epoch: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Returns the weights e of one batch in the mixing weights and in the usage; 0 without mass.
+
+    e = min(.01, N / 2 epochs) for pi, which must not follow chance. Usage is what revival and balance act
+    on: min(.1, N / (1/4 epoch)), so that a component without mass falls below 5 % of an even share within an
+    epoch; at the pace of pi that takes six. Source: ours.
+
+    Args:
+        mass: w_k of the batch over all ranks.
+        num_observations_per_epoch: rows in one epoch over all ranks.
+    """
+    epochs = mass.sum() / num_observations_per_epoch
+    weight_rate = (epochs / _WEIGHT_EPOCHS).clamp_max(_MAX_WEIGHT_RATE)
+    return weight_rate, (epochs / _USAGE_EPOCHS).clamp_max(_MAX_USAGE_RATE)
+
+
 def update_usage(
     usage: Float[Tensor, " K"], mass: Float[Tensor, " K"], rate: Float[Tensor, ""]
 ) -> Float[Tensor, " K"]:

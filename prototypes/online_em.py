@@ -23,7 +23,7 @@ from prototypes.exchange import Exchange, choose_method
 from prototypes.forgetting import forget
 from prototypes.initialisation import Collected
 from prototypes.learned import LearnedPrototypes, require_learned
-from prototypes.mixing import update_mixing_weights, update_usage
+from prototypes.mixing import compute_rates, update_mixing_weights, update_usage
 from prototypes.mixture import Mixture, iterate_chunks
 from prototypes.revival import find_starved, revive_
 from prototypes.statistics import Collectives, FlatStatistics, drop_non_finite, full_precision
@@ -326,10 +326,10 @@ class OnlineMixture(Mixture):
     def _update_components(self, statistics: FlatStatistics) -> None:
         num_rows = statistics.sums["sum_weight"]
         forgetting = forget(self.gmm, self.memory, self.counts, statistics.mass, num_rows)
-        rate = (statistics.mass.sum() / (2 * self.context.num_observations_per_epoch)).clamp_max(0.01)
-        usage = update_usage(self.usage, statistics.mass, rate)
+        weight_rate, usage_rate = compute_rates(statistics.mass, self.context.num_observations_per_epoch)
+        usage = update_usage(self.usage, statistics.mass, usage_rate)
         weights = update_mixing_weights(
-            self.gmm.mixing_weights, self.mixing_weights, statistics.mass, forgetting.counts, rate
+            self.gmm.mixing_weights, self.mixing_weights, statistics.mass, forgetting.counts, weight_rate
         )
         self._candidate.write({"counts": forgetting.counts, "usage": usage, "mixing_weights": weights})
         for chunk in iterate_chunks(slice(0, self.num_prototypes), self.means.device):
