@@ -248,14 +248,43 @@ def test_array_has_one_directory_per_seed_and_results_appear_by_themselves(
     assert losses[0] != losses[1]
 
 
-def test_after_waits_for_the_other_job(cluster: PrivateCluster, shards: str, tmp_path: Path) -> None:
+def test_after_waits_for_the_other_job_and_runs_the_frozen_code(
+    cluster: PrivateCluster, shards: str, tmp_path: Path
+) -> None:
     first = cluster.submit("--wrap=sleep 6", "--output=/dev/null")
     run = Run(cluster, shards, tmp_path, "after", "optim.steps=2", "--after", str(first))
     assert cluster.job(run.id)["Dependency"].startswith(f"afterok:{first}")
+    with (tmp_path / "after/slurm/001/code/runtime/config.py").open("a") as frozen:
+        frozen.write('print("this is the frozen code")\n')
     assert run.end() == "COMPLETED", run.log
+    assert run.log.count("this is the frozen code") >= 2, "one for each rank"
     failing = cluster.submit("--wrap=false", "--output=/dev/null")
     never = Run(cluster, shards, tmp_path, "never", "optim.steps=2", "--after", str(failing))
     never.wait_for_state("CANCELLED")
+
+
+def test_both_templates_work_by_hand(cluster: PrivateCluster, shards: str, tmp_path: Path) -> None:
+    place = (f"data.shards={shards}", f"run.output_dir={tmp_path}", "run.name=hand")
+    common = ("--export=ALL,PYTHON=" + sys.executable, "--cpus-per-task=1")
+    training = cluster.submit(
+        *("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={tmp_path}/hand.log", *common),
+        *("slurm/pretrain.sbatch", DEMO, *TINY, *place, "optim.steps=4"),
+        cwd=ROOT,
+    )
+    evaluation = cluster.submit(
+        *(f"--dependency=afterok:{training}", f"--output={tmp_path}/eval.log", *common),
+        *("slurm/evaluate.sbatch", "configs/eval_fashion_mnist.yaml", f"encoder={tmp_path}/hand"),
+        *("probes=[knn]", "controls=[]", f"data.shards={shards}", f"features.cache_dir={tmp_path}/features"),
+        cwd=ROOT,
+    )
+    states = ("COMPLETED", "FAILED", "CANCELLED")
+    assert cluster.wait_for_state(training, *states, timeout_s=120) == "COMPLETED", (
+        tmp_path / "hand.log"
+    ).read_text()
+    assert cluster.wait_for_state(evaluation, *states, timeout_s=120) == "COMPLETED", (
+        tmp_path / "eval.log"
+    ).read_text()
+    assert (tmp_path / "hand" / "results" / "knn.json").is_file()
 
 
 def test_wrong_partition_is_refused_before_queueing(
