@@ -8,6 +8,9 @@ from typing import Literal
 RecipeName = Literal["dino", "carp", "grayscale-small", "none"]
 SamplerName = Literal["uniform", "class_balanced", "square_root"]
 
+# Pillow's own warning level for decompression bombs: a quarter of a gigabyte of RGB.
+MAX_IMAGE_PIXELS = 89_478_485
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -126,7 +129,7 @@ class DataConfig:
     shuffle_window: int = 64
     max_skipped_fraction: float = 0.001
     verify_hash: bool = False
-    max_image_pixels: int = 89_478_485  # Pillow's own warning level: a quarter of a gigabyte of RGB
+    max_image_pixels: int = MAX_IMAGE_PIXELS
     max_worker_memory_gib: float = 8.0
     cache_dir: str = "datasets/cache"
     cache_gib: float = 50.0

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.config import DataConfig
+from data.config import MAX_IMAGE_PIXELS, DataConfig
 from data.decoding import BadImageError, decode_to_pil, find_image
 from data.reader import EncodedSample, Failure, ShardReader
 from data.remote import ShardCache, open_shards
@@ -21,8 +21,7 @@ from data.workers import start_worker
 __all__ = ["DataError", "EvaluationStream", "Manifest", "label_of", "load_manifest", "require_same_classes"]
 
 LabelledBatch = tuple[Tensor, Tensor, Tensor]
-# Pillow's warning level, as in data.config.
-_MAX_IMAGE_PIXELS = 89_478_485
+_Part = tuple[Tensor, Tensor, Tensor, list[str]]  # with the names of what was skipped
 
 
 def require_same_classes(train: Manifest, test: Manifest) -> None:
@@ -44,13 +43,16 @@ def label_of(sample: EncodedSample) -> int:
     """Returns a sample's class index from its `.cls` member, else `label` or `class_id` in its `.json`; -1 without.
 
     Raises:
-        DataError: there is a label, and it is no number.
+        DataError: there is a label, and it is no number; or the `.json` is none.
     """
     text: object = None
     if "cls" in sample.members:
         text = sample.members["cls"].decode("utf-8", "replace").strip()
     elif "json" in sample.members:
-        values = json.loads(sample.members["json"])
+        try:
+            values = json.loads(sample.members["json"])
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"the .json of {sample.key} is no JSON; write the shards again") from error
         text = values.get("label", values.get("class_id")) if isinstance(values, dict) else None
     if text is None:
         return -1
@@ -78,7 +80,7 @@ class EvaluationStream:
         world_size: number of processes.
 
     Raises:
-        DataError: shards missing or of another size than in the manifest.
+        DataError: shards missing or of another size than in the manifest, or labels that are no numbers.
     """
 
     def __init__(
@@ -109,7 +111,10 @@ class EvaluationStream:
             worker_init_fn=start_worker if self._num_workers else None,
         )
         self.skipped = []
-        for images, labels, sample_ids, skipped in loader:
+        for part in loader:
+            if isinstance(part, DataError):
+                raise part
+            images, labels, sample_ids, skipped = part
             self.skipped.extend(skipped)
             if len(labels):
                 yield images, labels, sample_ids
@@ -131,7 +136,14 @@ class _EvaluationDataset(IterableDataset):
         self.manifest, self.transform, self.batch_size = manifest, transform, batch_size
         self.rank, self.world_size = rank, world_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
+    def __iter__(self) -> Iterator[_Part | DataError]:
+        try:
+            yield from self._iterate()
+        except DataError as error:
+            # As a value: raised in a worker process it would arrive with a traceback for its message.
+            yield error
+
+    def _iterate(self) -> Iterator[_Part]:
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         total = self.manifest.num_samples
@@ -145,7 +157,7 @@ class _EvaluationDataset(IterableDataset):
             try:
                 if isinstance(sample, Failure):
                     raise BadImageError(sample.reason)
-                image = decode_to_pil(find_image(sample), max_pixels=_MAX_IMAGE_PIXELS)
+                image = decode_to_pil(find_image(sample), max_pixels=MAX_IMAGE_PIXELS)
             except BadImageError as error:
                 skipped.append(f"sample {sample_id}: {error}")
                 continue

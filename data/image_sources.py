@@ -6,6 +6,9 @@ import csv
 import hashlib
 import io
 import json
+import os
+import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +16,12 @@ from typing import Any
 
 from PIL import Image
 
+from data.config import MAX_IMAGE_PIXELS
 from data.decoding import IMAGE_SUFFIXES, BadImageError, decode_image, decode_to_pil
 from data.shard_writing import ImageSource, Rejected, SourceSample
 from data.shards import DataError
 
 _JPEG_QUALITY = 95
-# Pillow's warning level, as in data.config.
-_MAX_IMAGE_PIXELS = 89_478_485
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,29 @@ class FileSource(ImageSource):
         files: in any order; it becomes part of the fingerprint.
         classes: names in index order.
         max_side: images whose shorter side is longer are resized to it and written as JPEG; 0 keeps all as they are.
+        drops_duplicates: see `ImageSource`.
     """
 
-    drops_duplicates = True
-
-    def __init__(self, files: Sequence[ImageFile], classes: Sequence[str], *, max_side: int = 0) -> None:
+    def __init__(
+        self,
+        files: Sequence[ImageFile],
+        classes: Sequence[str],
+        *,
+        max_side: int = 0,
+        drops_duplicates: bool = True,
+    ) -> None:
         self.files = list(files)
         self.classes = tuple(classes)
         self.max_side = max_side
-        digest = hashlib.sha256(f"{max_side}".encode())
+        self.drops_duplicates = drops_duplicates
+        self._sizes = array("q")
+        digest = hashlib.sha256(f"{max_side} {drops_duplicates}".encode())
         for file in self.files:
-            digest.update(f"{file.path}\0{file.label}\0{json.dumps(file.facts, sort_keys=True)}\n".encode())
+            # One stat a file, which on a network costs more than all the rest here.
+            size, changed = _size_and_time(file.path)
+            self._sizes.append(size)
+            facts = json.dumps(file.facts, sort_keys=True)
+            digest.update(f"{file.path}\0{size}\0{changed}\0{file.label}\0{facts}\n".encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -56,8 +70,7 @@ class FileSource(ImageSource):
 
     def size(self, index: int) -> int:
         """Returns a file's size; 0 if it is gone."""
-        path = Path(self.files[index].path)
-        return path.stat().st_size if path.is_file() else 0
+        return self._sizes[index]
 
     def load(self, index: int) -> SourceSample | Rejected:
         """Returns a file's bytes, or why it is left out."""
@@ -66,7 +79,7 @@ class FileSource(ImageSource):
         try:
             content = path.read_bytes()
             suffix = path.suffix[1:].lower()
-            pixels = decode_image(content, channels=3, max_pixels=_MAX_IMAGE_PIXELS)
+            pixels = decode_image(content, channels=3, max_pixels=MAX_IMAGE_PIXELS)
             if self.max_side and min(pixels.shape[-2:]) > self.max_side:
                 content, suffix = _shrink(content, self.max_side), "jpg"
         except OSError as error:
@@ -86,7 +99,8 @@ def list_image_folder(
     """Returns the images under a folder and its classes.
 
     Folders below `root` are classes, in alphabetical order. A flat folder takes its classes from a file of lines
-    `file name, class`, such as ImageNet's `LOC_val_solution.csv`; without one the images carry no labels.
+    `file name, class`, such as ImageNet's `LOC_val_solution.csv`; without one the images carry no labels. Links to
+    folders are followed.
 
     Args:
         root: the folder.
@@ -100,7 +114,10 @@ def list_image_folder(
     if not base.is_dir():
         raise DataError(f"the input folder is {root!r}; expected an existing folder of images; pass its path")
     paths = sorted(
-        path for path in base.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES and path.is_file()
+        Path(folder, name)
+        for folder, _, names in os.walk(base, followlinks=True)
+        for name in names
+        if Path(name).suffix[1:].lower() in IMAGE_SUFFIXES
     )
     if not paths:
         raise DataError(
@@ -138,7 +155,7 @@ def list_csv(
         known_classes: see `list_image_folder`.
 
     Raises:
-        DataError: no such file or column.
+        DataError: no such file or column, or a line with another number of columns.
     """
     if not Path(path).is_file():
         raise DataError(f"the CSV file is {path!r}; expected an existing file; pass its path")
@@ -149,7 +166,11 @@ def list_csv(
         if column not in columns:
             raise DataError(f"{path} has no column {column!r}; expected one of {', '.join(columns)}; name it")
     items = []
-    for row in rows:
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise DataError(
+                f"row {number} of {path} has another number of columns; expected {len(columns)}; mend the file"
+            )
         facts = {key: value for key, value in row.items() if key not in (image_column, label_column)}
         items.append((Path(root) / row[image_column], row[label_column] if label_column else None, facts))
     return _number_classes(items, known_classes)
@@ -220,11 +241,23 @@ def _read_labels(path: str) -> dict[str, str]:
     if not Path(path).is_file():
         raise DataError(f"the file of classes is {path!r}; expected an existing file; pass its path")
     labels = {}
-    for line in Path(path).read_text().splitlines():
-        words = line.replace(",", " ").split()
-        if len(words) >= 2:
-            labels[Path(words[0]).stem] = words[1]
+    for line in filter(str.strip, Path(path).read_text().splitlines()):
+        name, *others = line.split("," if "," in line else None, maxsplit=1)
+        rest = others[0] if others else ""
+        # ImageNet's file names the class and then the boxes: "n03995372 85 1 499 272".
+        wordnet_id = re.match(r"\s*(n\d{8})\b", rest)
+        label = wordnet_id[1] if wordnet_id else rest.strip()
+        if name.strip() and label:
+            labels[Path(name.strip()).stem] = label
     return labels
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return 0, 0  # `load` says so
+    return status.st_size, status.st_mtime_ns
 
 
 def _read_json(path: str) -> Any:
@@ -237,7 +270,7 @@ def _read_json(path: str) -> Any:
 
 
 def _shrink(content: bytes, side: int) -> bytes:
-    image = decode_to_pil(content, max_pixels=_MAX_IMAGE_PIXELS)
+    image = decode_to_pil(content, max_pixels=MAX_IMAGE_PIXELS)
     scale = side / min(image.size)
     size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
     encoded = io.BytesIO()

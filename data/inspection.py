@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.config import MAX_IMAGE_PIXELS
 from data.datasets import label_of
 from data.decoding import BadImageError, decode_image, find_image, has_image
 from data.reader import READ_ERRORS, EncodedSample, checksum_of, iterate_offsets, iterate_samples
@@ -21,8 +22,6 @@ from data.shards import DataError
 
 _BLOCK = 512
 _END_BLOCKS = 2
-# Pillow's warning level, as in data.config.
-_MAX_IMAGE_PIXELS = 89_478_485
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def _take_in(scan: ShardScan, ordinal: int, sample: EncodedSample, *, decode: bo
         scan.find(ordinal, f"no image among its members ({', '.join(sorted(sample.members))})")
     elif decode:
         try:
-            decode_image(find_image(sample), channels=3, max_pixels=_MAX_IMAGE_PIXELS)
+            decode_image(find_image(sample), channels=3, max_pixels=MAX_IMAGE_PIXELS)
         except BadImageError as error:
             scan.find(ordinal, f"cannot be decoded: {error}")
 

@@ -9,7 +9,7 @@
     python -m data.make_shards lt datasets/imagenet --imbalance 100 --out datasets/imagenet-lt
 
 A second run keeps the shards that are complete. Images are shuffled before they are written; broken ones and
-duplicates are left out and counted.
+duplicates are left out and counted. `--keep-duplicates` keeps the latter: a benchmark's validation set is judged whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 from data.fashion_mnist import SPLITS, FashionMnistSource, fetch
-from data.image_sources import FileSource, list_csv, list_image_folder, list_inaturalist
+from data.image_sources import FileSource, ImageFile, list_csv, list_image_folder, list_inaturalist
 from data.shard_writing import ImageSource, Rejected, write_split
 from data.shards import MANIFEST_NAME, DataError, Manifest, load_manifest, split_names
 from data.subsets import write_long_tail
@@ -32,10 +32,12 @@ from data.subsets import write_long_tail
 def main(arguments: list[str] | None = None) -> int:
     """Writes the shards that the command line asks for; returns the exit code."""
     options = _parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # What goes on is told on stdout; stderr holds the progress bar, or the one line of a mistake.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
+        _check_options(options)
         options.run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
@@ -85,6 +87,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     for command in (folder, table, inat):
         help_text = "resize images whose shorter side is longer than this; 0 keeps the bytes of all"
         command.add_argument("--max-side", type=int, default=0, help=help_text)
+        command.add_argument(
+            "--keep-duplicates", action="store_true", help="write images that occur twice twice"
+        )
     return parser.parse_args(arguments)
 
 
@@ -96,6 +101,21 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises DataError for the first number that cannot work."""
+    least = {"samples_per_shard": 1, "shard_mib": 1, "processes": 1, "max_side": 0, "imbalance": 1}
+    for name, lowest in least.items():
+        value = getattr(options, name, lowest)
+        if not value >= lowest:
+            flag = "--" + name.replace("_", "-")
+            raise DataError(f"{flag} is {value}; expected at least {lowest}; set {flag}")
+
+
+def _source(listed: tuple[list[ImageFile], tuple[str, ...]], options: argparse.Namespace) -> FileSource:
+    files, classes = listed
+    return FileSource(files, classes, max_side=options.max_side, drops_duplicates=not options.keep_duplicates)
+
+
 def _make_fashion_mnist(options: argparse.Namespace) -> None:
     folder = fetch(options.cache)
     for split in SPLITS:
@@ -104,32 +124,32 @@ def _make_fashion_mnist(options: argparse.Namespace) -> None:
 
 def _make_image_folder(options: argparse.Namespace) -> None:
     known = _known_classes(options.out, options.split)
-    files, classes = list_image_folder(options.root, labels_path=options.labels, known_classes=known)
-    _write(FileSource(files, classes, max_side=options.max_side), options.split, options)
+    listed = list_image_folder(options.root, labels_path=options.labels, known_classes=known)
+    _write(_source(listed, options), options.split, options)
 
 
 def _make_csv(options: argparse.Namespace) -> None:
-    files, classes = list_csv(
+    listed = list_csv(
         options.path,
         root=options.root,
         image_column=options.image_column,
         label_column=options.label_column,
         known_classes=_known_classes(options.out, options.split),
     )
-    _write(FileSource(files, classes, max_side=options.max_side), options.split, options)
+    _write(_source(listed, options), options.split, options)
 
 
 def _make_inat(options: argparse.Namespace) -> None:
-    listed = {
+    by_split = {
         split: list_inaturalist(path, root=options.root, categories_path=options.categories)
         for split, path in (("train", options.train), ("val", options.val))
     }
-    if listed["train"][1] != listed["val"][1]:
+    if by_split["train"][1] != by_split["val"][1]:
         raise DataError(
             f"{options.train} and {options.val} have different categories; expected the same; mend one"
         )
-    for split, (files, classes) in listed.items():
-        _write(FileSource(files, classes, max_side=options.max_side), split, options)
+    for split, listed in by_split.items():
+        _write(_source(listed, options), split, options)
 
 
 def _make_long_tail(options: argparse.Namespace) -> None:

@@ -78,8 +78,7 @@ class TrainingStream:
         self._rank, self._world_size, self._batch_size = rank, world_size, micro_batch_size
         used, self._samples_seen = self._read_position(position)
         self._used = {lane: used[lane] for lane in range(rank, config.num_lanes, world_size)}
-        self._num_seen, self._skipped_names = 0, list[str]()
-        self._num_skipped = 0
+        self._skipped_names = list[str]()
         self._close: Callable[[], None] | None = None
         check_decodable(ShardReader(self.manifest, cache=self._cache), config)
 
@@ -165,16 +164,18 @@ class TrainingStream:
         return used, int(position["samples_seen"])
 
     def _count_skipped(self, batch: CropBatch) -> None:
-        self._num_seen += self._batch_size
-        self._num_skipped += len(batch.skipped)
+        """Raises DataError once too many of this rank's samples were skipped, before a resumption or after it."""
+        num_seen = self._samples_seen // self._world_size
+        # Every slot of the rank took one good element; whatever else its lanes have used up was skipped.
+        num_skipped = sum(self._used.values()) - num_seen
         room = _NUM_NAMES_IN_MESSAGE - len(self._skipped_names)
         self._skipped_names.extend(batch.skipped[:room])
         for name in batch.skipped:
             logger.warning("skipped %s", name)
-        allowed = self.config.max_skipped_fraction * max(self._num_seen, self.num_samples / self._world_size)
-        if self._num_skipped > allowed:
+        allowed = self.config.max_skipped_fraction * max(num_seen, self.num_samples / self._world_size)
+        if batch.skipped and num_skipped > allowed:
             raise DataError(
-                f"{self._num_skipped} samples could not be decoded; expected at most {allowed:.1f} = "
+                f"{num_skipped} samples could not be decoded; expected at most {allowed:.1f} = "
                 f"data.max_skipped_fraction x samples of this rank; mend or remove them (python -m "
                 f"data.verify_shards {self.manifest.directory}) or raise data.max_skipped_fraction: "
                 + "; ".join(self._skipped_names)

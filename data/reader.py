@@ -7,10 +7,13 @@ manifest's count.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 import re
 import tarfile
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +37,20 @@ _JUMP_SAMPLES = 4  # a gap wider than this is jumped by the index; narrower, rea
 # What tarfile and webdataset raise on damaged tars, duplicate members and failing disks.
 READ_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, AssertionError, IndexError, TypeError)
 
+# What a shared file system answers while a server fails over. Skipping the sample instead would change the order.
+_TRANSIENT = frozenset(
+    (
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EAGAIN,
+        errno.ENOTCONN,
+        errno.EHOSTDOWN,
+        errno.ECONNRESET,
+    )
+)
+_WAITS_S = (0.5, 1.0, 2.0, 4.0)
+
 
 @dataclass(frozen=True)
 class EncodedSample:
@@ -56,7 +73,8 @@ class ShardReader:
 
     With an index, a damaged sample costs itself only: reading goes on at the next one, and one flipped bit is
     noticed. Without one, a tar is read up to its damage. Either way a sample's fate depends on the shard alone, not
-    on where reading began.
+    on where reading began. A shared file system that answers with an error is asked again, four times. At a shard's
+    end its samples and bytes are compared with the manifest.
 
     Args:
         manifest: the split.
@@ -84,7 +102,7 @@ class ShardReader:
             ordinals: numbers of samples inside the tar, never descending.
         """
         wanted: Sequence[int] = ordinals if isinstance(ordinals, range) else ordinals.tolist()
-        done = 0
+        done = num_waits = 0
         while done < len(wanted):
             reason = ""
             try:
@@ -94,6 +112,11 @@ class ShardReader:
             except READ_ERRORS as error:
                 if isinstance(error, DataError):
                     raise
+                if isinstance(error, OSError) and error.errno in _TRANSIENT and num_waits < len(_WAITS_S):
+                    logger.warning("%s: %s; reading again", self.manifest.shards[shard_index].name, error)
+                    time.sleep(_WAITS_S[num_waits])
+                    num_waits += 1
+                    continue
                 reason = f"{type(error).__name__}: {error}"
             if done == len(wanted) or (not reason and self._index is not None):
                 continue
@@ -129,6 +152,13 @@ class ShardReader:
                 # Read on after the shard's last sample: only then is it known that there are no more.
                 elif ordinal != shard.samples - 1:
                     return
+            # Here only when the tar has no more.
+            if done == len(wanted) and file.seek(0, os.SEEK_END) != shard.bytes:
+                raise DataError(
+                    f"{shard.name} has {file.tell()} bytes at its end; expected {shard.bytes} as in the manifest: it "
+                    f"changed during the run; restore it, or look at it with python -m data.verify_shards "
+                    f"{self.manifest.directory}"
+                )
         if not done:
             raise EOFError(f"the tar ended early; expected {shard.samples} samples")
 

@@ -9,22 +9,25 @@ SHA-256 were compared with the manifest, so that processes can share the folder 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
 
 from data.config import DataConfig
-from data.shards import MANIFEST_NAME, DataError, Manifest, Shard, load_manifest
+from data.shards import INDEX_DTYPE, MANIFEST_NAME, DataError, Manifest, Shard, load_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +36,15 @@ _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 8.0
 _PIPE_TIMEOUT_S = 600
 
+Check = Callable[[Path], None]
+
+
+# Asking again would not help.
+_PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+
 
 class _TransferError(OSError):
-    """What arrived is not what the manifest describes."""
+    """What arrived is not what was asked for."""
 
 
 def is_remote(address: str) -> bool:
@@ -65,27 +74,31 @@ class ShardCache:
         Raises:
             DataError: it could not be had after several tries.
         """
-        path = Path(self.directory) / shard.name
+        path = self._path_of(shard.name)
         for _ in range(_NUM_TRIES):
             try:
                 os.utime(path)
                 return path.open("rb")
             except FileNotFoundError:
                 # Also when another process made room between the two lines: an open file outlives its name.
-                self.fetch(shard.name, expected_bytes=shard.bytes, expected_sha256=shard.sha256)
+                self.fetch(shard.name, partial(_compare, num_bytes=shard.bytes, sha256=shard.sha256))
                 self._make_room(keep=path.name)
         raise DataError(
             f"{path} disappeared {_NUM_TRIES} times; expected data.cache_gib to hold a shard for every loader "
             "process; set data.cache_gib"
         )
 
-    def fetch(self, name: str, *, expected_bytes: int | None = None, expected_sha256: str = "") -> Path:
+    def fetch(self, name: str, check: Check) -> Path:
         """Returns a file's local path after fetching it, with retries that wait longer and longer.
 
+        Args:
+            name: of the file, below the address and below the local folder.
+            check: raises OSError if what arrived is not the file.
+
         Raises:
-            DataError: it could not be had, or never arrived whole.
+            DataError: it could not be had, never arrived whole, or its name leads out of the folder.
         """
-        final = Path(self.directory) / name
+        final = self._path_of(name)
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.{secrets.token_hex(8)}.tmp")
         reason = ""
@@ -94,27 +107,38 @@ class ShardCache:
                 self.wait(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (attempt - 1)))
             try:
                 self._transfer(name, temporary)
-                _compare(temporary, expected_bytes, expected_sha256)
+                check(temporary)
                 temporary.replace(final)
                 return final
-            except (OSError, subprocess.SubprocessError) as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                logger.warning("%s of %s, try %d: %s", name, self.address, attempt + 1, reason)
             except ImportError as error:
                 raise DataError(
                     f"{self.address} needs a package: {error}; install it, or copy the shards"
                 ) from error
+            # Stores raise exceptions of their own packages, which have no common ancestor but this one.
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                if isinstance(error, _PERMANENT):
+                    break
+                logger.warning("%s of %s, try %d: %s", name, self.address, attempt + 1, reason)
             finally:
                 temporary.unlink(missing_ok=True)
         raise DataError(
-            f"{name} of {self.address} could not be fetched in {_NUM_TRIES} tries ({reason}); expected a file that "
+            f"{name} of {self.address} could not be fetched in {attempt + 1} tries ({reason}); expected a file that "
             "arrives whole; look at the store, or set data.shards to a copy"
         )
+
+    def _path_of(self, name: str) -> Path:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(
+                f"the manifest of {self.address} lists {name!r}; expected a file below that address; write the "
+                "manifest beside its tars"
+            )
+        return Path(self.directory) / name
 
     def _transfer(self, name: str, target: Path) -> None:
         with target.open("wb") as file:
             if self.address.startswith("pipe:"):
-                command = self.address.removeprefix("pipe:").replace("{}", name)
+                command = self.address.removeprefix("pipe:").replace("{}", shlex.quote(name))
                 subprocess.run(command, shell=True, check=True, stdout=file, timeout=_PIPE_TIMEOUT_S)
                 return
             with fsspec.open(f"{self.address.rstrip('/')}/{name}", "rb") as source:
@@ -155,19 +179,27 @@ def open_shards(config: DataConfig) -> tuple[Manifest, ShardCache | None]:
     folder = hashlib.sha256(address.encode()).hexdigest()[:16]
     cache = ShardCache(address, str(Path(config.cache_dir) / folder), int(config.cache_gib * 1024**3))
     # Small, and the one file that nothing else vouches for: fetched anew in every run.
-    cache.fetch(MANIFEST_NAME)
+    cache.fetch(MANIFEST_NAME, _require_json)
     manifest = load_manifest(cache.directory, config.split)
     if manifest.index_path:
-        cache.fetch(manifest.index_path)
+        size = manifest.first_ids[-1] * INDEX_DTYPE.itemsize
+        cache.fetch(manifest.index_path, partial(_compare, num_bytes=size, sha256=manifest.index_sha256))
     return manifest, cache
 
 
-def _compare(path: Path, expected_bytes: int | None, expected_sha256: str) -> None:
+def _require_json(path: Path) -> None:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _TransferError(f"{path.stat().st_size} bytes arrived that are no JSON document") from error
+
+
+def _compare(path: Path, *, num_bytes: int, sha256: str) -> None:
     size = path.stat().st_size
-    if expected_bytes is not None and size != expected_bytes:
-        raise _TransferError(f"{size} bytes arrived; expected {expected_bytes}")
-    if expected_sha256:
+    if size != num_bytes:
+        raise _TransferError(f"{size} bytes arrived; expected {num_bytes}")
+    if sha256:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected_sha256:
-            raise _TransferError(f"SHA-256 {found[:12]}... arrived; expected {expected_sha256[:12]}...")
+        if found != sha256:
+            raise _TransferError(f"SHA-256 {found[:12]}... arrived; expected {sha256[:12]}...")

@@ -14,25 +14,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import webdataset
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.random_numbers import draw_permutation, hash_key
 from data.reader import EncodedSample, checksum_of
-from data.shards import (
-    INDEX_DTYPE,
-    MANIFEST_NAME,
-    DataError,
-    Manifest,
-    Shard,
-    load_manifest,
-    manifest_to_json,
-    split_names,
-)
+from data.shards import INDEX_DTYPE, DataError, Manifest, Shard, save_index, save_manifest, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -156,48 +145,17 @@ def write_split(
     records = {job.name: record for job in jobs if (record := _find_record(job)) is not None}
     missing = [job for job in jobs if job.name not in records]
     logger.info("%s: %d of %d shards are there already", split, len(records), len(jobs))
-    with tqdm(
-        total=len(jobs), initial=len(records), desc=split, unit="shard", disable=not sys.stderr.isatty()
-    ) as progress:
-        for record in _write_all(source, missing, num_processes):
-            records[record.name] = record
-            progress.update()
+    records.update(_write_all(source, missing, num_processes, desc=split, done=len(records)))
     if source.drops_duplicates:
-        for record in _write_all(source, _jobs_with_duplicates(jobs, records), num_processes):
-            records[record.name] = record
+        again = _jobs_with_duplicates(jobs, records)
+        records.update(_write_all(source, again, num_processes, desc=f"{split}, without duplicates"))
     ordered = [records[job.name] for job in jobs]
     manifest = _build_manifest(source, split, directory, ordered)
     entries = [tuple(entry) for record in ordered for entry in record.index]
-    save_index(manifest, np.array(entries, dtype=INDEX_DTYPE))
+    manifest = save_index(manifest, np.array(entries, dtype=INDEX_DTYPE))
     save_manifest(manifest)
     _remove_stale_shards(directory, split, {job.name for job in jobs})
     return manifest, [rejected for record in ordered for rejected in record.rejected]
-
-
-def save_index(manifest: Manifest, index: NDArray[Any]) -> None:
-    """Writes a split's `INDEX_DTYPE` entries beside its shards."""
-    write_whole(Path(manifest.directory) / manifest.index_path, index.astype(INDEX_DTYPE).tobytes())
-
-
-def save_manifest(manifest: Manifest) -> None:
-    """Writes a split into its folder's `manifest.json`, beside the other splits."""
-    directory = Path(manifest.directory)
-    splits = {manifest.split: manifest}
-    path = directory / MANIFEST_NAME
-    if path.is_file():
-        for name in split_names(str(directory)):
-            splits.setdefault(name, load_manifest(str(directory), name))
-    write_whole(path, manifest_to_json([splits[name] for name in sorted(splits)]).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees all of it or none: temporary name, flush, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _list_jobs(
@@ -246,7 +204,24 @@ def _cut_in_shards(
     yield shard
 
 
-def _write_all(source: ImageSource, jobs: Sequence[ShardJob], num_processes: int) -> Iterator[ShardRecord]:
+def _write_all(
+    source: ImageSource, jobs: Sequence[ShardJob], num_processes: int, *, desc: str, done: int = 0
+) -> dict[str, ShardRecord]:
+    """Returns the records of the jobs' shards by name after writing them, with a progress bar on a terminal."""
+    records = {}
+    total = len(jobs) + done
+    with tqdm(
+        total=total, initial=done, desc=desc, unit="shard", disable=not jobs or not sys.stderr.isatty()
+    ) as progress:
+        for record in _iterate_records(source, jobs, num_processes):
+            records[record.name] = record
+            progress.update()
+    return records
+
+
+def _iterate_records(
+    source: ImageSource, jobs: Sequence[ShardJob], num_processes: int
+) -> Iterator[ShardRecord]:
     if num_processes <= 1 or len(jobs) <= 1:
         for job in jobs:
             yield write_shard(source, job)
@@ -376,8 +351,11 @@ def _build_manifest(
 
 
 def _remove_stale_shards(directory: str, split: str, names: set[str]) -> None:
-    """Removes the shards that an earlier run with other options wrote and the new manifest does not list."""
-    for path in Path(directory).glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
+    """Removes what the new manifest does not list: shards of other options, and halves that killed runs left."""
+    number = "[0-9]" * 6
+    for path in Path(directory).glob(f"{split}-{number}.tar"):
         if path.name not in names:
             path.unlink()
             (Path(directory) / _RECORDS / f"{path.name}.json").unlink(missing_ok=True)
+    for path in Path(directory).glob(f".{split}-{number}.tar.*.tmp"):
+        path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
@@ -65,6 +66,7 @@ class Manifest:
         directory: the folder in which the tars lie.
         index_path: file of `INDEX_DTYPE`, one entry for every sample of the tars, relative to the folder; empty if
             there is none.
+        index_sha256: hash of that file in hexadecimal.
         notes: how the split was made; for people.
     """
 
@@ -74,6 +76,7 @@ class Manifest:
     images_per_class: tuple[int, ...] = ()
     directory: str = ""
     index_path: str = ""
+    index_sha256: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -168,6 +171,7 @@ def _split_from_dict(values: dict[str, Any], directory: str, split: str, where: 
             images_per_class=tuple(values["images_per_class"]),
             directory=directory,
             index_path=values.get("index_path", ""),
+            index_sha256=values.get("index_sha256", ""),
             notes=values.get("notes", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -204,6 +208,34 @@ def manifest_to_json(manifests: Sequence[Manifest]) -> str:
                 del shard["ordinals"]
         splits[manifest.split] = values
     return json.dumps({"schema": _SCHEMA, "splits": splits}, indent=1) + "\n"
+
+
+def save_index(manifest: Manifest, index: NDArray[Any]) -> Manifest:
+    """Writes a split's `INDEX_DTYPE` entries beside its shards; returns the manifest with the index's hash."""
+    content = index.astype(INDEX_DTYPE).tobytes()
+    write_whole(Path(manifest.directory) / manifest.index_path, content)
+    return replace(manifest, index_sha256=hashlib.sha256(content).hexdigest())
+
+
+def save_manifest(manifest: Manifest) -> None:
+    """Writes a split into its folder's `manifest.json`, beside the other splits."""
+    directory = Path(manifest.directory)
+    splits = {manifest.split: manifest}
+    path = directory / MANIFEST_NAME
+    if path.is_file():
+        for name in split_names(str(directory)):
+            splits.setdefault(name, load_manifest(str(directory), name))
+    write_whole(path, manifest_to_json([splits[name] for name in sorted(splits)]).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees all of it or none: temporary name, flush, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def load_index(manifest: Manifest) -> NDArray[Any] | None:

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data.samplers import select_long_tail, selected_labels
-from data.shard_writing import save_manifest
-from data.shards import DataError, Manifest, load_manifest, split_names
+from data.shards import DataError, Manifest, load_manifest, save_manifest, split_names
 
 
 def write_long_tail(
@@ -30,7 +29,7 @@ def write_long_tail(
     """
     if Path(source).resolve() == Path(directory).resolve():
         raise DataError(f"--out is {directory}, the whole set's folder; expected another; set --out")
-    if imbalance < 1:
+    if not imbalance >= 1:
         raise DataError(f"--imbalance is {imbalance}; expected at least 1; set --imbalance")
     whole = load_manifest(source, split)
     labels = selected_labels(whole)

@@ -10,6 +10,7 @@ keys that do not pair, decodability of a sample of the images (`--decode all` fo
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import sys
@@ -25,7 +26,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.inspection import Finding, ShardScan, scan_shard
-from data.shard_writing import save_index, save_manifest
 from data.shards import (
     INDEX_DTYPE,
     MANIFEST_NAME,
@@ -34,6 +34,8 @@ from data.shards import (
     Shard,
     load_index,
     load_manifest,
+    save_index,
+    save_manifest,
     split_names,
 )
 
@@ -58,10 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     try:
-        num_decoded = None if options.decode == "all" else int(options.decode)
+        num_decoded = _parse_decode(options.decode)
         run = write_manifests if options.write else verify
         findings = run(options.directory, num_decoded=num_decoded, num_processes=options.processes)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     for finding in findings:
@@ -70,6 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
         f"{options.directory}: {len(findings)} findings" if findings else f"{options.directory}: all is well"
     )
     return 2 if findings else 0
+
+
+def _parse_decode(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise DataError(f"--decode is {text!r}; expected a number of images a shard, or 'all'; set --decode")
+    return int(text)
 
 
 def verify(
@@ -91,6 +101,9 @@ def verify(
         index = load_index(manifest)
         if index is None:
             findings.append(Finding(split, "", "has no index; write one with --write"))
+        elif manifest.index_sha256 not in ("", hashlib.sha256(index.tobytes()).hexdigest()):
+            message = f"has another SHA-256 than the manifest says of it; write it again with --write (split {split})"
+            findings.append(Finding(manifest.index_path, "", message))
         paths = [Path(manifest.path_of(shard)) for shard in manifest.shards]
         scans = _scan_all(paths, num_decoded, num_processes, split)
         labels: Counter[int] = Counter()
@@ -139,8 +152,7 @@ def write_manifests(
     if not findings:
         (Path(directory) / MANIFEST_NAME).unlink(missing_ok=True)
         for manifest, index in described:
-            save_index(manifest, index)
-            save_manifest(manifest)
+            save_manifest(save_index(manifest, index))
     return findings
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
 from pathlib import Path
 
 import pytest
+import torch
+import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from data.config import DataConfig
+from data.datasets import EvaluationStream
+from data.pipeline import TrainingStream
+from data.shards import DataError
+from data.verify_shards import verify, write_manifests
 from runtime.config import ConfigError, iterate_keys, load_config
 from training.checkpoint_files import CheckpointError
 from training.config import PretrainConfig
@@ -70,7 +79,44 @@ def test_a_pickle_in_place_of_a_state_file_never_runs(tmp_path: Path) -> None:
     assert canary.exists(), "the canary sings when it is let out: the test can fail"
 
 
-def test_training_never_unpickles() -> None:
-    for path in Path("training").glob("*.py"):
+@pytest.mark.parametrize("image", ["png", "pickle"])
+def test_members_of_a_shard_are_never_unpickled_nor_run(tmp_path: Path, image: str) -> None:
+    canary = tmp_path / "canary"
+    hostile = pickle.dumps(Canary(canary))
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(picture, format="PNG")
+    members = {"pyd": hostile, "pickle": hostile, "pkl": hostile, "pth": hostile, "npy": hostile, "cls": b"0"}
+    with webdataset.TarWriter(str(tmp_path / "train-000000.tar")) as writer:
+        for number in range(4):
+            # An image that is a pickle in truth, and members that webdataset's own decoders would load.
+            writer.write(
+                {
+                    "__key__": str(number),
+                    **members,
+                    "png": picture.getvalue() if image == "png" else hostile,
+                }
+            )
+    findings = write_manifests(str(tmp_path), num_decoded=0)
+    assert not findings
+    assert bool(verify(str(tmp_path), num_decoded=None)) == (image == "pickle")
+    config = DataConfig(
+        shards=str(tmp_path), global_crop_size=8, num_local_crops=0, num_workers=0, num_lanes=1
+    )
+    options = {"seed": 0, "global_batch_size": 4, "micro_batch_size": 4, "rank": 0, "world_size": 1}
+    if image == "png":
+        assert len(next(iter(TrainingStream(config, **options))).keys) == 4
+    else:
+        with pytest.raises(DataError, match="no image"):
+            TrainingStream(config, **options)
+    stream = EvaluationStream(str(tmp_path), "train", lambda image: torch.zeros(1), batch_size=4)
+    assert sum(len(labels) for _, labels, _ in stream) == (4 if image == "png" else 0)
+    assert not canary.exists()
+    pickle.loads(hostile)
+    assert canary.exists(), "the canary sings when it is let out: the test can fail"
+
+
+@pytest.mark.parametrize("room", ["training", "data"])
+def test_nothing_is_unpickled(room: str) -> None:
+    for path in Path(room).glob("*.py"):
         text = path.read_text()
         assert "torch.load(" not in text and "import pickle" not in text, path

@@ -35,7 +35,12 @@ def make_set(tmp_path: Path) -> MakeSet:
     """Writes shards of the given sizes, keys k00000, k00001, ... across them; returns the folder."""
 
     def make(
-        sizes: Sequence[int], *, name: str = "set", suffix: str = "png", bad: dict[int, bytes] | None = None
+        sizes: Sequence[int],
+        *,
+        name: str = "set",
+        suffix: str = "png",
+        bad: dict[int, bytes] | None = None,
+        labels: Sequence[int] | None = None,
     ) -> str:
         directory = tmp_path / name
         directory.mkdir()
@@ -44,7 +49,7 @@ def make_set(tmp_path: Path) -> MakeSet:
             with webdataset.TarWriter(str(directory / f"train-{shard:06d}.tar"), mtime=0) as writer:
                 for _ in range(size):
                     image = (bad or {}).get(number, encode_image(number, suffix=suffix))
-                    label = str(number % 3).encode()
+                    label = str(labels[number] if labels else number % 3).encode()
                     writer.write({"__key__": f"k{number:05d}", suffix: image, "cls": label})
                     number += 1
         assert not write_manifests(str(directory), num_decoded=0)

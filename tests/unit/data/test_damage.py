@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,55 @@ def test_the_hash_is_compared_by_choice(make_set, make_config):
     options = {"seed": 0, "global_batch_size": 12, "micro_batch_size": 12, "rank": 0, "world_size": 1}
     with pytest.raises(DataError, match=r"train-000000.tar has SHA-256 .* expected"):
         next(iter(TrainingStream(make_config(shards, verify_hash=True), **options)))
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_shard_that_grows_during_the_run_is_noticed_at_its_end(make_set, make_config, with_index):
+    shards = make_set([NUM_SAMPLES] * 2)
+    if not with_index:
+        (Path(shards) / "train.index").unlink()
+    options = {"seed": 0, "global_batch_size": 4, "micro_batch_size": 4, "rank": 0, "world_size": 1}
+    batches = iter(TrainingStream(make_config(shards, shuffle_window=1, num_lanes=1), **options))
+    with (Path(shards) / "train-000000.tar").open("ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(DataError, match=r"train-000000.tar has \d+ bytes at its end; expected \d+"):
+        list(zip(range(12), batches, strict=False))
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_file_system_that_stumbles_is_asked_again(make_set, monkeypatch, with_index):
+    shards = make_set([NUM_SAMPLES])
+    if not with_index:
+        (Path(shards) / "train.index").unlink()
+    reader = ShardReader(load_manifest(shards, "train"))
+    monkeypatch.setattr("data.reader._WAITS_S", (0.0,) * 4)
+    whole, stumbles = [sample.key for _, sample in reader.read(0, range(NUM_SAMPLES))], iter([3, 900, 1700])
+
+    class StumblingFile(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            nonlocal place
+            if place is not None and self.tell() >= place:
+                place = next(stumbles, None)
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return super().read(size)
+
+    place: int | None = next(stumbles)
+    monkeypatch.setattr(reader, "_open", lambda number, shard: StumblingFile(f"{shards}/{shard.name}"))
+    answers = list(reader.read(0, range(NUM_SAMPLES)))
+    assert place is None, "the file system stumbled three times"
+    assert [ordinal for ordinal, _ in answers] == list(range(NUM_SAMPLES))
+    assert [getattr(sample, "key", sample) for _, sample in answers] == whole
+
+
+def test_a_changed_index_is_found(make_set):
+    shards = make_set([NUM_SAMPLES])
+    index = Path(shards) / "train.index"
+    content = bytearray(index.read_bytes())
+    content[8 + 16 * DAMAGED] ^= 1
+    index.write_bytes(content)
+    findings = [str(finding) for finding in verify(shards)]
+    assert any("train.index: has another SHA-256" in finding for finding in findings)
+    assert any(f"train-000000.tar: sample {DAMAGED}" in finding for finding in findings)
 
 
 def test_an_index_of_other_shards_is_refused(make_set):

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import random
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -31,8 +38,6 @@ class FlakyFileSystem(LocalFileSystem):
         return path.removeprefix("flaky://") if isinstance(path, str) else path
 
     def _open(self, path, mode="rb", **options):
-        import io
-
         type(self).opened += 1
         content = Path(path).read_bytes()
         roll = self.dice.random()
@@ -73,6 +78,86 @@ def test_a_flaky_store_loses_no_sample(make_set, make_config, tmp_path, failures
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
+class BadServer(BaseHTTPRequestHandler):
+    """Answers every third request badly: 503, half the body, one byte changed, or too late."""
+
+    root = ""
+    number = 0
+    troubles = ("503", "cut", "changed", "slow")
+
+    def do_GET(self) -> None:
+        type(self).number += 1
+        trouble = self.troubles[self.number // 3 % 4] if self.number % 3 == 0 else ""
+        content = Path(self.root, self.path.lstrip("/")).read_bytes()
+        if trouble == "503":
+            self.send_error(503)
+            return
+        if trouble == "slow":
+            time.sleep(0.6)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if trouble == "cut":
+            content = content[: len(content) // 2]
+        if trouble == "changed":
+            content = content[:20] + b"?" + content[21:]
+        with contextlib.suppress(OSError):  # who was too late finds nobody listening
+            self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        """Says nothing."""
+
+
+class WebFileSystem(LocalFileSystem):
+    """Reads a web server; its errors are http.client's and urllib's, not all of which are OSErrors."""
+
+    protocol = "web"
+    cachable = False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path.removeprefix("web://") if isinstance(path, str) else path
+
+    def _open(self, path, mode="rb", **options):
+        with urllib.request.urlopen(f"http://{self._strip_protocol(path)}", timeout=0.3) as answer:
+            return io.BytesIO(answer.read())
+
+
+def test_a_real_server_that_fails_in_every_way_loses_no_sample(make_set, make_config, tmp_path):
+    fsspec.register_implementation("web", WebFileSystem, clobber=True)
+    shards = make_set([3] * 20)
+    BadServer.root, BadServer.number = shards, 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BadServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        config = make_config(f"web://127.0.0.1:{server.server_port}", cache_dir=str(tmp_path / "cache"))
+        assert ids_of(config, steps=6) == ids_of(make_config(shards), steps=6)
+    finally:
+        server.shutdown()
+        server.server_close()
+    # Twenty tars, the manifest and the index: a third more requests, each kind of trouble at least twice.
+    assert BadServer.number >= 30
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_a_manifest_cannot_name_files_outside_its_folder(make_set, make_config, tmp_path):
+    shards = Path(make_set([3, 3]))
+    FlakyFileSystem.failures = 0.0
+    (tmp_path / "secret.tar").write_bytes(b"not the store's")
+    for name in ("../secret.tar", str(tmp_path / "secret.tar")):
+        document = json.loads((shards / "manifest.json").read_bytes())
+        document["splits"]["train"]["shards"][0]["name"] = name
+        document["splits"]["train"]["shards"][1]["name"] = name
+        (shards / "manifest.json").write_text(json.dumps(document))
+        with pytest.raises(DataError, match=r"lists '.*secret.tar'; expected a file below that address"):
+            ids_of(make_config(f"flaky://{shards}", cache_dir=str(tmp_path / "cache")))
+    assert (tmp_path / "secret.tar").read_bytes() == b"not the store's"
+    document["splits"]["train"]["index_path"] = "../secret.tar"
+    (shards / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=r"lists '../secret.tar'"):
+        ids_of(make_config(f"flaky://{shards}", cache_dir=str(tmp_path / "cache")))
+
+
 def test_workers_share_the_folder(make_set, make_config, tmp_path):
     shards = make_set([5] * 6)
     config = make_config(f"flaky://{shards}", cache_dir=str(tmp_path / "cache"), num_workers=2)
@@ -103,9 +188,13 @@ def test_a_dead_store_is_one_clear_error_after_longer_and_longer_waits(make_set,
     with pytest.raises(DataError, match=r"train-000000.tar of flaky://.* could not be fetched in 6 tries"):
         cache.open(load_manifest(shards, "train").shards[0])
     assert len(waits) == 5
+    assert waits == sorted(waits)
+    # A file that is not there is not asked for again.
+    FlakyFileSystem.failures, FlakyFileSystem.opened = 0.0, 0
     config = make_config(f"flaky://{tmp_path}/nowhere", cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(DataError, match=r"manifest.json of flaky://.*FileNotFoundError"):
+    with pytest.raises(DataError, match=r"manifest.json of flaky://.*in 1 tries \(FileNotFoundError"):
         ids_of(config)
+    assert FlakyFileSystem.opened == 1
 
 
 def test_pipes_are_refused_unless_allowed(make_set, make_config, tmp_path):

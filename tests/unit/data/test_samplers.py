@@ -39,10 +39,14 @@ def test_epochs_draw_other_images():
     assert not np.array_equal(shares.draw(0, 1), shares.draw(1, 2))
 
 
-@pytest.mark.parametrize(("sampler", "expected"), [("class_balanced", [8, 8, 8]), ("uniform", [8, 8, 8])])
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [("class_balanced", [8, 8, 8]), ("square_root", [14, 7, 3]), ("uniform", [19, 4, 1])],
+)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_stream_shows_the_shares(make_set, make_config, sampler, expected, world_size):
-    config = make_config(make_set([6, 6, 6, 6]), sampler=sampler)
+    labels = [0] * 19 + [1] * 4 + [2]
+    config = make_config(make_set([6, 6, 6, 6], labels=labels), sampler=sampler)
     ids = []
     for rank in range(world_size):
         stream = TrainingStream(
@@ -57,7 +61,7 @@ def test_the_stream_shows_the_shares(make_set, make_config, sampler, expected, w
         ids += [batch.sample_ids.tolist() for batch in (next(batches), next(batches))]
     for epoch in range(2):
         shown = np.array([i for part in ids[epoch::2] for i in part])
-        assert np.bincount(shown % 3).tolist() == expected
+        assert np.bincount(np.array(labels)[shown]).tolist() == expected
 
 
 def test_copies_of_a_sample_get_other_crops(make_set, make_config, tmp_path):
