@@ -16,7 +16,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from training.config import PretrainConfig
 CHECKOUT = Path(__file__).resolve().parent.parent
 JOB_RECORD = "slurm_jobs.txt"  # in every run directory: ids of the jobs that train it
 _NOT_COPIED = (".git", ".github", ".ci", "docs", "tests")
+_CODE = (".py", ".yaml", ".json", ".sbatch", ".toml", ".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def expand_array(specifications: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def snapshot_code(target: Path, output_dir: Path, checkout: Path = CHECKOUT) -> int:
-    """Copies what git knows of the checkout, edits and new files included, and links what git ignores.
+    """Copies what git knows of the checkout, edits and new code included, and links everything else.
 
     A job that waits for days then runs the code it was submitted with, while relative paths such as `datasets/`
     and `outputs/` mean what they mean in the checkout.
@@ -122,17 +123,29 @@ def snapshot_code(target: Path, output_dir: Path, checkout: Path = CHECKOUT) -> 
 
 
 def _project_files(checkout: Path) -> list[Path]:
-    command = ["git", "-C", str(checkout), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        paths: Iterable[Path] = (Path(name) for name in listed.split("\0") if name)
+        tracked = _list_files(checkout, "--cached")
+        new = _list_files(checkout, "--others", "--exclude-standard")
     except (OSError, subprocess.CalledProcessError):
         # An unpacked archive: everything that is source or settings.
-        kinds = (".py", ".yaml", ".json", ".sbatch", ".toml", ".txt", ".md")
         heavy = ("datasets", "outputs", "wandb", ".venv")
-        found = (path.relative_to(checkout) for path in checkout.rglob("*") if path.suffix in kinds)
-        paths = (path for path in found if path.parts[0] not in heavy)
-    return sorted(path for path in paths if (checkout / path).is_file())
+        found = (path.relative_to(checkout) for path in checkout.rglob("*") if path.suffix in _CODE)
+        return sorted(path for path in found if path.parts[0] not in heavy and (checkout / path).is_file())
+    rooms = {path.parts[0] for path in tracked if len(path.parts) > 1}
+    foreign = {
+        path.parts[0]
+        for path in new
+        if len(path.parts) > 1 and path.parts[0] not in rooms and path.suffix not in _CODE
+    }
+    # New code is part of what was submitted; images that nobody told git to ignore are not, and are linked.
+    added = (path for path in new if path.suffix in _CODE and path.parts[0] not in foreign)
+    return sorted(path for path in (*tracked, *added) if (checkout / path).is_file())
+
+
+def _list_files(checkout: Path, *which: str) -> list[Path]:
+    command = ["git", "-C", str(checkout), "ls-files", *which, "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [Path(name) for name in listed.split("\0") if name]
 
 
 def render_pretrain(

@@ -318,6 +318,9 @@ def test_snapshot_copies_code_and_links_data(tmp_path: Path) -> None:
         "datasets/a.tar",
         "outputs/run/x.py",
         "new.py",
+        "method/new.py",
+        "imagenet/manifest.json",
+        "imagenet/train-000000.tar",
     ):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text(name)
@@ -332,6 +335,8 @@ def test_snapshot_copies_code_and_links_data(tmp_path: Path) -> None:
     assert (target / "pretrain.py").read_text() == "pretrain.py"
     assert (target / "models/vit.py").read_text() == "edited", "a job runs what was there, committed or not"
     assert (target / "new.py").is_file()
+    assert not (target / "method").is_symlink() and (target / "method" / "new.py").is_file()
+    assert (target / "imagenet").is_symlink(), "images that git was not told to ignore are not copied"
     assert not (target / "tests").exists()
     assert (target / "datasets").is_symlink() and (target / "outputs").is_symlink()
     assert (target / "COMMIT_ID").read_text().strip()
@@ -363,23 +368,34 @@ def test_resolved_configuration_loads_again(arguments: list[str]) -> None:
     assert config_hash(load_config(PretrainConfig, str(copy))) == config_hash(config)
 
 
-def test_the_configuration_in_the_documentation_loads(tmp_path: Path) -> None:
-    text = (CHECKOUT / "docs" / "slurm.md").read_text()
-    found = re.findall(r"```yaml\n(.*?)```", text, re.S)
-    assert len(found) == 1
-    path = tmp_path / "vit-large.yaml"
-    path.write_text(found[0])
-    config = load_config(PretrainConfig, str(path))
-    assert config.batch.micro_batch_size_per_gpu(4 * 8) == 32
-    assert config.data.num_lanes % 32 == 0
-    assert (CHECKOUT / config.engine.deepspeed_config).is_file()
+def documented_submissions() -> list[list[str]]:
+    """Returns the arguments of every `python -m slurm.submit` in docs/slurm.md, inline ones included."""
+    text = (CHECKOUT / "docs" / "slurm.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^python -m slurm.submit (.*)$|`python -m slurm.submit ([^`]*)`", text, re.M)
+    return [shlex.split((block or inline).split("#")[0]) for block, inline in lines]
+
+
+def test_every_recipe_in_the_documentation_fits_its_nodes(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    place = [f"data.shards={shards}", "evaluation.test_split=test", f"run.output_dir={tmp_path / 'runs'}"]
+    recipes = [line for line in documented_submissions() if (CHECKOUT / line[0]).is_file()]
+    table = re.findall(r"^\| `pretrain_.*$", (CHECKOUT / "docs" / "slurm.md").read_text(), re.M)
+    for row in table:
+        options = shlex.split(row.rsplit("`", 2)[1])
+        recipes += [[f"configs/{name}.yaml", *options] for name in re.findall(r"`(pretrain_\S+)`", row)]
+    assert len(table) >= 5 and len(recipes) >= 9
+    for recipe in recipes:
+        options = [word for word in recipe if word != "--dry-run"]
+        assert main([options[0], *place, *options[1:], "--gpus-per-node", "8", "--dry-run"]) == 0, recipe
+        assert "evaluate.py" in capsys.readouterr().out or "--evaluate" not in options
 
 
 def test_every_command_line_in_the_documentation_is_understood() -> None:
     from slurm.submit import _parse
 
-    text = (CHECKOUT / "docs" / "slurm.md").read_text().replace("\\\n", " ")
-    lines = [line.split("#")[0] for line in text.splitlines() if line.startswith("python -m slurm.submit")]
+    lines = documented_submissions()
     assert len(lines) >= 5
     for line in lines:
-        assert _parse(shlex.split(line)[3:]).config.startswith("configs/")
+        assert _parse(line).config.startswith("configs/")
