@@ -23,7 +23,7 @@ from prototypes.alarms import find_alarms
 from prototypes.diagnostics import count_unique, effective_rank, mean_cosine
 from runtime.distributed import Process
 from runtime.preemption import PreemptionFlag
-from runtime.program import EXIT_DONE, EXIT_PREEMPTED
+from runtime.program import EXIT_DONE, EXIT_FAULT, EXIT_PREEMPTED
 from runtime.seeding import seed_everything
 from training.checkpoint import CheckpointStore
 from training.config import PretrainConfig
@@ -270,6 +270,12 @@ class Trainer:
         self._save()
         # The grace time is for the state; what wandb has not got yet follows with the next start.
         self._close_record(wandb_timeout_s=5.0)
+        if self._last_saved != self.progress.step:
+            # Started again it would come here again: the disk needs somebody first.
+            logger.error(
+                "step %d is not saved; the next start goes on from the newest checkpoint", self.progress.step
+            )
+            return EXIT_FAULT
         return EXIT_PREEMPTED
 
     def _open_record(self) -> None:

@@ -218,3 +218,16 @@ def test_a_full_disk_during_a_save_does_not_end_the_run(shards: str, tmp_path: P
     names = [path.name for path in list_committed(tmp_path / "run" / "checkpoints")]
     assert names == ["step-00000008", "step-00000006"]
     assert "NOT saved" in console(tmp_path) and "No space left" in console(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_a_preemption_is_a_fault(shards: str, tmp_path: Path) -> None:
+    """Exit 75 promises a saved state; a scheduler that started this again would come here again."""
+    ranks = start(tmp_path, shards, "optim.steps=2000", fault="enospc@1:*:save_written")
+    record = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (record.exists() and record.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGUSR2)
+    assert wait_for_ranks(ranks, 60) == [1, 1]
+    assert "is not saved; the next start goes on from the newest checkpoint" in console(tmp_path)
