@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -70,6 +71,20 @@ def check_scheduler(cluster: ClusterConfig) -> None:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
             f"partition is {missing[0]!r}; expected one of {', '.join(known)}; set --partition{hint}"
+        )
+
+
+def check_after(job_id: str) -> None:
+    """Refuses to wait for a job that is not there or that has already ended badly; sbatch's own words say neither."""
+    done = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True)
+    states = re.findall(r"JobState=(\w+)", done.stdout)
+    alive = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "COMPLETED")
+    bad = sorted(set(states) - set(alive))
+    if done.returncode != 0 or not states or bad:
+        state = ", ".join(bad) or "unknown to Slurm"
+        raise UserError(
+            f"--after is {job_id}, which is {state}; expected a job that waits, runs or has succeeded; "
+            "leave --after out to start at once"
         )
 
 

@@ -22,7 +22,7 @@ from typing import NoReturn
 from evaluation.config import EvaluationConfig
 from runtime.config import build_config, config_to_yaml, load_config
 from runtime.program import EXIT_DONE, UserError, run_program
-from slurm.checks import check_arm, check_queue, check_scheduler
+from slurm.checks import check_after, check_arm, check_queue, check_scheduler
 from slurm.config import ClusterConfig
 from slurm.jobs import (
     CHECKOUT,
@@ -75,6 +75,8 @@ def main(arguments: list[str]) -> int:
             print(render_evaluate(submission.cluster, submission.arms, submission.directory))
         return EXIT_DONE
     check_scheduler(submission.cluster)
+    if options.after:
+        check_after(options.after)
     for arm in submission.arms:
         check_queue(arm, options.after)
     write(submission)

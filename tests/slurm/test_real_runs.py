@@ -251,16 +251,23 @@ def test_array_has_one_directory_per_seed_and_results_appear_by_themselves(
 def test_after_waits_for_the_other_job_and_runs_the_frozen_code(
     cluster: PrivateCluster, shards: str, tmp_path: Path
 ) -> None:
-    first = cluster.submit("--wrap=sleep 6", "--output=/dev/null")
+    first, failing = (
+        cluster.submit("--hold", "--output=/dev/null", f"--wrap={command}") for command in ("true", "false")
+    )
     run = Run(cluster, shards, tmp_path, "after", "optim.steps=2", "--after", str(first))
+    never = Run(cluster, shards, tmp_path, "never", "optim.steps=2", "--after", str(failing))
     assert cluster.job(run.id)["Dependency"].startswith(f"afterok:{first}")
     with (tmp_path / "after/slurm/001/code/runtime/config.py").open("a") as frozen:
         frozen.write('print("this is the frozen code")\n')
+    cluster.run("scontrol", "release", f"{first},{failing}")
     assert run.end() == "COMPLETED", run.log
     assert run.log.count("this is the frozen code") >= 2, "one for each rank"
-    failing = cluster.submit("--wrap=false", "--output=/dev/null")
-    never = Run(cluster, shards, tmp_path, "never", "optim.steps=2", "--after", str(failing))
     never.wait_for_state("CANCELLED")
+    for job, state in ((str(failing), "FAILED"), ("999999", "unknown to Slurm")):
+        chosen = [f"data.shards={shards}", f"run.output_dir={tmp_path}", "run.name=late", "--after", job]
+        done = submit(cluster, *TINY, *RUN, *chosen)
+        assert done.returncode == 2 and f"--after is {job}, which is {state}" in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_both_templates_work_by_hand(cluster: PrivateCluster, shards: str, tmp_path: Path) -> None:
