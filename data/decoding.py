@@ -2,8 +2,8 @@
 
 torchvision's libjpeg-turbo decodes JPEG; Pillow reads the headers and decodes whatever else there is. (torchvision's
 decode_png is faster, but one flipped bit in a PNG can end the process with a segmentation fault.)
-EXIF is never parsed: a damaged EXIF block cannot break a sample, and the
-orientation tag is ignored, as in every ImageNet pipeline.
+Nothing in EXIF is used: a damaged block cannot break a sample, and the orientation tag is ignored, as in every
+ImageNet pipeline.
 """
 
 from __future__ import annotations

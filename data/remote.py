@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
+from fsspec.utils import get_protocol
 
 from data.config import DataConfig
 from data.shards import INDEX_DTYPE, MANIFEST_NAME, DataError, Manifest, Shard, load_manifest
@@ -110,10 +111,6 @@ class ShardCache:
                 check(temporary)
                 temporary.replace(final)
                 return final
-            except ImportError as error:
-                raise DataError(
-                    f"{self.address} needs a package: {error}; install it, or copy the shards"
-                ) from error
             # Stores raise exceptions of their own packages, which have no common ancestor but this one.
             except Exception as error:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -176,6 +173,7 @@ def open_shards(config: DataConfig) -> tuple[Manifest, ShardCache | None]:
             f"data.shards is {address!r}, which runs a shell command; expected a folder or an address; set "
             "data.allow_pipe=true if you trust it"
         )
+    _require_protocol(address)
     folder = hashlib.sha256(address.encode()).hexdigest()[:16]
     cache = ShardCache(address, str(Path(config.cache_dir) / folder), int(config.cache_gib * 1024**3))
     # Small, and the one file that nothing else vouches for: fetched anew in every run.
@@ -185,6 +183,22 @@ def open_shards(config: DataConfig) -> tuple[Manifest, ShardCache | None]:
         size = manifest.first_ids[-1] * INDEX_DTYPE.itemsize
         cache.fetch(manifest.index_path, partial(_compare, num_bytes=size, sha256=manifest.index_sha256))
     return manifest, cache
+
+
+def _require_protocol(address: str) -> None:
+    if address.startswith("pipe:"):
+        return
+    try:
+        fsspec.get_filesystem_class(get_protocol(address))
+    except ImportError as error:
+        raise DataError(
+            f"data.shards is {address!r}, which needs a package: {error}; install it, or set data.shards to a copy"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"data.shards is {address!r}; expected a folder, or an address of a protocol that fsspec knows, such as "
+            "s3://bucket/folder; set data.shards"
+        ) from error
 
 
 def _require_json(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import random
@@ -140,6 +141,24 @@ def test_a_real_server_that_fails_in_every_way_loses_no_sample(make_set, make_co
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
+def test_an_index_changed_on_the_way_is_fetched_again(make_set, make_config, tmp_path, monkeypatch):
+    FlakyFileSystem.failures = 0.0
+    shards = make_set([5] * 6)
+    transfer, changed = ShardCache._transfer, []
+
+    def change_once(self: ShardCache, name: str, target: Path) -> None:
+        transfer(self, name, target)
+        if name == "train.index" and not changed:
+            content = bytearray(target.read_bytes())
+            content[8] ^= 1
+            target.write_bytes(content)
+            changed.append(name)
+
+    monkeypatch.setattr(ShardCache, "_transfer", change_once)
+    config = make_config(f"flaky://{shards}", cache_dir=str(tmp_path / "cache"))
+    assert ids_of(config) == ids_of(make_config(shards)) and changed
+
+
 def test_a_manifest_cannot_name_files_outside_its_folder(make_set, make_config, tmp_path):
     shards = Path(make_set([3, 3]))
     FlakyFileSystem.failures = 0.0
@@ -211,8 +230,16 @@ def test_pipes_are_refused_unless_allowed(make_set, make_config, tmp_path):
 
 def test_an_unknown_protocol_is_one_line(make_config, tmp_path):
     config = make_config("nosuch://bucket/x", cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="nosuch"):
+    with pytest.raises(
+        DataError, match=r"'nosuch://bucket/x'; expected a folder, or an address of a protocol"
+    ):
         ids_of(config)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed here")
+def test_a_missing_package_is_one_line(make_config, tmp_path):
+    with pytest.raises(DataError, match=r"'s3://bucket/x', which needs a package: .*s3fs"):
+        ids_of(make_config("s3://bucket/x", cache_dir=str(tmp_path / "cache")))
 
 
 def test_brace_lists_choose_shards(make_set, make_config):
