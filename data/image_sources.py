@@ -205,6 +205,10 @@ def list_inaturalist(
         ) from error
     number_of = {category: number for number, category in enumerate(sorted(categories))}
     names = tuple(str(categories[category].get("name", category)) for category in sorted(categories))
+    taxonomies = {
+        category: {key: value for key, value in entry.items() if key != "id"}
+        for category, entry in categories.items()
+    }
     files = []
     for image_id, file_name in images:
         category = category_of.get(image_id)
@@ -212,8 +216,12 @@ def list_inaturalist(
             raise DataError(
                 f"image {image_id} of {annotations_path} has no annotation; expected one each; mend the file"
             )
-        facts = {"image_id": image_id, "category_id": category}
-        facts["taxonomy"] = {key: value for key, value in categories[category].items() if key != "id"}
+        if category not in taxonomies:
+            raise DataError(
+                f"image {image_id} of {annotations_path} has category {category}, which is not among its "
+                f"{len(categories)} categories; expected one of them; mend the file"
+            )
+        facts = {"image_id": image_id, "category_id": category, "taxonomy": taxonomies[category]}
         files.append(ImageFile(str(Path(root) / file_name), number_of[category], facts))
     return files, names
 

@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -230,8 +231,13 @@ def _iterate_records(
     context = multiprocessing.get_context("fork")
     workers = min(num_processes, len(jobs))
     with ProcessPoolExecutor(workers, context, initializer=_Worker.start, initargs=(source,)) as pool:
-        for future in as_completed([pool.submit(_Worker.write, job) for job in jobs]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(_Worker.write, job) for job in jobs]):
+                yield future.result()
+        except BaseException:
+            # A full disk or Ctrl-C: hundreds of shards would each try and fail before the message came.
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 class _Worker:
@@ -242,6 +248,7 @@ class _Worker:
     @classmethod
     def start(cls, source: ImageSource) -> None:
         cls.source = source
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: finish this shard, the parent starts no other
 
     @classmethod
     def write(cls, job: ShardJob) -> ShardRecord:

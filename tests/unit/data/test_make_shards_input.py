@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,7 @@ def test_an_image_without_annotation_and_other_categories_are_one_line(tmp_path,
     }
     changes = {
         "no annotation": {"annotations": []},
+        "has category 7, which": {"annotations": [{"id": 1, "image_id": 5, "category_id": 7}]},
         "different categories": {"categories": [{"id": 0, "name": "owl"}]},
         "not of iNaturalist's layout": {"images": [{"file_name": "images/0.png"}]},
     }
@@ -186,3 +189,33 @@ def test_verify_answers_mistakes_in_one_line(make_set, tmp_path, capsys):
         assert verify_main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and expected in line
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, image_bytes):
+    write_images(tmp_path / "in", image_bytes, 80)
+    # Images that take long to decode, so that the interruption comes in the middle.
+    large = image_bytes(9, size=500)
+    for path in (tmp_path / "in").glob("*.png"):
+        path.write_bytes(large + path.name.encode())
+    out = tmp_path / "out"
+    command = [*MAKE_SHARDS, "imagefolder", str(tmp_path / "in"), "--out", str(out), "--processes", "2"]
+    job = subprocess.Popen(
+        [*command, "--samples-per-shard", "1"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.tar"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does: every process of the group
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert said.splitlines() == ["interrupted: the same command goes on with the shards that are missing"]
+    done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert 3 <= len(done) < 80 and not (out / "manifest.json").exists()
+    assert not list(out.glob("*.tmp"))
+    assert run(*command[3:], "--samples-per-shard", "1") == 0
+    assert load_manifest(str(out), "train").num_samples == 80
+    assert done.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}.items()
