@@ -137,7 +137,13 @@ class PrivateCluster:
         launchers = ("SLURM", "SBATCH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
         kept["PATH"] = kept.get("PATH", "") + ":/usr/sbin:/sbin"
-        return {**kept, "SLURM_CONF": str(self.home / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        own = {
+            "SLURM_CONF": str(self.home / "slurm.conf"),
+            "OMP_NUM_THREADS": "1",
+            # Not the home directory's: a lock that a killed process left there would be waited for.
+            "TORCH_EXTENSIONS_DIR": str(self.home / "torch_extensions"),
+        }
+        return {**kept, **own}
 
     def run(self, *command: str, check: bool = True, timeout: float = 60, cwd: Path | None = None) -> str:
         """Returns a command's standard output; raises with its standard error."""

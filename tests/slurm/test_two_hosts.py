@@ -48,13 +48,19 @@ def steps_done(out: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=-1)
 
 
+def wait_for_step(processes: list[subprocess.Popen], out: Path, step: int, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while steps_done(out) < step and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in processes), (out / "host0.log").read_text()
+        time.sleep(0.1)
+    assert steps_done(out) >= step, (out / "host0.log").read_text()
+
+
 def test_torchrun_on_two_hosts_trains_is_warned_on_one_and_goes_on(tmp_path: Path) -> None:
     shards = write_digit_shards(tmp_path / "digits")
     with two_hosts() as hosts, ended_with(started := []):
         started += (processes := start(hosts, shards, tmp_path, num_steps=2000))
-        deadline = time.monotonic() + 120
-        while steps_done(tmp_path) < 5 and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for_step(processes, tmp_path, 5)
         # torchrun passes SIGTERM on to its ranks; the ranks of the other host learn of it from them.
         processes[1].send_signal(signal.SIGTERM)
         for process in processes:
@@ -66,9 +72,7 @@ def test_torchrun_on_two_hosts_trains_is_warned_on_one_and_goes_on(tmp_path: Pat
 
         # optim.steps stretches the schedule: the same run again, then, is the same command.
         started += (processes := start(hosts, shards, tmp_path, num_steps=2000))
-        deadline = time.monotonic() + 120
-        while steps_done(tmp_path) < saved_at + 5 and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for_step(processes, tmp_path, saved_at + 5)
         processes[0].send_signal(signal.SIGTERM)
         for process in processes:
             process.wait(timeout=90)
