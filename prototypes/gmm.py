@@ -54,6 +54,14 @@ class DiagonalGmm(OnlineMixture):
         super().restart_components_(index)
         self.variances[index] = self.prior_variance()
 
+    def split_components_(
+        self, children: Int64[Tensor, " R"], parents: Int64[Tensor, " R"], offset: Float[Tensor, "R P"]
+    ) -> None:
+        """Splits components; children are as wide as their parents."""
+        super().split_components_(children, parents, offset)
+        if len(self.variances) == self.num_prototypes:
+            self.variances[children] = self.variances[parents]
+
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
         """Returns [h, -h*h/2], whose natural parameters are [mu/v, 1/v]."""
         return torch.cat([rows, -0.5 * rows * rows], dim=1)

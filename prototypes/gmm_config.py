@@ -115,8 +115,9 @@ class InitialisationConfig:
     """How the means start.
 
     Attributes:
-        method: "sphere" (random unit vectors), "data" (the first K features) or "data_spread" (features at
-            least `spread_distance` apart in cosine distance, the rest random unit vectors).
+        method: "sphere" (random unit vectors), "data" (the first K features) or "data_spread" (of K features
+            those at least `spread_distance` apart in cosine distance, the rest random unit vectors). The
+            mixture stands still until K features were seen.
         spread_distance: least cosine distance between features accepted by "data_spread".
         warmup_fraction: share of the training after which "data_spread" starts to collect.
     """

@@ -29,12 +29,13 @@ def draw_unit_vectors(num_prototypes: int, dim: int, seed: int) -> Float[Tensor,
     return nn.functional.normalize(rows, dim=1)
 
 
-def is_collecting(
-    config: InitialisationConfig, step: int, total_steps: int, num_prototypes: int, collected: Collected
-) -> bool:
-    """Returns whether the rows of `step` become means: until K rows were looked at, never for "sphere"."""
-    if config.method == "sphere" or collected.seen >= num_prototypes:
-        return False
+def is_standing(config: InitialisationConfig, num_prototypes: int, collected: Collected) -> bool:
+    """Returns whether the mixture stands still: a start from features, of which K rows were not yet looked at."""
+    return config.method != "sphere" and collected.seen < num_prototypes
+
+
+def is_collecting(config: InitialisationConfig, step: int, total_steps: int) -> bool:
+    """Returns whether the rows of `step` may become means of a mixture that stands still."""
     return config.method == "data" or step >= int(config.warmup_fraction * total_steps)
 
 

@@ -120,6 +120,22 @@ class Mixture(PrototypeEstimator):
         self.mixing_weights /= self.mixing_weights.sum()
         self.usage /= self.usage.sum()
 
+    def split_components_(
+        self, children: Int64[Tensor, " R"], parents: Int64[Tensor, " R"], offset: Float[Tensor, "R P"]
+    ) -> None:
+        """Moves children beside their parents and shares what the parents have seen between the two, in place.
+
+        A child as wide as all rows beside a narrow parent would get no responsibility: a family copies the
+        parent's spread too.
+        """
+        self.means[children] = self.means[parents] + offset
+        self.means[parents] -= offset
+        for shared in (self.counts, self.mixing_weights, self.usage):
+            half = 0.5 * shared[parents]
+            shared[children], shared[parents] = half, half
+        self.mixing_weights /= self.mixing_weights.sum()
+        self.usage /= self.usage.sum()
+
     def reference(self) -> Float[Tensor, " P"]:
         """Returns the vector that rows and means are shifted by; equal on all ranks."""
         return self.row_mean

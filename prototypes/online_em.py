@@ -105,10 +105,12 @@ class OnlineMixture(Mixture):
             self._initialise_moments(inputs, weight)
         rows = self.preprocess(inputs)
         statistics = self._make_room(len(rows))
-        is_collecting = initialisation.is_collecting(
-            self.gmm.init, self.step, self.context.total_steps, self.num_prototypes, self.collected
+        init = self.gmm.init
+        is_standing = initialisation.is_standing(init, self.num_prototypes, self.collected)
+        is_collecting = is_standing and initialisation.is_collecting(
+            init, self.step, self.context.total_steps
         )
-        if is_collecting:
+        if is_standing:
             statistics.flat.zero_()
         else:
             self._accumulate(rows, weight, statistics)
@@ -145,7 +147,7 @@ class OnlineMixture(Mixture):
         for name, value in self._next_scalars.items():
             setattr(self, name, value)
         if "collected" in self._next_scalars:
-            self.traced_means.copy_(self._traced(self.means))
+            self._begin_from_rows()
         self._forget_observations()
         self.step += 1
         if self.step % CRITICAL_REFRESH_STEPS == 0 and self.is_initialised:
@@ -324,7 +326,8 @@ class OnlineMixture(Mixture):
     # ---------------------------------------------------------------- M-step
 
     def _update_components(self, statistics: FlatStatistics) -> None:
-        num_rows = statistics.sums["sum_weight"]
+        # While the means wait for rows there is no mass: nothing is forgotten either.
+        num_rows = torch.where(statistics.mass.sum() > 0, statistics.sums["sum_weight"], 0.0)
         forgetting = forget(self.gmm, self.memory, self.counts, statistics.mass, num_rows)
         weight_rate, usage_rate = compute_rates(statistics.mass, self.context.num_observations_per_epoch)
         usage = update_usage(self.usage, statistics.mass, usage_rate)
@@ -359,6 +362,12 @@ class OnlineMixture(Mixture):
         self._next_scalars["collected"] = initialisation.place_rows_(
             self._candidate["means"], rows, self.gmm.init, self.collected
         )
+
+    def _begin_from_rows(self) -> None:
+        """Once all rows are placed every component starts afresh, as wide as the rows are now."""
+        self.traced_means.copy_(self._traced(self.means))
+        if self.collected.seen == self.num_prototypes:
+            self.reset_components()
 
     def _publish(self, means: Float[Tensor, "K P"]) -> None:
         if self._published is None:

@@ -49,9 +49,10 @@ def revive_(
     """Moves starved and duplicate components, in place, and returns how many.
 
     "split": next to the component with the largest pi_j tr(var_j), at mu_j + .5 sqrt(var_j) n, the parent
-    moving the other way. "reseed": to the rows farthest from every prototype (1 - max cosine > .1). The
-    moved component restarts with n = 1, an even mixing weight and the rows' variance. At most
-    `config.max_share` of K in one event, the emptiest first. Source: ours.
+    moving the other way; the two share the parent's count, mixing weight and usage, and have its variance.
+    "reseed": to the rows farthest from every prototype (1 - max cosine > .1), restarting with n = 1, an even
+    mixing weight and the rows' variance. At most `config.max_share` of K in one event, the emptiest first.
+    Source: ours.
 
     Args:
         mixture: its tables are written.
@@ -69,11 +70,8 @@ def revive_(
     order = torch.argsort(torch.where(is_useless, mixture.usage, torch.inf), stable=True)
     moved = order[:number]
     if config.method == "split":
-        moved = _split_(mixture, moved, is_useless, make_generator("revival", seed, step))
-    else:
-        moved = _reseed_(mixture, moved, rows)
-    mixture.restart_components_(moved)
-    return len(moved)
+        return _split_(mixture, moved, is_useless, make_generator("revival", seed, step))
+    return _reseed_(mixture, moved, rows)
 
 
 def _split_(
@@ -81,23 +79,19 @@ def _split_(
     moved: Int64[Tensor, " R"],
     is_useless: Bool[Tensor, " K"],
     generator: torch.Generator,
-) -> Int64[Tensor, " R"]:
+) -> int:
     variances = mixture.component_variances()
     score = torch.where(is_useless, -torch.inf, mixture.mixing_weights * variances.sum(1))
     moved = moved[: len(is_useless) - int(is_useless.sum())]
     parents = torch.argsort(score, descending=True, stable=True)[: len(moved)]
     noise = torch.randn(len(moved), mixture.dim, generator=generator).to(mixture.means)
-    offset = 0.5 * variances[parents].sqrt() * noise
-    mixture.means[moved] = mixture.means[parents] + offset
-    mixture.means[parents] -= offset
-    return moved
+    mixture.split_components_(moved, parents, 0.5 * variances[parents].sqrt() * noise)
+    return len(moved)
 
 
-def _reseed_(
-    mixture: Mixture, moved: Int64[Tensor, " R"], rows: Float[Tensor, "N P"] | None
-) -> Int64[Tensor, " R"]:
+def _reseed_(mixture: Mixture, moved: Int64[Tensor, " R"], rows: Float[Tensor, "N P"] | None) -> int:
     if rows is None or len(rows) == 0:
-        return moved[:0]
+        return 0
     unit = nn.functional.normalize(rows, dim=1)
     nearest = unit.new_full((len(unit),), -1.0)
     for means in mixture.means.split(_ROWS_AT_ONCE):
@@ -106,5 +100,7 @@ def _reseed_(
     farthest = farthest[1 - nearest[farthest] > _NEW_FEATURE_DISTANCE]
     # Rows that are near each other would only make new duplicates.
     farthest = farthest[greedy_leader_index(unit[farthest], _NEW_FEATURE_DISTANCE)][: len(moved)]
-    mixture.means[moved[: len(farthest)]] = rows[farthest]
-    return moved[: len(farthest)]
+    moved = moved[: len(farthest)]
+    mixture.means[moved] = rows[farthest]
+    mixture.restart_components_(moved)
+    return len(moved)

@@ -31,6 +31,10 @@ class SphericalKMeans(VonMisesFisherMixture):
         super(VonMisesFisherMixture, self).restart_components_(index)
         self.means[index] = nn.functional.normalize(self.means[index], dim=1)
 
+    def component_variances(self) -> Float[Tensor, "K P"]:
+        """Returns the variance of all rows: centroids track no spread of their own."""
+        return self.row_variance.expand(self.num_prototypes, self.dim)
+
     def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k P"], Float[Tensor, " k"]]:
         """Returns (c / tau, 0)."""
         return self.means[chunk] / self.gmm.kmeans_temperature, self.means.new_zeros(len(self.means[chunk]))

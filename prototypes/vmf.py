@@ -46,6 +46,20 @@ class VonMisesFisherMixture(OnlineMixture):
         length = torch.linalg.vector_norm(self.means, dim=1).median()
         self.means[index] = torch.nn.functional.normalize(self.means[index], dim=1) * length
 
+    def component_variances(self) -> Float[Tensor, "K P"]:
+        """Returns (1 - R^2) / P, the spread of unit rows around their mean, alike in every dimension."""
+        spread = (1 - self.means.square().sum(1, keepdim=True)).clamp_min(0) / self.dim
+        return spread.expand(self.num_prototypes, self.dim)
+
+    def split_components_(
+        self, children: Int64[Tensor, " R"], parents: Int64[Tensor, " R"], offset: Float[Tensor, "R P"]
+    ) -> None:
+        """Splits components; both halves keep the parent's length, so its concentration."""
+        length = torch.linalg.vector_norm(self.means[parents], dim=1, keepdim=True)
+        super().split_components_(children, parents, offset)
+        for half in (children, parents):
+            self.means[half] = torch.nn.functional.normalize(self.means[half], dim=1) * length
+
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N P"]:
         """Returns h."""
         return rows

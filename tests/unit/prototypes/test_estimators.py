@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from prototypes.config import ClusteringConfig, CouplingConfig, PrototypesConfig
 from prototypes.estimator import build_estimator
-from prototypes.gmm_config import AnnealingConfig, InitialisationConfig, RevivalConfig
+from prototypes.gmm_config import AnnealingConfig, InitialisationConfig, RevivalConfig, VarianceConfig
+from prototypes.revival import find_starved, revive_
 from prototypes.vmf import compute_concentration, compute_log_normaliser, compute_resultant_length
 from tests.unit.prototypes import oracle
 from tests.unit.prototypes.building import (
@@ -357,6 +358,21 @@ def test_starts_from_features(method):
         assert placed == oracle.count_unique(rows[:16].numpy(), 0.1)
         assert torch.equal(estimator.means[placed:], start[placed:])
     assert estimator.collected.seen == 16
+    torch.testing.assert_close(estimator.variances[3], estimator.row_variance)
+
+
+def test_a_start_from_spread_features_waits_and_starts_every_component_afresh():
+    init = InitialisationConfig(method="data_spread", warmup_fraction=0.05)
+    estimator = build(make_config(16, 8, init=init), total_steps=100)
+    start = estimator.means.clone()
+    for step in range(5):
+        take_step(estimator, clustered_rows(40, 8, seed=step))
+        assert torch.equal(estimator.means, start)
+    take_step(estimator, 0.01 * torch.randn(40, 8) + torch.ones(8))
+    assert torch.equal(estimator.counts, torch.ones(16))
+    torch.testing.assert_close(estimator.variances, estimator.row_variance.expand(16, 8))
+    take_step(estimator, clustered_rows(40, 8, seed=9))
+    assert not torch.equal(estimator.counts, torch.ones(16))
 
 
 def test_centre_and_standardise_move_logits_with_the_features():
@@ -397,10 +413,48 @@ def test_revival_moves_starved_components_alike(method):
         assert 1 <= moved <= 8
         changed = (estimator.means != before).any(1)
         assert changed[:4].any()
-        assert (estimator.counts[changed] == 1).any()
+        assert estimator.counts[changed].min() >= 0.5
+        assert estimator.means.isfinite().all()
         assert float(estimator.mixing_weights.sum()) == pytest.approx(1, abs=1e-5)
     assert_same_state(tensors(left), tensors(right))
     assert left.reseed(step=0) == 0
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_split_shares_what_the_parent_has_and_its_child_survives(name):
+    """Planted: half of the components hold everything; a child must win rows beside its narrow parent."""
+    rows = clustered_rows(2000, 64, num_clusters=8, spread=0.4, seed=1)
+    narrow = VarianceConfig(floor=0.02, shrinkage=0.0)
+    config = make_config(16, 64, estimator=name, kmeans_temperature=0.02, variance=narrow)
+    estimator = build(config, num_observations_per_epoch=2000, total_steps=1000)
+    estimator.means[:8] = torch.nn.functional.normalize(rows[:8], dim=1)
+    estimator.means[8:] = -estimator.means[:8]
+    for batch in rows.split(100):
+        take_step(estimator, batch)
+    estimator.usage[8:] = 0
+    estimator.usage /= estimator.usage.sum()
+    before = {table: getattr(estimator, table).clone() for table in ("counts", "usage")}
+    revival = RevivalConfig(method="split", max_share=0.5, duplicate_distance=0.0)
+    moved = revive_(estimator, None, revival, seed=0, step=1)
+    assert moved >= 4
+    children = (estimator.usage[8:] > 0).nonzero().squeeze(1) + 8
+    parents = (estimator.usage[:8] < before["usage"][:8] * 0.9).nonzero().squeeze(1)
+    assert len(children) == len(parents) == moved
+    for table, total in before.items():
+        shared = getattr(estimator, table)
+        torch.testing.assert_close(shared[children].sum(), shared[parents].sum())
+        torch.testing.assert_close(shared[parents].sum(), total[parents].sum() / 2)
+    for batch in rows.repeat(2, 1).split(100):
+        take_step(estimator, batch)
+    assert (estimator.usage[children] * 16 > 0.05).float().mean() >= 0.7
+
+
+def test_starvation_shows_within_an_epoch():
+    estimator = build(make_config(16, 8, **exact_gmm()), num_observations_per_epoch=10_000, total_steps=400)
+    estimator.means[0] = 300.0
+    for step in range(100):
+        take_step(estimator, clustered_rows(100, 8, num_clusters=15, spread=1.0, seed=step))
+    assert find_starved(estimator.usage)[0]
 
 
 def test_coupling_is_full_at_zero_and_joint_at_one():
