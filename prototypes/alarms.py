@@ -26,7 +26,7 @@ def find_alarms(metrics: Metrics, *, step: int, partition_size: int) -> list[Ala
     alarm that a fresh run would raise too waits for 200 steps, the frozen codebook for 1,000.
 
     Args:
-        metrics: names as in the metrics file: `loss/total`, `prototypes/dead`, `gmm/...`, `features/...`.
+        metrics: names as in the metrics file: `loss/entropy`, `prototypes/dead`, `gmm/...`, `features/...`.
         step: optimizer steps done.
         partition_size: prototypes per block, whose log is the loss of a collapsed run.
     """
@@ -41,12 +41,13 @@ def find_alarms(metrics: Metrics, *, step: int, partition_size: int) -> list[Ala
 
 
 def _uniform_collapse(metrics: Metrics, partition_size: int) -> str | None:
-    loss, collapsed = metrics["loss/total"], math.log(partition_size)
+    # Not the total: whatever the entropy's weight and further terms, these two add up to ln S when all collapses.
+    loss, collapsed = metrics["loss/consistency"] + metrics["loss/entropy"], math.log(partition_size)
     if abs(loss - collapsed) > 0.01 * collapsed:
         return None
     return (
-        f"uniform collapse: the loss is {loss:.3f}, within 1 % of ln {partition_size} = {collapsed:.3f}, which a "
-        "constant network reaches; try BatchNorm in the head or a lower learning rate"
+        f"uniform collapse: consistency + entropy is {loss:.3f}, within 1 % of ln {partition_size} = "
+        f"{collapsed:.3f}, which a constant network reaches; try BatchNorm in the head or a lower learning rate"
     )
 
 
@@ -101,7 +102,7 @@ def _beta_below_critical(metrics: Metrics, partition_size: int) -> str | None:
 
 
 _RULES: dict[str, tuple[tuple[str, ...], int, Callable[[Metrics, int], str | None]]] = {
-    "uniform_collapse": (("loss/total",), _GRACE_STEPS, _uniform_collapse),
+    "uniform_collapse": (("loss/consistency", "loss/entropy"), _GRACE_STEPS, _uniform_collapse),
     "prototype_death": (("prototypes/dead",), _GRACE_STEPS, _prototype_death),
     "underflow": (("gmm/count_min", "gmm/zero_norm"), 0, _underflow),
     "frozen_codebook": (("gmm/displacement",), _FROZEN_STEPS, _frozen_codebook),

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 CRITICAL_REFRESH_STEPS = 100
 _CONTROLLER_GAIN = 0.05
 _NO_ROOM = 0.5
+_STEERED_RANGE = (1e-3, 1e3)
+"""A perplexity that no beta reaches (fewer prototypes, exact duplicates) must not drive beta to 0 or infinity."""
 
 
 def compute_critical_beta(covariance: Float[Tensor, "P P"]) -> float:
@@ -81,7 +83,8 @@ class Annealing:
             return self.beta
         log_start, log_end = math.log(self.config.perplexity_start), math.log(self.config.perplexity_end)
         excess = log_perplexity - (log_start + progress * (log_end - log_start))
-        return self.beta * math.exp(math.copysign(_CONTROLLER_GAIN, excess))
+        steered = self.beta * math.exp(math.copysign(_CONTROLLER_GAIN, excess))
+        return min(max(steered, _STEERED_RANGE[0]), _STEERED_RANGE[1])
 
     def _guarded(self, beta: float) -> float:
         if self.config.guard == "critical":

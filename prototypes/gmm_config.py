@@ -98,8 +98,10 @@ class VarianceConfig:
     """What keeps the variances of the components away from zero and from noise.
 
     Attributes:
-        floor: a component's variance stays at least floor x the features' own variance, per dimension.
-        shrinkage: strength of the MAP shrinkage towards the features' variance, in units of the memory M.
+        floor: a component's variance stays at least floor x the features' own variance, per dimension; for
+            `vmf` the same of 1 / kappa.
+        shrinkage: strength of the MAP shrinkage towards the features' variance, in units of the memory M. Not
+            for variances that all components share.
     """
 
     floor: float = 0.05
@@ -188,12 +190,17 @@ class RevivalConfig:
         interval_steps: steps between two events.
         max_share: largest share of K moved in one event.
         duplicate_distance: cosine distance below which a mean counts as a duplicate; 0 looks for none.
+        row_distance: least cosine distance from every prototype of a row that "reseed" moves a component to.
+        surplus: duplicates that no row has room for "stay", or wait as a "spare" in a random direction;
+            "spare" needs "reseed".
     """
 
     method: Literal["off", "split", "reseed"] = "off"
     interval_steps: int = 500
     max_share: float = 0.01
     duplicate_distance: float = 0.025
+    row_distance: float = 0.1
+    surplus: Literal["stay", "spare"] = "stay"
 
     def __post_init__(self) -> None:
         key = "prototypes.gmm.revival"
@@ -201,6 +208,13 @@ class RevivalConfig:
         require(0 < self.max_share <= 1, f"{key}.max_share", self.max_share, "above 0 and at most 1")
         require(
             0 <= self.duplicate_distance < 2, f"{key}.duplicate_distance", self.duplicate_distance, "0 to 2"
+        )
+        require(0 < self.row_distance < 2, f"{key}.row_distance", self.row_distance, "between 0 and 2")
+        require(
+            self.surplus == "stay" or (self.method == "reseed" and self.duplicate_distance > 0),
+            f"{key}.surplus",
+            self.surplus,
+            "stay unless method is reseed with a duplicate_distance",
         )
 
 

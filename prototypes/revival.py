@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from prototypes.mixture import Mixture
 
 _STARVED_SHARE = 0.05
-_NEW_FEATURE_DISTANCE = 0.1
 _ROWS_AT_ONCE = 1024
 
 
@@ -50,9 +49,13 @@ def revive_(
 
     "split": next to the component with the largest pi_j tr(var_j), at mu_j + .5 sqrt(var_j) n, the parent
     moving the other way; the two share the parent's count, mixing weight and usage, and have its variance.
-    "reseed": to the rows farthest from every prototype (1 - max cosine > .1), restarting with n = 1, an even
-    mixing weight and the rows' variance. At most `config.max_share` of K in one event, the emptiest first.
-    Source: ours.
+    "reseed": to the rows farthest from every prototype (1 - max cosine > `config.row_distance`), restarting with
+    n = 1, an even mixing weight and the rows' variance. At most `config.max_share` of K in one event, the
+    emptiest first. Source: ours.
+
+    What no row has room for stays where it is, or, with `config.surplus` "spare", duplicates leave for random
+    directions: K prototypes cannot all be used and distinct where the features have fewer than K places
+    `duplicate_distance` apart. Spares hold no usage, so they are the first to go where room appears.
 
     Args:
         mixture: its tables are written.
@@ -71,7 +74,10 @@ def revive_(
     moved = order[:number]
     if config.method == "split":
         return _split_(mixture, moved, is_useless, make_generator("revival", seed, step))
-    return _reseed_(mixture, moved, rows)
+    placed = _reseed_(mixture, moved, rows, config.row_distance)
+    if config.surplus == "spare":
+        _set_aside_(mixture, placed, config.duplicate_distance, make_generator("revival", seed, step))
+    return len(placed)
 
 
 def _split_(
@@ -89,18 +95,35 @@ def _split_(
     return len(moved)
 
 
-def _reseed_(mixture: Mixture, moved: Int64[Tensor, " R"], rows: Float[Tensor, "N P"] | None) -> int:
+def _reseed_(
+    mixture: Mixture, moved: Int64[Tensor, " R"], rows: Float[Tensor, "N P"] | None, distance: float
+) -> Int64[Tensor, " r"]:
+    """Moves components to rows that are far from every prototype and returns which were moved."""
     if rows is None or len(rows) == 0:
-        return 0
+        return moved[:0]
     unit = nn.functional.normalize(rows, dim=1)
     nearest = unit.new_full((len(unit),), -1.0)
     for means in mixture.means.split(_ROWS_AT_ONCE):
         nearest = torch.maximum(nearest, (unit @ nn.functional.normalize(means, dim=1).T).amax(1))
     farthest = torch.argsort(nearest, stable=True)
-    farthest = farthest[1 - nearest[farthest] > _NEW_FEATURE_DISTANCE]
+    farthest = farthest[1 - nearest[farthest] > distance]
     # Rows that are near each other would only make new duplicates.
-    farthest = farthest[greedy_leader_index(unit[farthest], _NEW_FEATURE_DISTANCE)][: len(moved)]
+    farthest = farthest[greedy_leader_index(unit[farthest], distance)][: len(moved)]
     moved = moved[: len(farthest)]
     mixture.means[moved] = rows[farthest]
     mixture.restart_components_(moved)
-    return len(moved)
+    return moved
+
+
+def _set_aside_(
+    mixture: Mixture, placed: Int64[Tensor, " r"], distance: float, generator: torch.Generator
+) -> None:
+    """Moves duplicates to random directions, except those just placed, and takes their usage away."""
+    is_spare = find_duplicates(mixture.means, distance)
+    is_spare[placed] = False
+    spare = is_spare.nonzero().squeeze(1)
+    directions = torch.randn(len(spare), mixture.dim, generator=generator)
+    mixture.means[spare] = nn.functional.normalize(directions, dim=1).to(mixture.means)
+    mixture.restart_components_(spare)
+    mixture.usage[spare] = 0.0
+    mixture.usage /= mixture.usage.sum()

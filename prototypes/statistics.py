@@ -131,8 +131,11 @@ class FlatStatistics:
 
 
 def find_finite(rows: Float[Tensor, "N P"], weight: Float[Tensor, " N"] | None) -> Bool[Tensor, " N"]:
-    """Returns which rows are finite in every entry and in their weight."""
-    finite = rows.isfinite().all(dim=1)
+    """Returns which rows have a finite squared length in fp32, and a finite weight.
+
+    A row of 1e30 is finite itself, but its square would stay in the running variance for ever.
+    """
+    finite = rows.float().square().sum(dim=1).isfinite()
     return finite if weight is None else finite & weight.isfinite()
 
 

@@ -70,9 +70,21 @@ class VonMisesFisherMixture(OnlineMixture):
         largest = self.dim / (self.gmm.variance.floor * self.row_variance.sum())
         if self.gmm.tied_concentration:
             lengths = lengths.new_full(lengths.shape, 1.0) * self._mean_length()
-        concentration = torch.minimum(compute_concentration(lengths, self.dim), largest)
+        concentration = self._shrink(compute_concentration(lengths, self.dim), self.counts[chunk])
+        concentration = torch.minimum(concentration, largest)
         directions = torch.nn.functional.normalize(self.means[chunk], dim=1)
         return directions * concentration[:, None], compute_log_normaliser(concentration, self.dim)
+
+    def _shrink(self, concentration: Float[Tensor, " k"], counts: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """Returns kappa with 1 / kappa = (n / kappa + k0 tr Cov / P) / (n + k0), as a Gaussian's variance is shrunk.
+
+        A few rows are always long on average: without it a young component is far too concentrated.
+        """
+        prior = self.gmm.variance.shrinkage * self.memory
+        if prior == 0 or self.gmm.tied_concentration:
+            return concentration
+        spread = torch.lerp(1 / concentration, self.row_variance.mean(), prior / (counts + prior))
+        return 1 / spread
 
     def _mean_length(self) -> Float[Tensor, ""]:
         return (self.mixing_weights * torch.linalg.vector_norm(self.means, dim=1)).sum()

@@ -64,7 +64,8 @@ def test_rank_and_cosine_of_known_features():
 
 
 HEALTHY = {
-    "loss/total": 3.1,
+    "loss/consistency": 2.9,
+    "loss/entropy": 0.2,
     "prototypes/dead": 0.2,
     "gmm/count_min": 1.0,
     "gmm/zero_norm": 0.0,
@@ -79,7 +80,8 @@ HEALTHY = {
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("uniform_collapse", {"loss/total": 6.20}),
+        ("uniform_collapse", {"loss/consistency": 6.20, "loss/entropy": 0.0}),
+        ("uniform_collapse", {"loss/consistency": 0.02, "loss/entropy": 6.20}),
         ("prototype_death", {"prototypes/dead": 0.97}),
         ("underflow", {"gmm/count_min": 1e-12}),
         ("underflow", {"gmm/zero_norm": 0.4}),
@@ -98,7 +100,7 @@ def test_each_alarm_fires_alone_on_its_case(name, change):
 def test_no_alarm_on_healthy_or_missing_values():
     assert find_alarms(HEALTHY, step=5000, partition_size=512) == []
     assert find_alarms({}, step=5000, partition_size=512) == []
-    fresh = {**HEALTHY, "loss/total": 6.24, "prototypes/dead": 1.0, "gmm/displacement": 0.0}
+    fresh = {**HEALTHY, "loss/consistency": 6.24, "prototypes/dead": 1.0, "gmm/displacement": 0.0}
     assert find_alarms(fresh, step=0, partition_size=512) == []
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from prototypes.annealing import Annealing
 from prototypes.config import ClusteringConfig, CouplingConfig, PrototypesConfig
 from prototypes.estimator import build_estimator
 from prototypes.gmm_config import AnnealingConfig, InitialisationConfig, RevivalConfig, VarianceConfig
@@ -66,11 +67,12 @@ def test_bad_rows_leave_the_state_as_if_they_were_absent(mode, name):
     for step in range(3):
         good = clustered_rows(48, 8, seed=step)
         bad = good.clone()
-        bad = torch.cat([bad[:7], torch.full((1, 8), torch.nan), bad[7:], good[:1] * torch.inf])
+        huge = torch.full((1, 8), 1e30)
+        bad = torch.cat([bad[:7], torch.full((1, 8), torch.nan), bad[7:], good[:1] * torch.inf, huge])
         take_step(left, good)
         take_step(right, bad)
     assert_same_state(tensors(left), tensors(right))
-    assert 2.0 in right.metrics().values()
+    assert 3.0 in right.metrics().values()
     assert rows.isfinite().all()
 
 
@@ -325,6 +327,21 @@ def test_perplexity_schedule_steers_towards_its_target():
     for step in range(120):
         take_step(estimator, clustered_rows(64, 8, spread=0.6, seed=step))
     assert 2.0 < estimator.metrics()["gmm/responsibility_perplexity"] < 4.5
+
+
+def test_a_perplexity_that_cannot_be_reached_leaves_beta_within_bounds():
+    config = AnnealingConfig(schedule="perplexity", guard=None)
+    for log_perplexity, bound in ((10.0, 1e3), (0.0, 1e-3)):
+        annealing = Annealing(config, total_steps=10)
+        annealing.begin(0.1)
+        for step in range(1000):
+            annealing.advance(step, log_perplexity)
+        assert annealing.beta == pytest.approx(bound)
+
+
+def test_more_kept_responsibilities_than_prototypes_are_refused():
+    with pytest.raises(ValueError, match=r"prototypes.gmm.largest is 17; expected at most"):
+        make_config(16, 8, largest=17)
 
 
 def test_geometric_schedule_starts_from_the_critical_value_and_ends_at_one():
