@@ -58,5 +58,7 @@ def test_a_row_nearer_than_the_row_distance_takes_no_component():
 
 def test_spares_need_rows_and_duplicates():
     for wrong in ({"method": "split"}, {"duplicate_distance": 0.0}):
-        with pytest.raises(ValueError, match=r"revival\.surplus is spare; expected stay unless method is reseed"):
+        with pytest.raises(
+            ValueError, match=r"revival\.surplus is spare; expected stay unless method is reseed"
+        ):
             RevivalConfig(**{**REVIVAL, **wrong}, surplus="spare")
