@@ -10,12 +10,13 @@ DEMO := configs/pretrain_vit-mini_fashion-mnist_full.yaml
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 FAST := not slow and not slurm and not browser
 
-.PHONY: help demo test test-all slow-tools lint format bench clean
+.PHONY: help demo test test-all audit audit-all slow-tools lint format bench clean
 
 help:
 	@echo "make demo      install, fetch Fashion-MNIST, pretrain a small ViT, evaluate, write the report"
 	@echo "make test      the fast suite;  make test-all  also Slurm, browser, fault loops, long runs"
 	@echo "make lint      ruff and mypy;   make format    ruff format"
+	@echo "make audit     the collapse audit: six arms, three seeds;  make audit-all  ablations, estimators, long tails"
 	@echo "make bench     speed ratios beside their peers"
 	@echo "make clean     remove caches (not datasets, not outputs)"
 
@@ -39,6 +40,21 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "$(FAST)" -n 2 --dist loadscope -q
+
+$(FASHION)/manifest.json: | $(VENV)/.installed
+	$(BIN)/python -m data.make_shards fashion-mnist --out $(FASHION)
+
+# Stopped and started again, an audit goes on where it was.
+audit: $(FASHION)/manifest.json
+	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist.yaml output_dir=$(OUTPUTS)
+
+audit-all: audit
+	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_ablations.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_more.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m data.make_shards lt $(FASHION) --imbalance 100 --out $(FASHION)-lt100
+	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist-lt100.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m data.make_shards lt $(FASHION) --imbalance 1000 --out $(FASHION)-lt1000
+	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist-lt1000.yaml output_dir=$(OUTPUTS)
 
 # What the slow tests start besides Python: a Slurm, a browser, network namespaces. Without root they skip by name.
 slow-tools:

@@ -40,26 +40,26 @@ class Chart:
 def draw_losses(runs: Mapping[str, Records]) -> Chart | None:
     """Returns loss terms over steps for every run; None where no run has any."""
     terms = (("total", "-"), ("consistency", "--"), ("entropy", ":"))
-    figure, axes = _new_axes("Step", "Loss")
+    figure, axes = new_axes("Step", "Loss")
     drawn = False
     for colour, (run, records) in zip(_cycle(), runs.items(), strict=False):
         for term, dash in terms:
-            steps, values = _series(records, f"loss/{term}")
+            steps, values = series(records, f"loss/{term}")
             if steps:
                 axes.plot(steps, values, dash, color=colour, label=_label(run, term, runs))
                 drawn = True
     caption = (
         "Consistency draws two views of an image together; entropy keeps all prototypes of a block in use."
     )
-    return _finish(figure, axes, "loss", "Loss terms", caption, drawn)
+    return finish(figure, axes, "loss", "Loss terms", caption, drawn)
 
 
 def draw_unique_over_time(run: str, records: Records) -> Chart | None:
     """Returns the share of unique prototypes over steps at every eps of one run; None without data."""
-    figure, axes = _new_axes("Step", "Unique prototypes")
+    figure, axes = new_axes("Step", "Unique prototypes")
     keys = sorted({key for r in records for key in r if key.startswith("prototypes/unique_")}, key=_eps_of)
     for colour, dash, key in zip(_cycle(), DASHES * 2, keys, strict=False):
-        steps, values = _series(records, key)
+        steps, values = series(records, key)
         axes.plot(
             steps,
             values,
@@ -74,7 +74,7 @@ def draw_unique_over_time(run: str, records: Records) -> Chart | None:
     caption = (
         "Share of prototypes farther than ε (cosine distance) from every earlier one. Collapse shows early."
     )
-    return _finish(
+    return finish(
         figure,
         axes,
         f"unique_over_time_{file_name(run)}",
@@ -86,7 +86,7 @@ def draw_unique_over_time(run: str, records: Records) -> Chart | None:
 
 def draw_unique_by_eps(audits: Mapping[str, Mapping[str, float]]) -> Chart | None:
     """Returns the share of unique prototypes against eps, one line for each audited matrix; None without one."""
-    figure, axes = _new_axes("ε (cosine distance below which two prototypes are one)", "Unique prototypes")
+    figure, axes = new_axes("ε (cosine distance below which two prototypes are one)", "Unique prototypes")
     for index, (name, fractions) in enumerate(audits.items()):
         eps = sorted(float(text) for text in fractions)
         axes.plot(
@@ -104,16 +104,16 @@ def draw_unique_by_eps(audits: Mapping[str, Mapping[str, float]]) -> Chart | Non
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     caption = "Read beside usage: random directions are unique too."
-    return _finish(figure, axes, "unique_by_eps", "Unique prototypes against ε", caption, bool(audits))
+    return finish(figure, axes, "unique_by_eps", "Unique prototypes against ε", caption, bool(audits))
 
 
 def draw_usage(runs: Mapping[str, Records]) -> Chart | None:
     """Returns used prototypes and usage perplexity over steps; None without data."""
-    figure, axes = _new_axes("Step", "Share of prototypes")
+    figure, axes = new_axes("Step", "Share of prototypes")
     drawn = False
     for colour, (run, records) in zip(_cycle(), runs.items(), strict=False):
         for key, title, dash in (("used", "used", "-"), ("usage_perplexity", "usage perplexity / K", "--")):
-            steps, values = _series(records, f"prototypes/{key}")
+            steps, values = series(records, f"prototypes/{key}")
             if steps:
                 axes.plot(
                     steps,
@@ -130,39 +130,39 @@ def draw_usage(runs: Mapping[str, Records]) -> Chart | None:
     caption = (
         "Used: nearest to at least one teacher view of the epoch. Perplexity: 100 % if all are used equally."
     )
-    return _finish(figure, axes, "usage", "Prototype usage", caption, drawn)
+    return finish(figure, axes, "usage", "Prototype usage", caption, drawn)
 
 
 def draw_knn_over_time(runs: Mapping[str, Records]) -> Chart | None:
     """Returns the in-training k-NN accuracy over steps; None without data."""
-    figure, axes = _new_axes("Step", "k-NN top-1 (k = 20)")
+    figure, axes = new_axes("Step", "k-NN top-1 (k = 20)")
     drawn = False
     for colour, dash, (run, records) in zip(_cycle(), DASHES * 2, runs.items(), strict=False):
-        steps, values = _series(records, "eval/knn20_top1")
+        steps, values = series(records, "eval/knn20_top1")
         if steps:
             axes.plot(steps, values, dash, color=colour, marker="o", markersize=4, label=run)
             drawn = True
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     caption = "Teacher's features on a fixed subset of the test images."
-    return _finish(figure, axes, "knn_over_time", "k-NN during training", caption, drawn)
+    return finish(figure, axes, "knn_over_time", "k-NN during training", caption, drawn)
 
 
 def draw_feature_rank(runs: Mapping[str, Records]) -> Chart | None:
     """Returns the effective rank of projections over steps; None without data."""
-    figure, axes = _new_axes("Step", "Effective rank")
+    figure, axes = new_axes("Step", "Effective rank")
     drawn = False
     for colour, dash, (run, records) in zip(_cycle(), DASHES * 2, runs.items(), strict=False):
-        steps, values = _series(records, "features/effective_rank")
+        steps, values = series(records, "features/effective_rank")
         if steps:
             axes.plot(steps, values, dash, color=colour, label=run)
             drawn = True
     caption = "Of the teacher's projections of one batch; 1 means that all features point one way."
-    return _finish(figure, axes, "effective_rank", "Spread of the features", caption, drawn)
+    return finish(figure, axes, "effective_rank", "Spread of the features", caption, drawn)
 
 
 def draw_angle_density(densities: Mapping[str, Sequence[float]]) -> Chart | None:
     """Returns the density of prototype directions on a random plane; None without audits."""
-    figure, axes = _new_axes("Angle on a random plane (radians)", "Density")
+    figure, axes = new_axes("Angle on a random plane (radians)", "Density")
     for index, (name, density) in enumerate(densities.items()):
         width = 2 * math.pi / len(density)
         centres = [-math.pi + (bin_index + 0.5) * width for bin_index in range(len(density))]
@@ -172,7 +172,7 @@ def draw_angle_density(densities: Mapping[str, Sequence[float]]) -> Chart | None
     axes.set_xticks([-math.pi, 0, math.pi], ["-π", "0", "π"])
     axes.set_ylim(bottom=0)
     caption = "The grey line, 1/(2π), is what evenly spread directions give; peaks are crowds of prototypes."
-    return _finish(figure, axes, "angle_density", "Where prototypes point", caption, bool(densities))
+    return finish(figure, axes, "angle_density", "Where prototypes point", caption, bool(densities))
 
 
 def draw_probes(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
@@ -218,10 +218,11 @@ def draw_probes(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
     axes.margins(x=0.12, y=0.12)
     axes.grid(axis="x", alpha=0.3)
     caption = "Bars: bootstrap intervals over test images. For two encoders on the same images, see the differences."
-    return _finish(figure, axes, "probes", "Probes side by side", caption, bool(rows))
+    return finish(figure, axes, "probes", "Probes side by side", caption, bool(rows))
 
 
-def _new_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+def new_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """Returns a figure of the report's size with labelled axes and a light grid."""
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -229,7 +230,8 @@ def _new_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _finish(figure: Figure, axes: Axes, name: str, title: str, caption: str, drawn: bool) -> Chart | None:
+def finish(figure: Figure, axes: Axes, name: str, title: str, caption: str, drawn: bool) -> Chart | None:
+    """Returns the figure with title and legend as a chart, closed; None where nothing was drawn."""
     if not drawn:
         plt.close(figure)
         return None
@@ -255,7 +257,8 @@ def _cycle() -> tuple[str, ...]:
     return COLOURS * 4
 
 
-def _series(records: Records, key: str) -> tuple[list[int], list[float]]:
+def series(records: Records, key: str) -> tuple[list[int], list[float]]:
+    """Returns steps and values of one key in order; of a step that was logged twice, the later value."""
     points = {
         r["step"]: float(r[key]) for r in records if isinstance(r.get(key), int | float) and "step" in r
     }

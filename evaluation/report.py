@@ -15,7 +15,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def write_report(run_dirs: list[Path], out: Path, *, with_images: bool = True) -
     write_atomically(out / "results.csv", _to_csv(sections))
     markdown = "\n\n".join(f"## {s.title}\n\n{s.text}\n\n{markdown_table(s.rows)}".rstrip() for s in sections)
     write_atomically(out / "results.md", markdown + "\n")
-    html = render_page([run.name for run in runs], sections, charts, pictures, _provenance_rows(runs))
+    html = render_page([run.name for run in runs], sections, charts, pictures, provenance_rows(runs))
     page = out / "index.html"
     write_atomically(page, html)
     return page
@@ -258,7 +258,8 @@ def _attempt(what: str, draw: Callable[[], list[Chart | None]]) -> list[Chart | 
         return []
 
 
-def _provenance_rows(runs: list[Run]) -> list[Row]:
+def provenance_rows(runs: Sequence[Run]) -> list[Row]:
+    """Returns one row for every results file: which weights, commit, configuration, data and machine."""
     rows = []
     for run in runs:
         for result in run.results:

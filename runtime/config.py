@@ -143,6 +143,8 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, key)
     if origin is typing.Literal:
+        if value is False and "off" in arguments:  # YAML 1.1 reads the word off as a boolean
+            return "off"
         if value in arguments and type(value) in {type(a) for a in arguments}:
             return value
         near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)

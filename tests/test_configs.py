@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import ConfigError, build_config, iterate_keys, load_config
+from evaluation.audit import iterate_cells
+from evaluation.audit_config import AuditConfig
+from evaluation.config import EvaluationConfig
+from runtime.config import ConfigError, build_config, config_hash, iterate_keys, load_config
 from training.config import PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,8 +66,26 @@ def test_deepspeed_config_that_sets_the_batch_is_refused(tmp_path):
         read_mechanics(str(path))
 
 
-def test_every_pretrain_option_is_read():
-    assert unread_options(PretrainConfig) == []
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("eval_*.yaml")), ids=lambda path: path.stem)
+def test_evaluation_config_loads(path):
+    load_config(EvaluationConfig, str(path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("audit_*.yaml")), ids=lambda path: path.stem)
+def test_every_arm_of_an_audit_is_a_configuration(path):
+    config = load_config(AuditConfig, str(path))
+    resolved = set()
+    for cell in iterate_cells(config, tuple(config.arms)):
+        pretrain, evaluate = (command[2:] for command in cell.commands())
+        load_config(EvaluationConfig, evaluate[0], evaluate[1:])
+        built = load_config(PretrainConfig, pretrain[0], pretrain[1:])
+        resolved.add(config_hash(dataclasses.replace(built, run=dataclasses.replace(built.run, name="same"))))
+    assert len(resolved) == len(config.arms) * len(config.seeds), "two arms are the same run"
+
+
+@pytest.mark.parametrize("config_class", [PretrainConfig, EvaluationConfig, AuditConfig])
+def test_every_option_is_read(config_class):
+    assert unread_options(config_class) == []
 
 
 def test_an_option_that_nobody_reads_is_found():
@@ -112,7 +133,7 @@ def test_what_is_no_configuration_is_refused(path):
 
 
 def test_configuration_modules_import_no_torch():
-    modules = "runtime.config, runtime.program, training.config, evaluation.config"
+    modules = "runtime.config, runtime.program, training.config, evaluation.config, evaluation.audit_config"
     code = f"import sys, {modules}\nassert 'torch' not in sys.modules, 'torch is loaded'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
