@@ -66,6 +66,10 @@ class DiagonalGmm(OnlineMixture):
         """Returns [h, -h*h/2], whose natural parameters are [mu/v, 1/v]."""
         return torch.cat([rows, -0.5 * rows * rows], dim=1)
 
+    def row_statistics(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N M"]:
+        """Returns [h, h*h]."""
+        return torch.cat([rows, rows * rows], dim=1)
+
     def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k F"], Float[Tensor, " k"]]:
         """Returns ([mu/v, 1/v], -1/2 sum_d [mu^2/v + log 2 pi v]) with mu shifted by m."""
         variances = self.shrunk_variances(chunk)
@@ -75,26 +79,26 @@ class DiagonalGmm(OnlineMixture):
         linear, quadratic = theta.split([self.dim, width], dim=1)
         torch.reciprocal(variances.expand(len(means), width), out=quadratic)
         torch.mul(means, quadratic, out=linear)
-        log_determinant = variances.log_().sum(1) * (self.dim / width) + self.dim * _LOG_2PI
+        log_determinant = variances.log().sum(1) * (self.dim / width) + self.dim * _LOG_2PI
         return theta, -0.5 * (torch.linalg.vecdot(means, linear) + log_determinant)
 
     def shrunk_variances(self, chunk: slice) -> Float[Tensor, "k P"]:
         """Returns v = (n var + k0 gvar) / (n + k0), k0 = shrinkage * M: MAP with the rows' variance gvar."""
         prior = self.gmm.variance.shrinkage * self.memory
         if prior == 0:
-            return self.variances[chunk].clone()
+            return self.variances[chunk]
         weight = prior / (self.counts[chunk, None] + prior)
         return torch.lerp(self.variances[chunk], self.prior_variance(), weight)
 
     def centre_statistics_(
         self, chunk: slice, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k F"]
     ) -> None:
-        """Replaces (S1, -S2/2) by T1 = S1 - w mu and T2 = S2 - 2 mu S1 + w mu^2, mu shifted by m, in place."""
+        """Replaces S1 by T1 = S1 - w mu and S2 by T2 = S2 - mu (2 T1 + w mu), mu shifted by m, in place."""
         means = self.means[chunk] - self.reference()
         first, second = statistics.split(self.dim, dim=1)
         weighted = mass[:, None] * means
-        second.mul_(-2).addcmul_(means, torch.sub(weighted, first, alpha=2))
         first.sub_(weighted)
+        second.addcmul_(means, weighted.add_(first, alpha=2), value=-1)
 
     def m_step(
         self,
@@ -110,18 +114,18 @@ class DiagonalGmm(OnlineMixture):
         first, second = statistics.split(self.dim, dim=1)
         move = self.move_means(chunk, rate, mass, first)
         scale = self.divide_by_mass(rate, mass)[:, None]
-        variances = torch.addcmul(self.variances[chunk], self.variances[chunk], rate[:, None], value=-1)
-        variances.addcmul_(second, scale).addcmul_(move, move, value=-1)
-        self.write_variances(chunk, rate, variances)
+        old, new = self.variances[chunk], self._candidate["variances"][chunk]
+        torch.addcmul(old, old, rate[:, None], value=-1, out=new)
+        self.write_variances(chunk, rate, new.addcmul_(second, scale).addcmul_(move, move, value=-1))
 
     def write_variances(
         self, chunk: slice, rate: Float[Tensor, " k"], variances: Float[Tensor, "k V"]
     ) -> None:
         """Writes floored variances to the candidate; where the rate is 0 they stay bitwise."""
-        floor = self.gmm.variance.floor * self.prior_variance()
+        floored = variances.clamp_min_(self.gmm.variance.floor * self.prior_variance())
         # A component without mass keeps its variance, also when the floor has moved past it.
-        floored = variances.clamp_min_(floor)
-        self._candidate["variances"][chunk] = torch.where(rate[:, None] > 0, floored, self.variances[chunk])
+        new = self._candidate["variances"][chunk]
+        torch.where(rate[:, None] > 0, floored, self.variances[chunk], out=new)
 
     def metrics(self) -> dict[str, float]:
         """Adds the share of variances at the floor."""

@@ -37,15 +37,19 @@ class SphericalGmm(DiagonalGmm):
         """Returns [h, -|h|^2/2]."""
         return torch.cat([rows, -0.5 * rows.square().sum(1, keepdim=True)], dim=1)
 
+    def row_statistics(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N M"]:
+        """Returns [h, |h|^2]."""
+        return torch.cat([rows, rows.square().sum(1, keepdim=True)], dim=1)
+
     def centre_statistics_(
         self, chunk: slice, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k M"]
     ) -> None:
-        """Replaces S1 by T1 and -sum_d S2/2 by sum_d T2, in place."""
+        """Replaces S1 by T1 and sum_d S2 by sum_d T2, in place."""
         means = self.means[chunk] - self.reference()
         first, second = statistics.split([self.dim, 1], dim=1)
         weighted = mass[:, None] * means
-        second.mul_(-2).sub_((means * (2 * first - weighted)).sum(1, keepdim=True))
         first.sub_(weighted)
+        second.sub_((means * weighted.add_(first, alpha=2)).sum(1, keepdim=True))
 
     def m_step(
         self,
@@ -84,11 +88,15 @@ class TiedDiagonalGmm(DiagonalGmm):
     def shrunk_variances(self, chunk: slice) -> Float[Tensor, "1 P"]:
         """Returns the shared variance; pooled over all rows it needs no prior."""
         del chunk
-        return self.variances.clone()
+        return self.variances
 
     def restart_components_(self, index: Int64[Tensor, " R"]) -> None:
         """Restarts counts and weights; the shared variance stays."""
         super(DiagonalGmm, self).restart_components_(index)
+
+    def row_statistics(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N M"]:
+        """Returns h: the variance follows from the rows' moments and these."""
+        return rows
 
     def component_variances(self) -> Float[Tensor, "K P"]:
         """Returns the shared variance, once per component."""

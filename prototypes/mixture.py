@@ -67,6 +67,10 @@ class Mixture(PrototypeEstimator):
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
         """Returns f(h), whose inner product with theta_k is the log density of component k."""
 
+    def row_statistics(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N M"]:
+        """Returns what the sufficient statistics sum over rows; the rows themselves unless a family adds to them."""
+        return rows
+
     @abstractmethod
     def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k F"], Float[Tensor, " k"]]:
         """Returns (theta, b) of a range of components, without the mixing weights."""
@@ -90,7 +94,7 @@ class Mixture(PrototypeEstimator):
     @property
     @abstractmethod
     def num_statistics(self) -> int:
-        """Columns M of the sufficient statistics: the first M of the row features."""
+        """Columns M of the sufficient statistics."""
 
     def family_tables(self) -> dict[str, Tensor]:
         """Returns the family's own tables at construction, fp32."""

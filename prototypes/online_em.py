@@ -267,14 +267,16 @@ class OnlineMixture(Mixture):
     def _accumulate(
         self, rows: Float[Tensor, "N P"], weight: Float[Tensor, " N"], statistics: FlatStatistics
     ) -> None:
-        """E-step and statistics w_k = sum_i gamma_ik, S_k = sum_i gamma_ik f(h_i - m), then centred."""
+        """E-step and statistics w_k = sum_i gamma_ik, S_k = sum_i gamma_ik s(h_i - m), then centred."""
         assert self._logits is not None
         own, across = self.exchange.own, self.exchange.reduce_over_prototypes()
         mass, sums = statistics.mass[own].zero_(), statistics.moments[own]
         statistics.tail.zero_()
         if len(rows) == 0:
             sums.zero_()
-        features = self.row_features(rows - self.reference())
+        shifted = rows - self.reference()
+        features = self.row_features(shifted)
+        observed = self.row_statistics(shifted) * weight[:, None]
         penalty = self._balance_penalty()
         for start in range(0, len(rows), len(self._logits)):
             part = features[start : start + len(self._logits)]
@@ -282,10 +284,9 @@ class OnlineMixture(Mixture):
             if start == 0:
                 self._probe(log_joint[:_PROBED_ROWS], statistics, across)
             gamma = self.assign_(log_joint, penalty, across)
-            part_weight = weight[start : start + len(part)]
-            mass.addmv_(gamma.T, part_weight)
-            observed = part[:, : self.num_statistics] * part_weight[:, None]
-            torch.addmm(sums, gamma.T, observed, beta=0 if start == 0 else 1, out=sums)
+            own_rows = slice(start, start + len(part))
+            mass.addmv_(gamma.T, weight[own_rows])
+            torch.addmm(sums, gamma.T, observed[own_rows], beta=0 if start == 0 else 1, out=sums)
         for chunk in iterate_chunks(own, self.means.device):
             self.centre_statistics_(chunk, statistics.mass[chunk], statistics.moments[chunk])
 
