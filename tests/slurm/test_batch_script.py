@@ -147,14 +147,16 @@ def test_what_depends_on_a_job_waits_through_its_requeue(cluster: PrivateCluster
 
 
 def test_cancelled_saves_and_stays_down(cluster: PrivateCluster, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path)
+    job = Job(cluster, tmp_path, SAVE_S="2")
     job.wait_until_stepping()
     cluster.run("scancel", str(job.id))
+    time.sleep(0.7)
+    cluster.run("scancel", str(job.id), check=False)  # an impatient second one does no harm
     assert job.end() == "CANCELLED"
+    job.wait_for_log("is cancelled; not requeued", 20)
+    assert job.saved_step(0) == job.saved_step(1) > 0
     time.sleep(2)
     assert cluster.job(job.id)["JobState"] == "CANCELLED", "scontrol requeue would bring it back"
-    assert job.saved_step(0) == job.saved_step(1) > 0
-    job.wait_for_log("is cancelled; not requeued", 5)
 
 
 def test_killed_rank_ends_the_job_and_is_retried(cluster: PrivateCluster, tmp_path: Path) -> None:
