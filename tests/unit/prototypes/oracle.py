@@ -90,3 +90,59 @@ def vmf_log_normaliser(kappa, dim):
     order = dim / 2 - 1
     log_bessel = np.log(ive(order, kappa)) + kappa
     return order * np.log(kappa) - dim / 2 * np.log(2 * np.pi) - log_bessel
+
+
+def merge(old, counts, gamma, values, memory):
+    """S/S0 after S <- d S + Omega sum_i gamma_i f_i / w, for running means `old` of any f."""
+    mass = gamma.sum(0)
+    forgotten = 1 - (1 - 1 / memory) ** mass
+    new_counts = (1 - forgotten) * counts + forgotten * memory
+    rate = (forgotten * memory / new_counts)[:, None]
+    return (1 - rate) * old + rate * (gamma.T @ values) / np.maximum(mass, 1e-300)[:, None]
+
+
+def vmf_concentration(lengths, counts, dim, prior_variance, strength, floor):
+    kappa = lengths * (dim - lengths**2) / (1 - lengths**2)
+    spread = (counts / kappa + strength * prior_variance) / (counts + strength)
+    return np.minimum(1 / spread, 1 / (floor * prior_variance))
+
+
+def vmf_log_joint(h, means, weights, kappa):
+    directions = means / np.linalg.norm(means, axis=1, keepdims=True)
+    return np.log(weights) + kappa * (h @ directions.T) + vmf_log_normaliser(kappa, h.shape[1])
+
+
+def variational_log_joint(h, means, variances, counts, weights, prior_mean, prior_variance, options):
+    """E[log pi_k] + E[log N(h; mu_k, 1/tau_k)] under Dirichlet and Normal-Gamma posteriors, dimension by dimension."""
+    from scipy.special import digamma
+
+    mean_strength, shape0, alpha0, evidence = options
+    result = np.empty((len(h), len(means)))
+    alpha = alpha0 + evidence * weights
+    for k, n in enumerate(counts):
+        kappa = mean_strength + n
+        centre = (mean_strength * prior_mean + n * means[k]) / kappa
+        shape = shape0 + n / 2
+        rate = shape0 * prior_variance + n * variances[k] / 2
+        rate = rate + mean_strength * n / (2 * kappa) * (means[k] - prior_mean) ** 2
+        expected_log_precision = digamma(shape) - np.log(rate)
+        square = shape / rate * (h - centre) ** 2 + 1 / kappa
+        result[:, k] = 0.5 * (expected_log_precision - np.log(2 * np.pi) - square).sum(1)
+        result[:, k] += digamma(alpha[k]) - digamma(alpha.sum())
+    return result
+
+
+def running_moments(mean, covariance, batch, rate):
+    """Mean and covariance of the mixture of the past (weight 1 - rate) and a batch (weight rate)."""
+    new_mean = (1 - rate) * mean + rate * batch.mean(0)
+    second = (1 - rate) * (covariance + np.outer(mean, mean)) + rate * batch.T @ batch / len(batch)
+    return new_mean, second - np.outer(new_mean, new_mean)
+
+
+def critical_beta(rows):
+    return 1 / np.linalg.eigvalsh(np.corrcoef(rows.T))[-1]
+
+
+def perplexity(hits):
+    share = hits[hits > 0] / hits.sum()
+    return np.exp(-(share * np.log(share)).sum())
