@@ -35,9 +35,8 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
     from runtime.logging_setup import add_log_file, set_up_logging
     from training.run_directory import prepare_run_directory
 
-    process = distributed.start(config.run.device, config.run.collective_timeout_s)
-    set_up_logging(process.rank)
-    try:
+    with distributed.joined(config.run.device, config.run.collective_timeout_s) as process:
+        set_up_logging(process.rank)
         if config.run.dry_run:
             from training.dry_run import describe_run
 
@@ -53,8 +52,6 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
         trainer = build_trainer(config, process, run_dir, preemption, build_knn_probe)
         with faults_unless(DataError):
             return trainer.fit()
-    finally:
-        distributed.stop()
 
 
 if __name__ == "__main__":

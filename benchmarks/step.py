@@ -1,8 +1,13 @@
-"""Steps per second of every engine beside plain DDP, with and without the mixture: python -m benchmarks.step.
+"""Steps per second of every engine beside plain DDP, and of three modes beside each other: python -m benchmarks.step.
 
-All engines live in one process group and take turns (forwards, then backwards), so that a drift of the machine
-falls on all alike. Exit code 1 where a ratio to DDP is below its floor: 0.75 for ZeRO-1 and ZeRO-2, 0.4 for
-ZeRO-3 and FSDP2. `--model vitl` on GPUs prints images/s, dense TFLOP/s and peak memory of the same step.
+Contestants live in one process group and take turns (forwards, then backwards), so that a drift of the machine
+falls on all alike. Exit code 1 where a ratio is below its floor: to DDP 0.75 for ZeRO-1 and ZeRO-2, 0.4 for ZeRO-3
+and FSDP2; `full` (the mixture) to `joint` 0.95 in the median over engines.
+
+    python -m benchmarks.step --model vitl --ranks 1 --precision bf16 --batch 32 64 128 [--local-crops 8]
+
+is the form for GPUs: one process group per engine and batch, with images/s, dense and executed TFLOP/s, their share
+of a measured bf16 matrix product, peak memory, and the mixture's share of the step.
 """
 
 from __future__ import annotations
@@ -16,16 +21,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks._replica_engine import ReplicaEngine
 from benchmarks._timing import describe_noise
 from models.config import HeadConfig, ModelConfig
-from models.student_teacher import SelfSupervisedNetwork, update_ema_
+from models.student_teacher import SelfSupervisedNetwork
+from models.vit import compile_blocks
 from prototypes.config import PartitionConfig, PrototypesConfig
 from prototypes.estimator import build_estimator
 from prototypes.losses import carp_loss
@@ -34,117 +42,63 @@ from runtime import distributed
 from runtime.distributed import Process, free_port
 from training.config import BatchConfig, OptimConfig
 from training.deepspeed_engine import DeepSpeedEngine
-from training.engine import Engine, NetworkOutput, TrainedNetwork
+from training.engine import Engine, TrainedNetwork
 from training.fsdp_engine import FSDPEngine
-from training.optimizer import build_optimizer, set_schedule_
 from training.schedules import StepSchedule
 from training.synchronization import Synchronization
 
 FLOORS = {"zero1": 0.75, "zero2": 0.75, "zero3": 0.4, "fsdp2": 0.4}
+FULL_OVER_JOINT = 0.95
 CONTESTANTS = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
+MODES = ("full", "joint", "frozen_random")
 SCHEDULE = StepSchedule(lr=1e-4, weight_decay=0.04, ema_momentum=0.99)
-# Model, its global and local crops (number, side), K and P, images per rank.
-MODELS: dict[str, tuple[ModelConfig, tuple[int, int], tuple[int, int], int, int, int]] = {
-    "tiny": (
-        ModelConfig(
-            name="vit_tiny_patch16_224",
-            image_size=32,
-            patch_size=8,
-            embed_dim=192,
-            depth=4,
-            num_heads=4,
-            head=HeadConfig(hidden_dim=256, projection_dim=64),
-        ),
-        (2, 32),
-        (2, 16),
-        4096,
-        64,
-        32,
-    ),
-    "vits": (ModelConfig(name="vit_small_patch16_224"), (2, 224), (10, 96), 65536, 256, 64),
-    "vitl": (ModelConfig(name="vit_large_patch16_224"), (2, 224), (10, 96), 65536, 256, 64),
+
+
+class ModelSpec(NamedTuple):
+    """A model, its global and local crops (number, side), K and P, images per rank."""
+
+    model: ModelConfig
+    global_crops: tuple[int, int]
+    local_crops: tuple[int, int]
+    num_prototypes: int
+    dim: int
+    batch: int
+
+
+TINY = ModelConfig(
+    name="vit_tiny_patch16_224",
+    image_size=32,
+    patch_size=8,
+    embed_dim=192,
+    depth=4,
+    num_heads=4,
+    head=HeadConfig(hidden_dim=256, projection_dim=64),
+)
+MODELS = {
+    "tiny": ModelSpec(TINY, (2, 32), (2, 16), 4096, 64, 32),
+    "vits": ModelSpec(ModelConfig(name="vit_small_patch16_224"), (2, 224), (10, 96), 65536, 256, 64),
+    "vitl": ModelSpec(ModelConfig(name="vit_large_patch16_224"), (2, 224), (10, 96), 65536, 256, 64),
 }
 
 
-class ReplicaEngine(Engine):
-    """The peer: torch's DistributedDataParallel and AdamW, nothing of ours but the average."""
-
-    def __init__(
-        self, student: TrainedNetwork, teacher: TrainedNetwork, optim: OptimConfig, precision: str
-    ) -> None:
-        self.student = student
-        self.teacher = teacher
-        self._parallel = nn.parallel.DistributedDataParallel(student)
-        self._optimizer = build_optimizer(student, optim)
-        self._clip = optim.clip_grad_norm or float("inf")
-        device = next(student.parameters()).device.type
-        self._autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
-
-    def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
-        """See `Engine`."""
-        with self._autocast:
-            return NetworkOutput(*self._parallel(crops))
-
-    @torch.no_grad()
-    def forward_teacher(self, crops: Sequence[Tensor]) -> NetworkOutput:
-        """See `Engine`."""
-        with self._autocast:
-            return NetworkOutput(*self.teacher(crops))
-
-    def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
-        """See `Engine`."""
-        loss.backward()
-
-    def gradients_are_finite(self) -> bool:
-        """See `Engine`; gradients are averaged already, so that all ranks see the same."""
-        self._norm = nn.utils.clip_grad_norm_(self.student.parameters(), self._clip)
-        return bool(torch.isfinite(self._norm))
-
-    def step(self, schedule: StepSchedule) -> float:
-        """See `Engine`."""
-        set_schedule_(self._optimizer.param_groups, schedule)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return float(self._norm)
-
-    def skip(self) -> None:
-        """See `Engine`."""
-        self._optimizer.zero_grad(set_to_none=True)
-
-    def update_teacher(self, ema_momentum: float) -> None:
-        """See `Engine`."""
-        update_ema_(self.teacher.parameters(), self.student.parameters(), ema_momentum)
-
-    def iterate_state(self) -> Any:
-        """Not part of the race."""
-        raise NotImplementedError
-
-    def load_state(self, state: Any) -> None:
-        """Not part of the race."""
-        raise NotImplementedError
-
-
 class Contestant:
-    """One engine and one estimator, with their own crops."""
+    """One engine and one mode, with their own crops."""
 
     def __init__(
         self,
         name: str,
-        mixture: bool,
-        model: str,
-        precision: str,
-        batch: int,
+        mode: str,
+        options: argparse.Namespace,
         process: Process,
         sync: Synchronization,
     ) -> None:
-        config, (num_global, global_size), (num_local, local_size), num_prototypes, dim, _ = MODELS[model]
-        self.batch = batch
-        self._engine = build_engine(name, config, precision, batch, process)
+        spec = spec_of(options)
+        self.batch = options.batch[0]
         self._estimator = build_estimator(
             PrototypesConfig(
-                mode="full" if mixture else "frozen_random",
-                num_prototypes=num_prototypes,
-                dim=dim,
+                mode=mode,  # type: ignore[arg-type]
+                num_prototypes=spec.num_prototypes,
+                dim=spec.dim,
                 partition=PartitionConfig(size=512),
             ),
             seed=0,
@@ -152,17 +106,19 @@ class Contestant:
             total_steps=10_000,
             rank=process.rank,
             world_size=process.world_size,
-            rows_per_rank=num_global * batch,
+            rows_per_rank=spec.global_crops[0] * self.batch,
             reduce_sum=sync.reduce_sum,
             gather=sync.gather,
             device=process.device,
         )
+        learned = (self._estimator.build_learned(), self._estimator.build_learned())
+        self._engine = build_engine(name, spec.model, learned, options, process)
         self._sync, self._device, self._steps = sync, process.device, 0
         torch.manual_seed(process.rank)
-        shape = (config.channels, global_size, global_size)
-        self._global_crops = torch.randn(num_global * batch, *shape, device=process.device)
-        shape = (config.channels, local_size, local_size)
-        self._local_crops = torch.randn(num_local * batch, *shape, device=process.device)
+        self._global_crops, self._local_crops = (
+            torch.randn(number * self.batch, spec.model.channels, side, side, device=process.device)
+            for number, side in (spec.global_crops, spec.local_crops)
+        )
 
     def step(self) -> None:
         """The step's order, as `training/step.py` has it."""
@@ -174,8 +130,10 @@ class Contestant:
         partition = draw_partition(
             estimator.num_prototypes, 512, seed=0, step=self._steps, micro_step=0, device=self._device
         )
-        rows, columns = estimator.logit_operands(student.projections, "student")
-        goal_rows, goal_columns = estimator.logit_operands(teacher.projections, "teacher")
+        rows, columns = estimator.logit_operands(student.projections, "student", student.learned_prototypes)
+        goal_rows, goal_columns = estimator.logit_operands(
+            teacher.projections, "teacher", teacher.learned_prototypes
+        )
         loss = carp_loss(
             rows.unflatten(0, (-1, self.batch)),
             goal_rows.unflatten(0, (-1, self.batch)),
@@ -206,17 +164,27 @@ class Contestant:
         return seconds
 
 
-def build_engine(name: str, config: ModelConfig, precision: str, batch: int, process: Process) -> Engine:
+def build_engine(
+    name: str,
+    config: ModelConfig,
+    learned: tuple[nn.Module | None, nn.Module | None],
+    options: argparse.Namespace,
+    process: Process,
+) -> Engine:
     """Returns one contestant's engine; all start from the same weights."""
     torch.manual_seed(0)
-    student = TrainedNetwork(SelfSupervisedNetwork(config, "student"), None).to(process.device)
-    teacher = TrainedNetwork(SelfSupervisedNetwork(config, "teacher"), None).to(process.device)
+    student = TrainedNetwork(SelfSupervisedNetwork(config, "student"), learned[0]).to(process.device)
+    teacher = TrainedNetwork(SelfSupervisedNetwork(config, "teacher"), learned[1]).to(process.device)
     teacher.load_state_dict(student.state_dict())
-    optim = OptimConfig()
+    teacher.requires_grad_(False)
+    if options.compile and name != "zero3":
+        compile_blocks(student.network.backbone)
+        compile_blocks(teacher.network.backbone)
+    optim, precision = OptimConfig(), options.precision
     if name == "ddp":
         return ReplicaEngine(student, teacher, optim, precision)
     sizes: dict[str, Any] = {
-        "batch": BatchConfig(global_batch_size=batch * process.world_size),
+        "batch": BatchConfig(global_batch_size=options.batch[0] * process.world_size),
         "world_size": process.world_size,
     }
     if name == "fsdp2":
@@ -225,21 +193,34 @@ def build_engine(name: str, config: ModelConfig, precision: str, batch: int, pro
     return DeepSpeedEngine(student, teacher, optim=optim, deepspeed_config=path, **sizes)
 
 
-def dense_flops(model: str) -> float:
-    """Returns FLOPs of one image: student forward and backward on all crops, teacher forward on global crops."""
-    config, (num_global, global_size), (num_local, local_size), *_ = MODELS[model]
+def count_flops(options: argparse.Namespace) -> tuple[float, float]:
+    """Returns FLOPs of one image, (dense, executed): student forward and backward, teacher forward, recomputation."""
+    spec = spec_of(options)
     with torch.device("meta"):
-        network = SelfSupervisedNetwork(config, "student")
+        network = SelfSupervisedNetwork(replace(spec.model, activation_checkpointing=False), "student")
         crops = [
-            torch.empty(n, config.channels, s, s)
-            for n, s in ((num_global, global_size), (num_local, local_size))
+            torch.empty(n, spec.model.channels, s, s) for n, s in (spec.global_crops, spec.local_crops) if n
         ]
     counts = []
     for part in (crops[:1], crops):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(part)
         counts.append(counter.get_total_flops())
-    return counts[0] + 3.0 * counts[1]
+    dense = counts[0] + 3.0 * counts[1]
+    return dense, dense + (counts[1] if options.activation_checkpointing else 0.0)
+
+
+def measure_peak_tflops(device: torch.device) -> float:
+    """Returns TFLOP/s of a bf16 product of two 8192 x 8192 matrices: what this GPU gives, not what its sheet says."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        a @ b
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(20):
+        a @ b
+    torch.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - started) / 1e12
 
 
 def race(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -248,48 +229,63 @@ def race(options: argparse.Namespace) -> dict[str, Any] | None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.world_size))
     sync = Synchronization(process.world_size)
     contestants: dict[str, Contestant] = {}
+    peak_gb = 0.0
     for name in options.engines:
-        for mixture in (True, False):
-            key = f"{name}/{'gmm' if mixture else 'frozen'}"
-            contestants[key] = Contestant(
-                name, mixture, options.model, options.precision, options.batch, process, sync
-            )
-            contestants[key].time_steps(2)
+        for mode in MODES:
+            contestant = contestants[f"{name}/{mode}"] = Contestant(name, mode, options, process, sync)
+            contestant.time_steps(2)
+            if process.device.type == "cuda" and len(contestants) == 1:
+                peak_gb = torch.cuda.max_memory_allocated() / 1e9
     seconds: dict[str, list[float]] = {key: [] for key in contestants}
     for _ in range(options.rounds):
         for key in [*contestants, *reversed(contestants)]:
             seconds[key] += contestants[key].time_steps(options.steps)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if process.device.type == "cuda" else 0.0
-    return (
-        {"seconds": seconds, "world_size": process.world_size, "peak_gb": peak} if process.is_main else None
-    )
+    peak_tflops = measure_peak_tflops(process.device) if process.device.type == "cuda" else 0.0
+    found = {
+        "seconds": seconds,
+        "world_size": process.world_size,
+        "peak_gb": peak_gb,
+        "peak_tflops": peak_tflops,
+        "batch": options.batch[0],
+    }
+    return found if process.is_main else None
 
 
-def report(found: dict[str, Any], options: argparse.Namespace) -> int:
-    """Prints the table and returns 1 where a ratio is below its floor."""
+def report(found: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Prints one group's table and returns whether a ratio is below its floor."""
     medians = {key: statistics.median(values) for key, values in found["seconds"].items()}
-    flops = dense_flops(options.model)
-    images = options.batch * found["world_size"]
-    print(describe_noise())
-    print(f"{options.model} {options.precision}, {found['world_size']} ranks, {options.batch} images a rank")
+    dense, executed = count_flops(options)
+    images = found["batch"] * found["world_size"]
+    print(f"{options.model} {options.precision}, {found['world_size']} ranks, {found['batch']} images a rank")
     print(
-        f"{'engine':8} {'steps/s':>8} {'of DDP':>7} {'gmm/frozen':>10} {'images/s':>9} {'TFLOP/s/rank':>12}  floor"
+        f"{'engine':8} {'steps/s':>8} {'of DDP':>7} {'full/joint':>10} {'full/frozen':>11} {'images/s':>9} "
+        f"{'TFLOP/s/rank':>12} {'executed':>9}  floor"
     )
-    failed = False
+    failed, against_joint = False, []
     for name in options.engines:
-        with_mixture, without = medians[f"{name}/gmm"], medians[f"{name}/frozen"]
-        ratio = medians["ddp/gmm"] / with_mixture if "ddp" in options.engines else float("nan")
-        floor = FLOORS.get(name)
+        full, joint, frozen = (medians[f"{name}/{mode}"] for mode in MODES)
+        ratio = medians["ddp/full"] / full if "ddp/full" in medians else float("nan")
+        floor = FLOORS.get(name) if "ddp/full" in medians else None
         verdict = "" if floor is None else f"{'PASS' if ratio >= floor else 'FAIL'} >= {floor}"
         failed |= "FAIL" in verdict
-        tflops = images / with_mixture * flops / found["world_size"] / 1e12
+        against_joint.append(joint / full)
+        tflops = images / full / found["world_size"] / 1e12
         print(
-            f"{name:8} {1 / with_mixture:8.2f} {ratio:7.2f} {without / with_mixture:10.2f} "
-            f"{images / with_mixture:9.1f} {tflops:12.3f}  {verdict}"
+            f"{name:8} {1 / full:8.2f} {ratio:7.2f} {joint / full:10.3f} {frozen / full:11.3f} "
+            f"{images / full:9.1f} {tflops * dense:12.3f} {tflops * executed:9.3f}  {verdict}"
         )
-    if found["peak_gb"]:
-        print(f"peak allocated by all contestants together: {found['peak_gb']:.1f} GB")
-    return int(failed)
+        if found["peak_gb"]:
+            share = tflops * executed / found["peak_tflops"]
+            print(
+                f"         peak {found['peak_gb']:.1f} GB (mode full alone), {share:.1%} of the measured "
+                f"{found['peak_tflops']:.0f} TFLOP/s, mixture {1 - frozen / full:.2%} of the step"
+            )
+    median = statistics.median(against_joint)
+    passed = median >= FULL_OVER_JOINT
+    print(
+        f"full over joint, median of engines: {median:.3f} {'PASS' if passed else 'FAIL'} >= {FULL_OVER_JOINT}"
+    )
+    return failed or not passed
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -298,7 +294,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--engines", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch", type=int, help="images a rank")
+    parser.add_argument("--batch", type=int, nargs="+", help="images a rank")
+    parser.add_argument("--local-crops", type=int, help="number of local crops")
+    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compile blocks where the engine allows it")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the order and its reverse")
     parser.add_argument("--steps", type=int, default=3, help="steps a turn")
@@ -306,8 +305,46 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timeout-s", type=float, default=1200)
     parser.add_argument("--result", help="used by the parent")
     options = parser.parse_args(arguments)
-    options.batch = options.batch or MODELS[options.model][-1]
+    options.batch = options.batch or [MODELS[options.model].batch]
     return options
+
+
+def spec_of(options: argparse.Namespace) -> ModelSpec:
+    """Returns the model with what the command line changes of it."""
+    spec = MODELS[options.model]
+    model = replace(spec.model, activation_checkpointing=options.activation_checkpointing)
+    number, side = spec.local_crops
+    return spec._replace(
+        model=model, local_crops=(number if options.local_crops is None else options.local_crops, side)
+    )
+
+
+def run_group(options: argparse.Namespace, engines: Sequence[str], batch: int) -> dict[str, Any] | None:
+    """Starts the ranks of one process group and returns what rank 0 measured; None where a rank failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        rendezvous = {
+            "WORLD_SIZE": str(options.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "TORCH_EXTENSIONS_DIR": folder,
+        }
+        command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--result", str(result)]
+        command += ["--engines", *engines, "--batch", str(batch)]
+        ranks = [
+            subprocess.Popen(command, env={**os.environ, **rendezvous, "RANK": str(r), "LOCAL_RANK": str(r)})
+            for r in range(options.ranks)
+        ]
+        try:
+            codes = [rank.wait(timeout=options.timeout_s) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        if any(codes) or not result.exists():
+            print(f"{', '.join(engines)} at batch {batch}: exit codes of the ranks: {codes}", file=sys.stderr)
+            return None
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
 
 
 def main() -> int:
@@ -319,28 +356,18 @@ def main() -> int:
             Path(options.result).write_text(json.dumps(found))
         sys.stdout.flush()
         os._exit(0)  # hooks of six engines need no orderly end
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        rendezvous = {
-            "WORLD_SIZE": str(options.ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "TORCH_EXTENSIONS_DIR": folder,
-        }
-        command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--result", str(result)]
-        ranks = [
-            subprocess.Popen(command, env={**os.environ, **rendezvous, "RANK": str(r), "LOCAL_RANK": str(r)})
-            for r in range(options.ranks)
-        ]
-        try:
-            codes = [rank.wait(timeout=options.timeout_s) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        if any(codes) or not result.exists():
-            print(f"exit codes of the ranks: {codes}", file=sys.stderr)
-            return 1
-        return report(json.loads(result.read_text()), options)
+    print(describe_noise())
+    # The tiny engines live side by side, so that their ratios are paired; of large ones a GPU holds one at a time.
+    groups = [options.engines] if options.model == "tiny" else [[name] for name in options.engines]
+    failed = False
+    for batch in options.batch:
+        for engines in groups:
+            group = run_group(options, engines, batch)
+            if group is None:
+                failed = True
+                continue
+            failed |= report(group, argparse.Namespace(**{**vars(options), "engines": engines}))
+    return int(failed)
 
 
 if __name__ == "__main__":

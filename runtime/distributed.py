@@ -11,6 +11,8 @@ import logging
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -114,9 +116,26 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Process:
 
 
 def stop() -> None:
-    """Leaves the process group; safe to call twice. Not collective: a failing rank waits for nobody."""
+    """Leaves the process group; safe to call twice. With NCCL this can wait for peers: call it when all is well."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined(device: str = "auto", timeout_s: float = 600.0) -> Iterator[Process]:
+    """Joins the process group and leaves it at the block's end. See `start` for arguments and errors.
+
+    A rank of several that fails leaves nothing in order: it must end (`runtime.program.run_program`), so that its
+    peers notice, and must not wait for them here.
+    """
+    process = start(device, timeout_s)
+    try:
+        yield process
+    except BaseException:
+        if process.world_size == 1:
+            stop()
+        raise
+    stop()
 
 
 def find_rendezvous(environment: dict[str, str]) -> dict[str, str]:

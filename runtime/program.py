@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,21 @@ def run_program(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     `ValueError` is this repository's word for "what the user can mend" while a program is being set up; once
     training runs, `main` itself lets only `UserError` through and everything else is a fault (exit code 1,
     with its traceback). The traceback of a mistake goes to the log at debug level.
+
+    One rank of several that fails does not return: its process ends at once, without the interpreter's orderly end
+    and without a collective. Leaving a process group can wait for ranks that wait for this one; when the process is
+    gone, its peers' connections break and the launcher ends them.
     """
+    code = _run(main, arguments)
+    if code in (EXIT_DONE, EXIT_PREEMPTED) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return code
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     try:
         return main(arguments)
     except ValueError as error:
@@ -38,6 +53,12 @@ def run_program(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+    except Exception:
+        if logging.getLogger().handlers:
+            logger.exception("a fault ends this process")
+        else:
+            traceback.print_exc()
+        return EXIT_FAULT
 
 
 @contextmanager

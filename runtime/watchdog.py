@@ -107,7 +107,10 @@ class HangWatchdog:
         self._last_published = now
         try:
             content = json.dumps({"beat_at": beat_at, "where": where, "awake_at": now})
-            _beat_path(self._directory, self._rank).write_text(content)
+            path = _beat_path(self._directory, self._rank)
+            # Whole or absent: a half written sign would make its rank look dead to a reader.
+            path.with_suffix(".tmp").write_text(content)
+            path.with_suffix(".tmp").replace(path)
         except OSError as error:
             logger.warning("cannot leave a sign of life: %s", error)
 

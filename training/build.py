@@ -25,7 +25,7 @@ from training.checkpoint import CheckpointStore, find_latest_checkpoint
 from training.config import PretrainConfig
 from training.engine import Engine, TrainedNetwork
 from training.guards import LossSpikeGuard
-from training.snapshot import Progress, load_progress, restore
+from training.snapshot import Progress, RecordPosition, load_progress, load_record_position, restore
 from training.step import TrainingStep
 from training.synchronization import Synchronization
 from training.trainer import Probe, Trainer
@@ -47,10 +47,11 @@ def build_trainer(
     """
     checkpoint = find_latest_checkpoint(run_dir / "checkpoints", process) if config.run.resume else None
     stream = _build_stream(config, process, checkpoint)
-    training_step = _build_training_step(config, stream.num_samples, process)
-    progress = Progress()
+    training_step = _build_training_step(config, stream.num_samples, process, initialise=checkpoint is None)
+    progress, record_position = Progress(), RecordPosition()
     if checkpoint is not None:
         progress = restore(checkpoint, training_step, process)
+        record_position = load_record_position(checkpoint)
         logger.info("continuing from %s: %d steps done", checkpoint, progress.step)
     settings = config.checkpoint
     return Trainer(
@@ -60,9 +61,14 @@ def build_trainer(
         stream=stream,
         training_step=training_step,
         store=CheckpointStore(
-            run_dir / "checkpoints", process, keep_last=settings.keep_last, keep_every=settings.keep_every
+            run_dir / "checkpoints",
+            process,
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+            asynchronous=settings.asynchronous,
         ),
         progress=progress,
+        record_position=record_position,
         provenance=collect_provenance()
         | {
             "config_hash": config_hash(config),
@@ -87,11 +93,13 @@ def _build_stream(config: PretrainConfig, process: Process, checkpoint: Path | N
     )
 
 
-def _build_training_step(config: PretrainConfig, num_samples: int, process: Process) -> TrainingStep:
+def _build_training_step(
+    config: PretrainConfig, num_samples: int, process: Process, *, initialise: bool
+) -> TrainingStep:
     synchronization = Synchronization(process.world_size)
     estimator = _build_estimator(config, num_samples, process, synchronization)
     return TrainingStep(
-        engine=_build_engine(config, process, estimator),
+        engine=_build_engine(config, process, estimator, initialise=initialise),
         estimator=estimator,
         prototypes=config.prototypes,
         objective=config.objective,
@@ -122,14 +130,18 @@ def _build_estimator(
     )
 
 
-def _build_engine(config: PretrainConfig, process: Process, estimator: PrototypeEstimator) -> Engine:
+def _build_engine(
+    config: PretrainConfig, process: Process, estimator: PrototypeEstimator, *, initialise: bool
+) -> Engine:
+    """Builds student, teacher and engine; `initialise`: from released weights, if any (not where a resume follows)."""
     # The same numbers on every rank: student and teacher start equal everywhere without a broadcast.
     seed_everything(config.run.seed, "initialisation")
     student = _build_network(config, "student", estimator.build_learned())
     teacher = _build_network(config, "teacher", estimator.build_learned())
-    if config.model.init != "random":
-        counts = {k: len(v) for k, v in initialise_from(student.network.backbone, config.model.init).items()}
-        logger.info("initialised from %s: %s", config.model.init, counts)
+    if initialise and config.model.init != "random":
+        _report_initialisation(
+            config.model.init, initialise_from(student.network.backbone, config.model.init)
+        )
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     _synchronise_batch_norm(student, teacher, process)
@@ -150,6 +162,16 @@ def _build_engine(config: PretrainConfig, process: Process, estimator: Prototype
     from training.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(**arguments, deepspeed_config=config.engine.deepspeed_config)
+
+
+def _report_initialisation(source: str, keys: dict[str, list[str]]) -> None:
+    """Says how many keys were loaded, missing and unexpected, and names the first of what did not fit."""
+    counts = ", ".join(f"{len(names)} {kind}" for kind, names in keys.items())
+    logger.info("initialised from %s: %s", source, counts)
+    for kind in ("missing", "unexpected"):
+        if keys[kind]:
+            shown = ", ".join(keys[kind][:5]) + (", ..." if len(keys[kind]) > 5 else "")
+            logger.warning("initialised from %s: %d %s keys: %s", source, len(keys[kind]), kind, shown)
 
 
 def _build_network(config: PretrainConfig, role: str, learned: nn.Module | None) -> TrainedNetwork:

@@ -155,14 +155,23 @@ class EngineConfig:
         deepspeed_config: JSON file of DeepSpeed mechanics: ZeRO stage, precision (see `ds_configs/`).
         precision: of FSDP2's compute; DeepSpeed's comes from its JSON file.
         checksum_every: steps between comparisons of the replicas' checksums over ranks; 0 leaves them out.
-        hang_timeout_s: seconds without a finished step after which stacks are dumped and the silent rank named.
+        hang_timeout_s: seconds without a finished step after which stacks are dumped and the silent rank named;
+            0 leaves the watchdog out.
     """
 
     name: Literal["deepspeed", "fsdp2"] = "deepspeed"
     deepspeed_config: str = "ds_configs/zero1_fp32.json"
     precision: Literal["fp32", "bf16"] = "fp32"
-    checksum_every: int = 100
+    checksum_every: int = 50
     hang_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Refuses intervals that are none."""
+        for name in ("checksum_every", "hang_timeout_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"engine.{name} is {getattr(self, name)}; expected 0 (never) or more; set engine.{name}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +182,14 @@ class CheckpointConfig:
         every_steps: optimizer steps between checkpoints; the last step is always saved.
         keep_last: newest complete checkpoints that stay.
         keep_every: additionally keep checkpoints at multiples of this step; 0 keeps none.
+        asynchronous: write in a thread while training goes on. The step waits only for the copy into CPU memory
+            (a rank's share of the state); the checkpoint is published at a later step boundary.
     """
 
     every_steps: int = 1000
     keep_last: int = 2
     keep_every: int = 0
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         """Refuses a rotation that could leave nothing."""
@@ -186,6 +198,10 @@ class CheckpointConfig:
                 raise ValueError(
                     f"checkpoint.{name} is {getattr(self, name)}; expected at least 1; set checkpoint.{name}"
                 )
+        if self.keep_every < 0:
+            raise ValueError(
+                f"checkpoint.keep_every is {self.keep_every}; expected 0 or more; set checkpoint.keep_every"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

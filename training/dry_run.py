@@ -1,8 +1,10 @@
 """What a run would be, before it costs anything: parameters, FLOPs, memory per rank, batch and steps.
 
 Networks are built from fake tensors: shapes and dtypes are real, no memory is taken, so that a ViT-L is described on
-a laptop. Figures for memory are of states (exact) and of what autograd saves (counted by saved-tensor hooks on one
-micro-batch of two images, then scaled); allocator fragmentation and communication buffers come on top.
+a laptop. Memory is of states (what the engines hold, tensor by tensor), of what autograd saves (counted by
+saved-tensor hooks on two and on four images: what does not grow with the batch is told apart) and of the engine's
+buffers. The loss works in chunks of blocks and holds less than a hundredth of the activations; the allocator's
+fragmentation and NCCL's own buffers come on top.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -24,20 +27,41 @@ from models.student_teacher import SelfSupervisedNetwork
 from prototypes.estimator import build_estimator
 from runtime.config import config_to_yaml
 from runtime.distributed import Process
-from training.config import PretrainConfig
-from training.optimizer import count_parameters
+from training.config import OptimConfig, PretrainConfig
+from training.engine_table import ENGINES, check_combination
+from training.optimizer import MOMENTS_OF, count_parameters
 
 _GIB = 2**30
 _FP32 = 4
-# What DeepSpeed's stages and FSDP2 cut over ranks.
+_BF16 = 2
+# What each engine cuts over ranks. DeepSpeed's stages 1 to 3 step on a flat fp32 copy of this rank's piece, `master`.
 _CUT = {
-    "parameters": (3,),
-    "gradients": (2, 3),
-    "moments": (1, 2, 3),
-    "teacher": (3,),
+    "parameters": ("zero3", "fsdp2"),
+    "gradients": ("zero2", "zero3", "fsdp2"),
+    "master": ("zero1", "zero2", "zero3"),
+    "moments": ("zero1", "zero2", "zero3", "fsdp2"),
+    "teacher": ("zero3", "fsdp2"),
 }
+_HAVE_MASTER = ("zero1", "zero2", "zero3")
+# DeepSpeed's own values where the JSON file is silent.
+_REDUCE_BUCKET_NUMEL = 5e8
+_MAX_LIVE_NUMEL = 1e9
 GPU_SIZES_GB = (80, 141)
-_PROBE_IMAGES = 2
+_PROBE_IMAGES = (2, 4)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What autograd keeps for the backward pass.
+
+    Attributes:
+        per_image: bytes per image of the micro-batch; with activation checkpointing also what recomputing one block
+            takes.
+        fixed: bytes whatever the batch: under autocast the weights' bf16 copies.
+    """
+
+    per_image: float
+    fixed: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +74,9 @@ class Cost:
         prototype_parameters: prototypes that the encoder's loss trains; 0 in most modes.
         dense_flops: per image: student forward and backward on all crops, teacher forward on global crops.
         executed_flops: the same with recomputed activations.
-        activation_bytes: per image of the micro-batch, what autograd keeps for the backward pass.
+        activations: under DeepSpeed, which autocasts.
+        fsdp2_activations: under FSDP2, whose mixed precision computes in bf16 alone and frees gathered weights.
+        largest_unit_numel: parameters of the largest block, which engines that cut parameters gather at once.
         estimator_bytes: state and candidate of the prototypes' estimator.
     """
 
@@ -59,7 +85,9 @@ class Cost:
     prototype_parameters: int
     dense_flops: float
     executed_flops: float
-    activation_bytes: float
+    activations: Activations
+    fsdp2_activations: Activations
+    largest_unit_numel: int
     estimator_bytes: int
 
     @property
@@ -72,7 +100,7 @@ def describe_run(config: PretrainConfig, process: Process) -> str:
     """Returns the resolved configuration and the run's cost as text. Not collective; takes no GPU memory.
 
     Raises:
-        ValueError: sizes or an architecture that cannot be; missing shards are only mentioned.
+        ValueError: sizes, an architecture or a combination that cannot be; missing shards are only mentioned.
     """
     world_size = config.run.dry_run_world_size or process.world_size
     micro_batch = config.batch.micro_batch_size_per_gpu(world_size)
@@ -96,57 +124,98 @@ def describe_run(config: PretrainConfig, process: Process) -> str:
 
 
 def measure_cost(config: PretrainConfig) -> Cost:
-    """Returns the cost of one image and the sizes of states, counted on fake tensors."""
+    """Returns the cost of one image and the sizes of states, counted on fake tensors.
+
+    Raises:
+        ValueError: the run's engine cannot train this network with this optimizer.
+    """
     estimator = build_estimator(
         config.prototypes, seed=config.run.seed, num_observations_per_epoch=10**6, total_steps=1000
     )
     state = [value for value in estimator.state_dict().values() if isinstance(value, Tensor)]
     learned = estimator.build_learned()
     network = _build_student_on_meta(config)
+    check_combination(own_engine(config), config.optim.optimizer, network)
+    bf16 = _computes_in_bf16(config)
+    fsdp2_network = _build_student_on_meta(config)
+    if bf16:
+        fsdp2_network.to(torch.bfloat16)
+    few = _PROBE_IMAGES[0]
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu")
-        crops = _fake_crops(config)
-        with FlopCounterMode(display=False) as teacher_counter, torch.no_grad():
-            network(crops[:1])
-        with FlopCounterMode(display=False) as student_counter, torch.no_grad():
-            network(crops)
-        activation_bytes = _saved_bytes(network, crops, bf16=_computes_in_bf16(config))
-    teacher = teacher_counter.get_total_flops() / _PROBE_IMAGES
-    student = student_counter.get_total_flops() / _PROBE_IMAGES
-    recomputed = student if config.model.activation_checkpointing else 0.0
+        crops = _fake_crops(config, few)
+        teacher = _count_flops(network, crops[:1]) / few
+        student = _count_flops(network, crops) / few
+        activations = _measure_activations(config, network, autocast=bf16)
+        fsdp2 = _measure_activations(config, fsdp2_network.to_empty(device="cpu"), autocast=False)
+    blocks = [*getattr(network.backbone, "blocks", ()), network.projection_head]
     return Cost(
         backbone_parameters=count_parameters(network.backbone),
         head_parameters=count_parameters(network.projection_head),
         prototype_parameters=0 if learned is None else count_parameters(learned),
         dense_flops=3 * student + teacher,
-        executed_flops=3 * student + recomputed + teacher,
-        activation_bytes=activation_bytes / _PROBE_IMAGES,
+        executed_flops=3 * student + (student if config.model.activation_checkpointing else 0.0) + teacher,
+        activations=activations,
+        fsdp2_activations=replace(fsdp2, fixed=0.0),
+        largest_unit_numel=max(count_parameters(block) for block in blocks),
         estimator_bytes=2 * sum(value.numel() * value.element_size() for value in state),
     )
 
 
-def state_bytes(cost: Cost, stage: int, world_size: int) -> dict[str, float]:
-    """Returns bytes per rank of every state under a ZeRO stage (FSDP2 cuts as stage 3 does)."""
-    whole = {
-        "parameters": cost.trained_parameters * _FP32,
-        "gradients": cost.trained_parameters * _FP32,
-        "moments": 2 * cost.trained_parameters * _FP32,
-        "teacher": cost.trained_parameters * _FP32,
+def state_bytes(optim: OptimConfig, cost: Cost, engine: str, world_size: int) -> dict[str, float]:
+    """Returns bytes per rank of every state at the end of the backward pass, when a rank holds most.
+
+    Args:
+        optim: whose moments are counted.
+        cost: from `measure_cost`.
+        engine: one of `training.engine_table.ENGINES`.
+        world_size: number of ranks.
+    """
+    whole = cost.trained_parameters * _FP32
+    sizes = {
+        "parameters": whole,
+        "gradients": whole,
+        "master": whole if engine in _HAVE_MASTER else 0,
+        "moments": len(MOMENTS_OF[optim.optimizer]) * whole,
+        "teacher": whole,
     }
-    cut = {part: size / (world_size if stage in _CUT[part] else 1) for part, size in whole.items()}
+    cut = {part: size / (world_size if engine in _CUT[part] else 1) for part, size in sizes.items()}
     return cut | {"estimator": float(cost.estimator_bytes)}
 
 
-def zero_stage(config: PretrainConfig) -> int:
-    """Returns the ZeRO stage of the run; 3 for FSDP2, which cuts the same parts."""
+def buffer_bytes(config: PretrainConfig, cost: Cost, engine: str) -> float:
+    """Returns bytes per rank of what an engine holds beside states: buckets of gradients, gathered parameters."""
+    zero = _mechanics(config).get("zero_optimization", {})
+    bucket = float(zero.get("reduce_bucket_size", _REDUCE_BUCKET_NUMEL)) * _FP32
+    if engine == "zero0":
+        return 0.0
+    if engine == "fsdp2":
+        # The unit at work and the next one, gathered; their gradients, whole until they are reduced.
+        width = _BF16 if _computes_in_bf16(config) else _FP32
+        return 2.0 * cost.largest_unit_numel * (width + _FP32)
+    if engine == "zero3":
+        live = min(float(zero.get("stage3_max_live_parameters", _MAX_LIVE_NUMEL)), cost.trained_parameters)
+        return bucket + live * _FP32
+    return bucket
+
+
+def own_engine(config: PretrainConfig) -> str:
+    """Returns the engine of the run, one of `training.engine_table.ENGINES`."""
     if config.engine.name == "fsdp2":
-        return 3
+        return "fsdp2"
+    return f"zero{int(_mechanics(config).get('zero_optimization', {}).get('stage', 0))}"
+
+
+def _mechanics(config: PretrainConfig) -> dict[str, Any]:
+    if config.engine.name == "fsdp2":
+        return {}
     path = Path(config.engine.deepspeed_config)
     if not path.is_file():
         raise ValueError(
             f"engine.deepspeed_config is {str(path)!r}; expected a JSON file; set engine.deepspeed_config"
         )
-    return int(json.loads(path.read_text()).get("zero_optimization", {}).get("stage", 0))
+    mechanics: dict[str, Any] = json.loads(path.read_text())
+    return mechanics
 
 
 def _describe_steps(config: PretrainConfig) -> list[str]:
@@ -161,18 +230,21 @@ def _describe_steps(config: PretrainConfig) -> list[str]:
 
 
 def _describe_memory(config: PretrainConfig, cost: Cost, micro_batch: int, world_size: int) -> list[str]:
-    own = zero_stage(config)
-    activations = cost.activation_bytes * micro_batch
+    own = own_engine(config)
     lines = []
-    for stage in (0, 1, 2, 3):
-        parts = state_bytes(cost, stage, world_size) | {"activations": activations}
+    for engine in ENGINES:
+        activations = cost.fsdp2_activations if engine == "fsdp2" else cost.activations
+        parts = state_bytes(config.optim, cost, engine, world_size) | {
+            "activations": activations.per_image * micro_batch + activations.fixed,
+            "buffers": buffer_bytes(config, cost, engine),
+        }
         total = sum(parts.values())
         fits = [f"{size} GB" for size in GPU_SIZES_GB if total < size * 1e9]
         text = "  ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
-        mark = "*" if stage == own else " "
+        mark = "*" if engine == own else " "
         verdict = f"fits {', '.join(fits)}" if fits else "fits no listed GPU: lower the micro-batch"
-        lines.append(f"{mark} ZeRO-{stage}  {text}  = {total / _GIB:.2f}  {verdict}")
-    return [*lines, "  (* = this configuration; FSDP2 cuts like ZeRO-3)"]
+        lines.append(f"{mark} {engine}  {text}  = {total / _GIB:.2f}  {verdict}")
+    return [*lines, "  (* = this configuration)"]
 
 
 def _build_student_on_meta(config: PretrainConfig) -> SelfSupervisedNetwork:
@@ -190,21 +262,51 @@ def _build_student_on_meta(config: PretrainConfig) -> SelfSupervisedNetwork:
     return network
 
 
-def _fake_crops(config: PretrainConfig) -> list[Tensor]:
+def _fake_crops(config: PretrainConfig, num_images: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     data, channels = config.data, config.model.channels
     size = data.global_crop_size
-    crops = [torch.empty(data.num_global_crops * _PROBE_IMAGES, channels, size, size)]
+    crops = [torch.empty(data.num_global_crops * num_images, channels, size, size, dtype=dtype)]
     if data.num_local_crops:
         size = data.local_crop_size
-        crops.append(torch.empty(data.num_local_crops * _PROBE_IMAGES, channels, size, size))
+        crops.append(torch.empty(data.num_local_crops * num_images, channels, size, size, dtype=dtype))
     return crops
 
 
-def _saved_bytes(network: nn.Module, crops: list[Tensor], *, bf16: bool) -> int:
-    """Returns the bytes that a forward pass keeps for its backward pass, parameters left out."""
-    with _counting_saved_tensors(network) as saved, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+def _count_flops(network: nn.Module, crops: list[Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(crops)
-    return sum(saved.values())
+    return int(counter.get_total_flops())
+
+
+def _measure_activations(
+    config: PretrainConfig, network: SelfSupervisedNetwork, *, autocast: bool
+) -> Activations:
+    per_image, fixed = _saved_bytes(config, network, autocast)
+    if not config.model.activation_checkpointing:
+        return Activations(per_image, fixed)
+    network.backbone.set_grad_checkpointing(False)  # type: ignore[operator]
+    whole, _ = _saved_bytes(config, network, autocast)
+    network.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    # timm recomputes a ViT by blocks and a ResNet by its four stages.
+    num_units = len(getattr(network.backbone, "blocks", ())) or 4
+    return Activations(per_image + (whole - per_image) / num_units, fixed)
+
+
+def _saved_bytes(config: PretrainConfig, network: nn.Module, autocast: bool) -> tuple[float, float]:
+    """Returns (bytes per image, bytes whatever the batch) that a forward pass keeps, parameters left out."""
+    dtype = next(network.parameters()).dtype
+    sums = []
+    for num_images in _PROBE_IMAGES:
+        crops = _fake_crops(config, num_images, dtype)
+        with (
+            _counting_saved_tensors(network) as saved,
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            network(crops)
+        sums.append(sum(saved.values()))
+    few, many = _PROBE_IMAGES
+    per_image = (sums[1] - sums[0]) / (many - few)
+    return per_image, max(0.0, sums[0] - few * per_image)
 
 
 @contextmanager
@@ -227,7 +329,4 @@ def _counting_saved_tensors(network: nn.Module) -> Iterator[dict[int, int]]:
 def _computes_in_bf16(config: PretrainConfig) -> bool:
     if config.engine.name == "fsdp2":
         return config.engine.precision == "bf16"
-    path = Path(config.engine.deepspeed_config)
-    return path.is_file() and bool(
-        json.loads(path.read_text()).get("torch_autocast", {}).get("enabled", False)
-    )
+    return bool(_mechanics(config).get("torch_autocast", {}).get("enabled", False))

@@ -117,7 +117,7 @@ def load_exported(directory: Path) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def assemble_backbone(config: ModelConfig, state: Mapping[str, Tensor], which: str) -> nn.Module:
-    """Returns the backbone of one role from a checkpoint's full tensors, strictly.
+    """Returns the backbone of one role from a checkpoint's full tensors, to export it; strictly.
 
     Args:
         config: the run's model options.
@@ -128,12 +128,23 @@ def assemble_backbone(config: ModelConfig, state: Mapping[str, Tensor], which: s
         CheckpointError: the state lacks tensors of this backbone, or has others.
     """
     prefix = f"{which}/network.backbone."
-    own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
-    backbone = vit.build_backbone(config, drop_path_rate=0.0)
+    return build_shell(
+        config, {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+    )
+
+
+def build_shell(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Module:
+    """Returns a backbone that holds the given tensors themselves: to export, not to run. Draws no random number.
+
+    Raises:
+        CheckpointError: the state lacks tensors of this backbone, or has others.
+    """
+    with torch.device("meta"):
+        backbone = vit.build_backbone(config, drop_path_rate=0.0)
     try:
-        backbone.load_state_dict(own, strict=True)
+        backbone.load_state_dict(dict(state), strict=True, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint's {which} is not {config.name}: {error}") from error
+        raise CheckpointError(f"the checkpoint holds another backbone than {config.name}: {error}") from error
     return backbone
 
 

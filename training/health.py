@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +46,6 @@ class RunHealth:
         self._watchdog = HangWatchdog(
             run_dir / "heartbeats", process.rank, process.world_size, config.hang_timeout_s
         )
-        self.checksum_s = 0.0
 
     def __enter__(self) -> RunHealth:
         self._watchdog.start()
@@ -66,13 +64,12 @@ class RunHealth:
         Raises:
             ReplicaMismatchError: on all ranks alike, naming rank and tensor.
         """
-        if is_planned("flip", "replicas", step, self._process.rank):
-            flip_lowest_bit_(next(self._replicas())[1])
+        for point, role in (("replicas", ""), ("teacher", "teacher/")):
+            if is_planned("flip", point, step, self._process.rank):
+                flip_lowest_bit_(next(value for name, value in self._replicas() if name.startswith(role)))
         if self._every == 0 or step % self._every:
             return
-        started = time.perf_counter()
         check_replicas(self._replicas(), self._process, step)
-        self.checksum_s += time.perf_counter() - started
 
     def _replicas(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self._estimator.state_dict().items():

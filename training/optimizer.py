@@ -13,8 +13,9 @@ from training.config import OptimConfig
 from training.engine import TrainedNetwork
 from training.schedules import StepSchedule
 
-# The tensors that an optimizer keeps per parameter, by its class name.
-MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "Lars": ("momentum_buffer",)}
+# The tensors that an optimizer keeps per parameter, by `optim.optimizer` and by its class name.
+MOMENTS_OF = {"adamw": ("exp_avg", "exp_avg_sq"), "lars": ("momentum_buffer",)}
+MOMENTS = {"AdamW": MOMENTS_OF["adamw"], "Lars": MOMENTS_OF["lars"]}
 
 
 def build_optimizer(student: TrainedNetwork, config: OptimConfig) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ from pathlib import Path
 from runtime.config import config_to_dict, config_to_yaml, read_yaml
 from runtime.distributed import Process
 from runtime.files import write_atomically
+from training.checkpoint_files import list_committed
 from training.config import PretrainConfig
 from training.config_difference import describe_difference
 
@@ -25,6 +26,12 @@ def prepare_run_directory(config: PretrainConfig, run_dir: Path, process: Proces
 
 def _prepare(config: PretrainConfig, run_dir: Path) -> str | None:
     path = run_dir / "config.yaml"
+    if not config.run.resume and (saved := list_committed(run_dir / "checkpoints")):
+        # A good checkpoint is never overwritten: the old run's would stay and be taken for the new run's.
+        return (
+            f"run.resume is False, but run directory {run_dir} holds checkpoints up to {saved[0].name}; expected a "
+            f"run directory without checkpoints; set run.name to a new name, or remove {run_dir}"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if path.exists():

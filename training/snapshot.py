@@ -4,9 +4,12 @@
       state-00000-of-00002.safetensors ...   student, teacher, optimizer: full tensors by name, shared out to ranks
       estimator.{json,safetensors}           the estimator's state, equal on all ranks
       progress.{json,safetensors}            counters, data position, usage counts, guard
+      rng-00000-of-00002.{json,safetensors}  every generator of each rank
+      record.json                            how far metrics.jsonl was, and wandb's id
       teacher/                               the exported encoder
 
-There is no random state to save: every step seeds its generators from (seed, step, rank).
+Every step seeds its generators from (seed, step, rank), so that a run continues with any number of ranks. The saved
+generators are put back where the number of ranks is the same: what draws between steps goes on as well.
 """
 
 from __future__ import annotations
@@ -19,15 +22,17 @@ import torch
 from torch import Tensor
 
 from data.pipeline import merge_positions
-from models.vit import build_backbone
+from prototypes.estimator import PrototypeEstimator, Role
 from runtime.distributed import Process
 from training.config import PretrainConfig
 from training.engine import Engine
-from training.export import export_encoder
+from training.export import build_shell, export_encoder
 from training.state_files import (
     ConsolidatedState,
+    collect_rng_state,
     collect_share,
     load_tree,
+    restore_rng_state,
     save_tensors,
     save_tree,
     share_path,
@@ -36,6 +41,7 @@ from training.step import TrainingStep
 
 _TEACHER_BACKBONE = "teacher/network.backbone."
 _TEACHER_HEAD = "teacher/network.projection_head."
+_ROLES: tuple[Role, ...] = ("teacher", "student")
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,23 @@ class Progress:
         )
 
 
+@dataclass(frozen=True)
+class RecordPosition:
+    """How far rank 0's record was at a checkpoint.
+
+    Attributes:
+        metrics_bytes: length of `metrics.jsonl`; what was written later is done again after a resume.
+        wandb_id: the run's identity in wandb, or None where it was never started.
+    """
+
+    metrics_bytes: int | None = None
+    wandb_id: str | None = None
+
+
 class Snapshot:
     """The state of a run in CPU memory, each rank with its share. Collective to make; `write` is not.
+
+    `write` touches no generator and no device: it may run in a thread beside the next training steps.
 
     Args:
         config: the run's configuration, for the export.
@@ -77,6 +98,7 @@ class Snapshot:
         training_step: engine, estimator, usage counts and guard.
         process: this process.
         provenance: plain facts for the exported encoder's model card.
+        record: how far the record is; rank 0's counts.
     """
 
     def __init__(
@@ -86,14 +108,17 @@ class Snapshot:
         training_step: TrainingStep,
         process: Process,
         provenance: dict[str, Any],
+        record: RecordPosition,
     ) -> None:
         self._config = config
+        self._record = asdict(record)
+        self._rng = collect_rng_state()
         self._process = process
         self._provenance = provenance
         self._teacher: dict[str, Tensor] = {}
         self._teacher_head: dict[str, Tensor] = {}
         self._prototypes: dict[str, Tensor] = {}
-        self._learned: Tensor | None = None
+        self._learned: dict[Role, Tensor] = {}
         self._share = collect_share(self._stream(training_step.engine), process.rank, process.world_size)
         parts = process.all_gather_object(progress.position)
         self._progress = {
@@ -106,19 +131,19 @@ class Snapshot:
             for name, value in training_step.estimator.state_dict().items()
         }
         if process.is_main:
-            self._prototypes = _exported_prototypes(self._estimator, self._learned)
+            self._prototypes = _exported_prototypes(training_step.estimator, self._estimator, self._learned)
 
     def write(self, directory: Path) -> None:
         """Writes this rank's files; rank 0 adds what is equal on all ranks and the exported teacher."""
         save_tensors(share_path(directory, self._process.rank, self._process.world_size), self._share)
+        save_tree(directory, _rng_name(self._process), self._rng)
         if not self._process.is_main:
             return
         save_tree(directory, "estimator", self._estimator)
         save_tree(directory, "progress", self._progress)
-        backbone = build_backbone(self._config.model, drop_path_rate=0.0)
-        backbone.load_state_dict(self._teacher)
+        save_tree(directory, "record", self._record)
         export_encoder(
-            backbone,
+            build_shell(self._config.model, self._teacher),
             directory / "teacher",
             model=self._config.model,
             mean=self._config.data.mean,
@@ -136,8 +161,9 @@ class Snapshot:
                 self._teacher[name.removeprefix(_TEACHER_BACKBONE)] = tensor.detach().to("cpu", copy=True)
             if self._process.is_main and name.startswith(_TEACHER_HEAD):
                 self._teacher_head[name.removeprefix(_TEACHER_HEAD)] = tensor.detach().to("cpu", copy=True)
-            if self._process.is_main and name.startswith("teacher/learned_prototypes."):
-                self._learned = tensor.detach().to("cpu", copy=True)
+            for role in _ROLES if self._process.is_main else ():
+                if name.startswith(f"{role}/learned_prototypes."):
+                    self._learned[role] = tensor.detach().to("cpu", copy=True)
             yield name, tensor
 
     def _sum_over_ranks(self, hits: Tensor) -> Tensor:
@@ -145,12 +171,34 @@ class Snapshot:
         return torch.stack(self._process.all_gather_object(hits.cpu())).sum(0)
 
 
-def _exported_prototypes(estimator: dict[str, Any], learned: Tensor | None) -> dict[str, Tensor]:
-    """Returns the teacher's prototypes for evaluation: learned rows, or a mixture with its parameters."""
-    if learned is not None:
-        return {"means": torch.nn.functional.normalize(learned.float(), dim=1)}
-    names = ("means", "variances", "mixing_weights")
-    return {name: estimator[name].float() for name in names if name in estimator}
+def _exported_prototypes(
+    estimator: PrototypeEstimator, state: dict[str, Any], learned: dict[Role, Tensor]
+) -> dict[str, Tensor]:
+    """Returns what evaluation reads: `means` of the teacher, with `student_means` where the student has its own.
+
+    A mixture's means come as they are, beside `variances` and `mixing_weights`; where it models recentred
+    projections, `input_shift` and `input_scale` say how: (projection - shift) * scale.
+    """
+    if not learned:
+        names = ("means", "variances", "mixing_weights")
+        found = {name: state[name].float() for name in names if name in state}
+    else:
+        unit = {role: torch.nn.functional.normalize(rows.float(), dim=1) for role, rows in learned.items()}
+        device = next((t.device for t in estimator.buffers()), torch.device("cpu"))
+        found = {
+            "means" if role == "teacher" else "student_means": estimator.prototypes(role, rows.to(device))
+            .detach()
+            .float()
+            .cpu()
+            .clone()
+            for role, rows in unit.items()
+        }
+    gmm = estimator.config.gmm
+    if "input_mean" in state and (gmm.center or gmm.standardise):
+        found["input_shift"] = state["input_mean"].float()
+        if gmm.standardise:
+            found["input_scale"] = state["input_variance"].float().clamp_min(1e-12).rsqrt()
+    return found
 
 
 def restore(checkpoint: Path, training_step: TrainingStep, process: Process) -> Progress:
@@ -165,6 +213,8 @@ def restore(checkpoint: Path, training_step: TrainingStep, process: Process) -> 
     # Usage counts were summed over ranks: one rank takes them over and the others start from zero.
     training_step.usage.hits.copy_(saved["usage_hits"] * int(process.is_main))
     training_step.spike_guard.load_state_dict(saved["spike_guard"])
+    if (checkpoint / f"{_rng_name(process)}.json").exists():
+        restore_rng_state(load_tree(checkpoint, _rng_name(process)))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return load_progress(checkpoint)
@@ -173,3 +223,12 @@ def restore(checkpoint: Path, training_step: TrainingStep, process: Process) -> 
 def load_progress(checkpoint: Path) -> Progress:
     """Returns where a checkpoint's run was; not collective."""
     return Progress(**load_tree(checkpoint, "progress")["progress"])
+
+
+def load_record_position(checkpoint: Path) -> RecordPosition:
+    """Returns how far the record of a checkpoint's run was; not collective."""
+    return RecordPosition(**load_tree(checkpoint, "record"))
+
+
+def _rng_name(process: Process) -> str:
+    return f"rng-{process.rank:05d}-of-{process.world_size:05d}"

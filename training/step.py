@@ -87,6 +87,7 @@ class TrainingStep:
         teacher = [self.engine.forward_teacher(_teacher_views(micro)) for micro in crops]
         for index, output in enumerate(teacher):
             observation = self.estimator.observe(output.projections, is_last=index == len(teacher) - 1)
+        reach("reduce", step)
         # The student's first forward needs no prototypes: it overlaps the reduction of the statistics.
         student = self.engine.forward_student(_student_views(crops[0]))
         self.estimator.commit(observation)

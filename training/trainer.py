@@ -26,11 +26,12 @@ from runtime.preemption import PreemptionFlag
 from runtime.program import EXIT_DONE, EXIT_FAULT, EXIT_PREEMPTED
 from runtime.seeding import seed_everything
 from training.checkpoint import CheckpointStore
+from training.checkpoint_files import SaveOutcome
 from training.config import PretrainConfig
 from training.health import RunHealth
-from training.metrics import MetricsRecord, WandbView
+from training.metrics import WANDB_ID_NAME, MetricsRecord, WandbView, keep_wandb_id
 from training.schedules import StepSchedule, compute_schedule
-from training.snapshot import Progress, Snapshot
+from training.snapshot import Progress, RecordPosition, Snapshot
 from training.step import StepOutcome, TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Trainer:
         training_step: one optimizer step.
         store: the run's checkpoints.
         progress: where to begin.
+        record_position: how far the record was there.
         provenance: plain facts about code and data, for exports.
         probe: in-training evaluation of the teacher's backbone, or None.
         preemption: the scheduler's warning, as a flag.
@@ -75,6 +77,7 @@ class Trainer:
         training_step: TrainingStep,
         store: CheckpointStore,
         progress: Progress,
+        record_position: RecordPosition,
         provenance: dict[str, Any],
         probe: Probe | None,
         preemption: PreemptionFlag,
@@ -83,6 +86,7 @@ class Trainer:
         self.process = process
         self.training_step = training_step
         self.progress = progress
+        self._record_position = record_position
         self._run_dir = run_dir
         self._stream = stream
         self._store = store
@@ -114,9 +118,11 @@ class Trainer:
                     bar.update(self.progress.step - bar.n)
                     if self.process.agree_any(self._preemption.is_set):
                         return self._stop_for_preemption()
+                    self._note_save(self._store.poll())
                     if self.progress.step % self.config.checkpoint.every_steps == 0:
                         self._save()
             self._save()
+            self._note_save(self._store.finish())
             return EXIT_DONE
         finally:
             self._close_record()
@@ -256,18 +262,40 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        """Saves the run as it is, unless that is saved already. Collective."""
         if self._last_saved == self.progress.step:
             return
         self._health.beat(f"step {self.progress.step}, saving")
-        snapshot = Snapshot(self.config, self.progress, self.training_step, self.process, self._provenance)
-        outcome = self._store.save(self.progress.step, snapshot.write, self._provenance)
-        if outcome is not None and outcome.error is None:
-            self._last_saved = self.progress.step
+        snapshot = Snapshot(
+            self.config,
+            self.progress,
+            self.training_step,
+            self.process,
+            self._provenance,
+            self._position_of_record(),
+        )
+        self._last_saved = self.progress.step
+        self._note_save(self._store.save(self.progress.step, snapshot.write, self._provenance))
+
+    def _note_save(self, outcome: SaveOutcome | None) -> None:
+        """A save that was given up does not count: the same step may be tried again at the end."""
+        if outcome is not None and outcome.error is not None and self._last_saved == outcome.step:
+            self._last_saved = -1
+
+    def _position_of_record(self) -> RecordPosition:
+        if self._record is None:
+            return RecordPosition()
+        identity = self._run_dir / WANDB_ID_NAME
+        return RecordPosition(
+            metrics_bytes=self._record.num_bytes,
+            wandb_id=identity.read_text().strip() if identity.exists() else None,
+        )
 
     def _stop_for_preemption(self) -> int:
         name = self._preemption.signal_name or "a signal to another rank"
         logger.info("stopping at step %d after %s", self.progress.step, name)
         self._save()
+        self._note_save(self._store.finish())
         # The grace time is for the state; what wandb has not got yet follows with the next start.
         self._close_record(wandb_timeout_s=5.0)
         if self._last_saved != self.progress.step:
@@ -281,7 +309,12 @@ class Trainer:
     def _open_record(self) -> None:
         if not self.process.is_main:
             return
-        self._record = MetricsRecord(self._run_dir, resume_step=self.progress.step)
+        position = self._record_position
+        self._record = MetricsRecord(
+            self._run_dir, resume_step=self.progress.step, resume_bytes=position.metrics_bytes
+        )
+        if position.wandb_id is not None:
+            keep_wandb_id(self._run_dir, position.wandb_id)
         settings = self.config.logging
         if settings.wandb_mode != "disabled":
             self._wandb = WandbView(

@@ -10,11 +10,19 @@ import pytest
 
 from tests.helpers.engine_scenarios import ENGINES, iterate
 from tests.helpers.ranks import run_ranks
+from training.config import OptimConfig
+from training.dry_run import Activations, Cost, state_bytes
+from training.engine_table import UNSUPPORTED
 
 FAST = [
     *({"scenario": "resume_twice", "engine": e, "accumulation": 1, "precision": "fp32"} for e in ENGINES),
     *({"scenario": "skip_moves_nothing", "engine": e, "poison": "nan"} for e in ENGINES),
     *({"scenario": "ema_reference", "engine": e} for e in ("zero3", "fsdp2")),
+    *({"scenario": "live_bytes", "engine": e} for e in ENGINES),
+    *(
+        {"scenario": "options_change_nothing", "engine": e, "activation_checkpointing": True}
+        for e in ("zero3", "fsdp2")
+    ),
 ]
 
 
@@ -85,6 +93,52 @@ def test_the_sharded_average_is_the_average(two_ranks: list[dict[str, Any]], eng
     assert found["error"] <= 1e-6
     assert found["moved"] > 1e-4
     assert found["forward_error"] <= 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_dry_run_knows_what_a_rank_holds(two_ranks: list[dict[str, Any]], engine: str) -> None:
+    (found,) = iterate(two_ranks, scenario="live_bytes", engine=engine)
+    cost = Cost(
+        backbone_parameters=found["parameters"],
+        head_parameters=0,
+        prototype_parameters=0,
+        dense_flops=0,
+        executed_flops=0,
+        activations=Activations(0, 0),
+        fsdp2_activations=Activations(0, 0),
+        largest_unit_numel=0,
+        estimator_bytes=0,
+    )
+    expected = sum(state_bytes(OptimConfig(), cost, engine, 2).values())
+    assert found["bytes"] == pytest.approx(expected, rel=0.01)
+
+
+def check_options(found: dict[str, Any]) -> None:
+    assert found["finite"] and found["with_option"] == pytest.approx(found["plain"], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_recomputed_blocks_train_alike(two_ranks: list[dict[str, Any]], engine: str) -> None:
+    (found,) = iterate(two_ranks, scenario="options_change_nothing", engine=engine)
+    check_options(found)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
+    engines = [engine for engine in ENGINES if engine not in UNSUPPORTED["compile_blocks"]]
+    scenarios = [
+        {"scenario": "options_change_nothing", "engine": engine, "compile_blocks": True, **extra}
+        for engine in engines
+        for extra in ({}, {"activation_checkpointing": True})
+    ]
+    scenarios += [
+        {"scenario": "options_change_nothing", "engine": engine, "activation_checkpointing": True}
+        for engine in ("zero0", "zero1", "zero2")
+    ]
+    found = run_scenarios(scenarios, 2, tmp_path, "options")
+    assert len(found) == len(scenarios)
+    for entry in found:
+        check_options(entry)
 
 
 def test_any_engine_continues_any_others_checkpoint(two_ranks: list[dict[str, Any]]) -> None:

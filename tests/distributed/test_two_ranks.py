@@ -58,23 +58,33 @@ def test_mixture_is_bitwise_equal_on_both_ranks_after_20_steps(digit_shards, tmp
         assert torch.equal(first[name], second[name]), name
 
 
-def test_torchrun_trains_zero_1_and_continues_on_one_rank(digit_shards, tmp_path):
+def test_torchrun_trains_zero_1_and_one_rank_continues(digit_shards, tmp_path):
     options = [
         *TINY,
         f"data.shards={digit_shards}",
         f"run.output_dir={tmp_path}",
         "run.name=elastic",
         "optim.steps=6",
+        "checkpoint.every_steps=3",
+        "model.head.use_bn=false",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*torchrun, "pretrain.py", DEMO, *options],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+
+    def start(launcher, **extra):
+        return subprocess.run(
+            [*launcher, "pretrain.py", DEMO, *options],
+            cwd=ROOT,
+            env=environment | extra,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    stopped = start(torchrun, FAULT="raise@1:4:forward")
+    assert stopped.returncode == 1, stopped.stderr[-3000:]
+    assert (tmp_path / "elastic/checkpoints/step-00000003/COMMIT").exists()
+    result = start([sys.executable])
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "3 steps done" in result.stderr
     assert (tmp_path / "elastic/checkpoints/step-00000006/COMMIT").exists()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from tests.helpers.ranks import start_ranks, wait_for_ranks
 from training.checkpoint_files import list_committed, load_manifest
 
 STEPS, EVERY = 8, 3
+CANARY = "canary4711" * 4  # as long as wandb's keys
+SAVE_POINTS = ("begin", "written", "hashed", "manifest", "renamed", "committed")
 ZERO = "engine.deepspeed_config=ds_configs/zero{}_fp32.json"
 MODES = {**{f"zero{stage}": ZERO.format(stage) for stage in range(4)}, "fsdp2": "engine.name=fsdp2"}
 
@@ -68,14 +72,33 @@ def run(
 
 
 def hashes(out: Path, step: int = STEPS) -> dict[str, str]:
-    """SHA-256 of everything in a checkpoint that the run computed (the model card names the run)."""
+    """SHA-256 of everything in a checkpoint that the run computed.
+
+    Left out: the model card, which names the run, and the length of the record, in which seconds are written.
+    """
     files = load_manifest(out / "run" / "checkpoints" / f"step-{step:08d}")["files"]
-    return {entry["path"]: entry["sha256"] for entry in files if not entry["path"].endswith(".md")}
+    found = {entry["path"]: entry["sha256"] for entry in files}
+    assert {
+        "estimator.json",
+        "progress.json",
+        "record.json",
+        "rng-00000-of-00002.safetensors",
+    } <= found.keys()
+    return {path: value for path, value in found.items() if path not in ("teacher/README.md", "record.json")}
 
 
 def metrics(out: Path) -> dict[int, float]:
     lines = (out / "run" / "metrics.jsonl").read_text().splitlines()
     return {entry["step"]: entry["loss/total"] for entry in map(json.loads, lines) if "loss/total" in entry}
+
+
+def wait_until(happened: Callable[[], bool], timeout_s: float = 150) -> float:
+    """Returns when it happened, on the monotonic clock; looks a hundred times a second."""
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+    return time.monotonic()
 
 
 def console(out: Path) -> str:
@@ -85,7 +108,8 @@ def console(out: Path) -> str:
 @pytest.fixture(scope="module")
 def uninterrupted(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted")
-    run(out, shards, "engine.checksum_every=1", CANARY_TOKEN="canary-4711", WANDB_API_KEY="canary-4711")
+    options = ("engine.checksum_every=1", "logging.wandb_mode=offline")
+    run(out, shards, *options, CANARY_TOKEN=CANARY, WANDB_API_KEY=CANARY, WANDB_MODE="offline")
     return out
 
 
@@ -93,22 +117,14 @@ def test_sigkill_of_a_rank_ends_its_peer_and_the_restart_is_bitwise(
     shards: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
     processes = start(tmp_path, shards, fault="kill@1:7:backward", label="killed")
-    died_at = ended_at = None
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and ended_at is None:
-        if died_at is None and processes[1].poll() is not None:
-            died_at = time.monotonic()
-        if processes[0].poll() is not None:
-            ended_at = time.monotonic()
-        time.sleep(0.01)
+    died_at = wait_until(lambda: processes[1].poll() is not None)
+    ended_at = wait_until(lambda: processes[0].poll() is not None)
     wait_for_ranks(processes, 5)
-    assert died_at is not None and ended_at is not None
     assert processes[1].returncode == -signal.SIGKILL and processes[0].returncode not in (0, -signal.SIGKILL)
-    assert (
-        ended_at - died_at <= 10
-    )  # the error itself is there within 1 s; the interpreter's end takes the rest
+    assert ended_at - died_at <= 1.0
     assert list_committed(tmp_path / "run" / "checkpoints")[0].name == "step-00000006"
-    run(tmp_path, shards, label="again")
+    # The other way of writing gives the same bytes.
+    run(tmp_path, shards, "checkpoint.asynchronous=true", label="again")
     assert hashes(tmp_path) == hashes(uninterrupted)
     assert metrics(tmp_path) == metrics(uninterrupted)
 
@@ -120,27 +136,68 @@ def test_a_flipped_bit_in_one_replica_stops_the_run_and_is_named(shards: str, tm
 
 def test_no_secret_of_the_environment_reaches_a_file(uninterrupted: Path) -> None:
     files = [path for path in uninterrupted.rglob("*") if path.is_file()]
-    assert len(files) > 10
-    assert [path for path in files if b"canary-4711" in path.read_bytes()] == []
+    assert any(path.suffix == ".wandb" for path in files) and any(
+        "checkpoints" in path.parts for path in files
+    )
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
 @pytest.mark.slow
+def test_a_flipped_bit_in_the_teacher_is_named(shards: str, tmp_path: Path) -> None:
+    run(tmp_path, shards, "engine.checksum_every=1", fault="flip@0:3:teacher", expect=1)
+    assert "rank 0 differs in teacher/" in console(tmp_path) or "rank 1 differs in teacher/" in console(
+        tmp_path
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["forward", "reduce", "backward", "update"])
+def test_a_rank_that_dies_anywhere_in_a_step_ends_its_peer(shards: str, tmp_path: Path, point: str) -> None:
+    processes = start(tmp_path, shards, fault=f"kill@1:4:{point}")
+    died_at = wait_until(lambda: processes[1].poll() is not None)
+    ended_at = wait_until(lambda: processes[0].poll() is not None)
+    assert processes[1].returncode == -signal.SIGKILL and processes[0].returncode == 1
+    assert ended_at - died_at <= 1.0
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_waits_for_nobody(shards: str, tmp_path: Path) -> None:
+    processes = start(tmp_path, shards, fault="raise@1:4:reduce")
+    failed_at = wait_until(lambda: "planned fault" in (tmp_path / "logs" / "rank-1.log").read_text())
+    ended_at = wait_until(lambda: all(process.poll() is not None for process in processes))
+    assert [process.returncode for process in processes] == [1, 1]
+    assert ended_at - failed_at <= 2.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_at_any_point_of_a_save_leaves_a_whole_checkpoint(
+    shards: str, uninterrupted: Path, tmp_path: Path, rank: int
+) -> None:
+    # Rank 0 alone publishes, so that the last three points are its own.
+    for point in SAVE_POINTS if rank == 0 else SAVE_POINTS[:3]:
+        out = tmp_path / point
+        run(out, shards, fault=f"kill@{rank}:6:save_{point}", expect=1, label="killed")
+        newest = list_committed(out / "run" / "checkpoints")[0].name
+        assert newest == ("step-00000006" if point == "committed" else "step-00000003")
+        run(out, shards, label="again")
+        assert hashes(out) == hashes(uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", MODES)
-def test_two_kills_in_one_run_change_no_byte(shards: str, tmp_path: Path, mode: str) -> None:
-    reference = tmp_path / "reference"
-    run(reference, shards, MODES[mode], "batch.gradient_accumulation_steps=2")
-    out = tmp_path / "interrupted"
-    for number, fault in enumerate(("kill@0:4:update", "kill@1:7:forward")):
-        run(
-            out,
-            shards,
-            MODES[mode],
-            "batch.gradient_accumulation_steps=2",
-            fault=fault,
-            expect=1,
-            label=f"{number}",
-        )
-    run(out, shards, MODES[mode], "batch.gradient_accumulation_steps=2")
+def test_five_kills_at_random_steps_of_one_run_change_no_byte(shards: str, tmp_path: Path, mode: str) -> None:
+    options = (MODES[mode], "batch.gradient_accumulation_steps=2")
+    reference, out = tmp_path / "reference", tmp_path / "interrupted"
+    run(reference, shards, *options)
+    generator = random.Random(mode)
+    for number, step in enumerate(sorted(generator.sample(range(1, STEPS), 5))):
+        point = generator.choice(("forward", "reduce", "backward", "update"))
+        fault = f"kill@{generator.randrange(2)}:{step}:{point}"
+        run(out, shards, *options, fault=fault, expect=1, label=f"{number}")
+    run(out, shards, *options)
     assert hashes(out) == hashes(reference)
     assert metrics(out) == metrics(reference)
 
@@ -184,12 +241,14 @@ def test_bad_losses_without_end_stop_the_run(shards: str, tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_stopped_rank_is_named_by_its_peer(shards: str, tmp_path: Path) -> None:
-    processes = start(tmp_path, shards, "engine.hang_timeout_s=20", fault="stop@1:5:forward")
+    timeout_s = 20
+    processes = start(tmp_path, shards, f"engine.hang_timeout_s={timeout_s}", fault="stop@1:5:forward")
+    status = Path(f"/proc/{processes[1].pid}/stat")
     try:
-        deadline = time.monotonic() + 150
-        while processes[0].poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        stopped_at = wait_until(lambda: status.read_text().rpartition(")")[2].split()[0] == "T")
+        ended_at = wait_until(lambda: processes[0].poll() is not None)
         assert processes[0].returncode == 1
+        assert ended_at - stopped_at <= timeout_s + 1
         assert "silent rank 1 (not running)" in console(tmp_path)
         stacks = (tmp_path / "run" / "heartbeats" / "stacks-rank-0.txt").read_text()
         assert "training/step.py" in stacks

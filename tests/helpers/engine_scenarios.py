@@ -6,11 +6,14 @@ the scenarios that a JSON file lists, in one process group, and writes what they
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
+from models.vit import compile_blocks
 from runtime import distributed
 from runtime.distributed import Process
 from training.checkpoint import find_latest_checkpoint, save_checkpoint
@@ -44,25 +48,40 @@ VIT = ModelConfig(
 )
 
 
+# Wide enough that what engines keep beside weights (padding, counters) is below one part in a hundred.
+WIDE = replace(VIT, embed_dim=192, depth=4, num_heads=4, head=HeadConfig(num_layers=2, hidden_dim=256))
+BUCKET_NUMEL = 10**6
+
+
 class LearnedRows(nn.Module):
     """Prototypes that the loss trains: unit rows [K, P]."""
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(7, 10))
+        self.weight = nn.Parameter(torch.randn(7, dim))
 
     def forward(self) -> Tensor:
         return nn.functional.normalize(self.weight, dim=1)
 
 
 def build_engine(
-    name: str, process: Process, work: Path, *, precision: str = "fp32", accumulation: int = 1
+    name: str,
+    process: Process,
+    work: Path,
+    *,
+    precision: str = "fp32",
+    accumulation: int = 1,
+    model: ModelConfig = VIT,
 ) -> Engine:
     torch.manual_seed(0)
-    student = TrainedNetwork(SelfSupervisedNetwork(VIT, "student"), LearnedRows())
-    teacher = TrainedNetwork(SelfSupervisedNetwork(VIT, "teacher"), LearnedRows())
+    dim = model.head.projection_dim
+    student = TrainedNetwork(SelfSupervisedNetwork(model, "student"), LearnedRows(dim))
+    teacher = TrainedNetwork(SelfSupervisedNetwork(model, "teacher"), LearnedRows(dim))
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
+    if model.compile_blocks:
+        compile_blocks(student.network.backbone)
+        compile_blocks(teacher.network.backbone)
     arguments: dict[str, Any] = {
         "student": student.to(process.device),
         "teacher": teacher.to(process.device),
@@ -76,7 +95,9 @@ def build_engine(
         return FSDPEngine(**arguments, precision=precision)
     from training.deepspeed_engine import DeepSpeedEngine
 
-    mechanics: dict[str, Any] = {"zero_optimization": {"stage": int(name[-1])}}
+    mechanics: dict[str, Any] = {
+        "zero_optimization": {"stage": int(name[-1]), "reduce_bucket_size": BUCKET_NUMEL}
+    }
     if name == "zero3":
         mechanics["zero_optimization"]["stage3_param_persistence_threshold"] = STAGE3_THRESHOLD
     if precision == "bf16":
@@ -235,6 +256,62 @@ def ema_reference(engine_name: str, process: Process, work: Path) -> dict[str, A
     return {"error": error, "moved": moved, "forward_error": forward}
 
 
+def live_bytes(engine_name: str, process: Process, work: Path) -> dict[str, Any]:
+    """Bytes of all live tensors that an engine has made, at the end of a backward pass; its bucket left out."""
+    before = _storages()
+    engine = build_engine(engine_name, process, work, model=WIDE)
+    for step in range(2):
+        train_step(engine, step, process)
+    found: dict[int, int] = {}
+
+    def look() -> None:
+        if not found:
+            found.update({key: size for key, size in _storages().items() if key not in before})
+
+    # Stage 1 holds whole gradients until it reduces them, after torch's part of the backward pass.
+    target, name = (
+        (engine._engine, "allreduce_gradients")
+        if engine_name == "zero1"
+        else (engine, "gradients_are_finite")
+    )
+    original = getattr(target, name)
+
+    def looking(*arguments: Any, **options: Any) -> Any:
+        look()
+        return original(*arguments, **options)
+
+    setattr(target, name, looking)
+    train_step(engine, 2, process)
+    parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.student.parameters())
+    sizes = [size for size in found.values() if size != BUCKET_NUMEL * 4]
+    return {"bytes": sum(sizes), "parameters": parameters}
+
+
+def _storages() -> dict[int, int]:
+    gc.collect()
+    storages: dict[int, int] = {}
+    for candidate in gc.get_objects():
+        if type(candidate).__name__ == "DTensor":
+            candidate = candidate._local_tensor
+        if type(candidate) in (Tensor, nn.Parameter) and candidate.device.type == "cpu":
+            storages[candidate.untyped_storage().data_ptr()] = candidate.untyped_storage().nbytes()
+    storages.pop(0, None)
+    return storages
+
+
+def options_change_nothing(engine_name: str, process: Process, work: Path, **options: Any) -> dict[str, Any]:
+    """Losses of three steps with an option of execution (compiled blocks, activation checkpointing) and without."""
+    losses = []
+    for model in (VIT, replace(VIT, **options)):
+        engine = build_engine(engine_name, process, work, model=model)
+        losses.append([train_step(engine, step, process)["loss"] for step in range(3)])
+    return {
+        "plain": losses[0],
+        "with_option": losses[1],
+        "finite": all(math.isfinite(loss) for part in losses for loss in part),
+    }
+
+
 def run(scenario: dict[str, Any], process: Process, work: Path) -> dict[str, Any]:
     arguments = dict(scenario)
     return SCENARIOS[arguments.pop("scenario")](
@@ -244,7 +321,14 @@ def run(scenario: dict[str, Any], process: Process, work: Path) -> dict[str, Any
 
 SCENARIOS: dict[str, Any] = {
     function.__name__: function
-    for function in (resume_twice, continue_from, skip_moves_nothing, ema_reference)
+    for function in (
+        resume_twice,
+        continue_from,
+        skip_moves_nothing,
+        ema_reference,
+        live_bytes,
+        options_change_nothing,
+    )
 }
 
 

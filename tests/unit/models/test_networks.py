@@ -3,7 +3,7 @@ import torch
 
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork, update_ema_
-from models.vit import backbone_arguments, build_backbone, embed_dim, initialise_from
+from models.vit import backbone_arguments, build_backbone, initialise_from
 
 
 def tiny(**changes):
@@ -40,13 +40,21 @@ def test_student_and_teacher_are_built_alike_and_only_one_drops_paths():
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_large_patch16_224", "vit_so400m_patch14_siglip_224", "vit_base_patch16_224"]
+    ("name", "size", "millions"),
+    [
+        pytest.param("vit_base_patch16_224", 224, 86, marks=pytest.mark.slow),
+        ("vit_large_patch16_224", 224, 303),
+        ("vit_so400m_patch14_siglip_224", 224, 428),
+        pytest.param("vit_giant_patch14_dinov2", 224, 1135, marks=pytest.mark.slow),
+        ("vit_7b_patch16_dinov3", 256, 6716),
+    ],
 )
-def test_large_names_build_without_memory(name):
-    size = 224
+def test_large_names_build_without_memory(name, size, millions):
     with torch.device("meta"):
-        backbone = build_backbone(ModelConfig(name=name, image_size=size))
-    assert embed_dim(backbone) >= 768
+        network = SelfSupervisedNetwork(ModelConfig(name=name, image_size=size), "student")
+        projections = network([torch.empty(2, 3, size, size), torch.empty(4, 3, size // 2, size // 2)])
+    assert projections.shape == (6, 256)
+    assert round(sum(p.numel() for p in network.backbone.parameters()) / 1e6) == millions
 
 
 def test_resnet_takes_no_vit_options():
@@ -101,6 +109,18 @@ def test_initialise_from_an_exported_folder_counts_every_key(tmp_path):
     assert counts["missing"] == counts["unexpected"] == []
     for name, value in donor.state_dict().items():
         assert torch.equal(receiver.state_dict()[name], value), name
+
+
+def test_initialise_from_a_smaller_donor_names_what_is_missing(tmp_path):
+    import timm
+
+    donor = build_backbone(tiny(depth=1))
+    arguments = backbone_arguments(tiny(depth=1))
+    timm.models.save_for_hf(donor, str(tmp_path / "donor"), model_args=arguments, safe_serialization=True)
+    receiver = build_backbone(tiny(image_size=14))
+    counts = initialise_from(receiver, str(tmp_path / "donor"))
+    assert len(counts["missing"]) == 12 and all(key.startswith("blocks.1.") for key in counts["missing"])
+    assert counts["unexpected"] == [] and "pos_embed" in counts["loaded"]  # resampled to the smaller grid
 
 
 def test_initialise_from_nothing_is_one_line():

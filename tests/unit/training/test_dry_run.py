@@ -1,5 +1,6 @@
-"""The dry run's figures beside live tensors."""
+"""The dry run's figures beside live tensors; what engines hold on two ranks is in tests/distributed.."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,31 +11,21 @@ from runtime.config import load_config
 from runtime.distributed import Process
 from tests.helpers.digits import DEMO, TINY
 from training.config import PretrainConfig
-from training.dry_run import describe_run, measure_cost, state_bytes
+from training.dry_run import buffer_bytes, describe_run, measure_cost, state_bytes
+from training.engine_table import ENGINES
 
 RECIPES = sorted(p.stem for p in Path("configs").glob("pretrain_*.yaml"))
 FAST = {"pretrain_vits16_imagenet_full", "pretrain_resnet50_imagenet_joint"}
+ALONE = Process(0, 1, 0, torch.device("cpu"))
 
 
-def bytes_of(tensors):
-    return sum(t.numel() * t.element_size() for t in tensors)
+def tiny(*overrides):
+    return load_config(PretrainConfig, DEMO, [*TINY, *overrides])
 
 
-@pytest.mark.parametrize("mode", ["full", "joint"])
-def test_states_equal_summed_bytes_of_live_tensors(mode):
-    config = load_config(PretrainConfig, DEMO, [*TINY, f"prototypes.mode={mode}"])
+def saved_bytes(config, batch, *, bf16):
+    """What autograd keeps of one real forward pass on numbers."""
     network = SelfSupervisedNetwork(config.model, "student")
-    parameters = bytes_of(network.parameters()) + (64 * 16 * 4 if mode == "joint" else 0)
-    states = state_bytes(measure_cost(config), stage=0, world_size=1)
-    assert states["parameters"] == states["gradients"] == states["teacher"] == parameters
-    assert states["moments"] == 2 * parameters
-    assert (states["estimator"] > 0) == (mode == "full")
-
-
-def test_activations_equal_what_autograd_saves():
-    config = load_config(PretrainConfig, DEMO, [*TINY, "model.drop_path_rate=0.1"])
-    network = SelfSupervisedNetwork(config.model, "student")
-    batch = 16
     crops = [torch.randn(2 * batch, 1, 28, 28), torch.randn(batch, 1, 14, 14)]
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
     saved, kept = {}, []
@@ -46,23 +37,70 @@ def test_activations_equal_what_autograd_saves():
             kept.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network(crops)
-    counted = measure_cost(config).activation_bytes * batch
-    assert counted == pytest.approx(sum(saved.values()), rel=0.15)
-
-
-def test_stages_cut_what_they_say():
-    cost = measure_cost(load_config(PretrainConfig, DEMO, list(TINY)))
-    whole = state_bytes(cost, 0, 4)
-    for stage, cut in (
-        (1, {"moments"}),
-        (2, {"moments", "gradients"}),
-        (3, {"moments", "gradients", "parameters", "teacher"}),
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        states = state_bytes(cost, stage, 4)
-        for part, size in whole.items():
-            assert states[part] == (size / 4 if part in cut else size), (stage, part)
+        network(crops)
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("batch", [4, 64])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("option", ["model.drop_path_rate=0.1", "model.head.use_bn=false"])
+def test_activations_equal_what_autograd_saves(option, precision, batch):
+    # Wide enough for the weights' bf16 copies to weigh in the sum, as in a real network.
+    config = tiny(option, "model.embed_dim=96", f"engine.deepspeed_config=ds_configs/zero1_{precision}.json")
+    counted = measure_cost(config).activations
+    assert counted.per_image * batch + counted.fixed == pytest.approx(
+        saved_bytes(config, batch, bf16=precision == "bf16"), rel=0.15
+    )
+    assert (counted.fixed > 0.1 * counted.per_image) == (precision == "bf16")
+
+
+def test_checkpointing_keeps_less_and_executes_more():
+    plain, checkpointed = (
+        measure_cost(tiny("model.depth=8", f"model.activation_checkpointing={flag}"))
+        for flag in ("false", "true")
+    )
+    assert checkpointed.activations.per_image < 0.5 * plain.activations.per_image
+    assert plain.executed_flops == plain.dense_flops == checkpointed.dense_flops
+    assert 1.2 < checkpointed.executed_flops / checkpointed.dense_flops < 1.34
+
+
+def test_fsdp2_computes_in_bf16_alone():
+    cost = measure_cost(tiny("engine.name=fsdp2", "engine.precision=bf16", "model.head.use_bn=false"))
+    assert cost.fsdp2_activations.per_image < 0.9 * cost.activations.per_image
+    assert cost.fsdp2_activations.fixed == 0
+
+
+@pytest.mark.parametrize("mode", ["full", "joint"])
+def test_states_without_a_cut_equal_the_networks_bytes(mode):
+    config = tiny(f"prototypes.mode={mode}")
+    network = SelfSupervisedNetwork(config.model, "student")
+    parameters = sum(p.numel() * 4 for p in network.parameters()) + (64 * 16 * 4 if mode == "joint" else 0)
+    states = state_bytes(config.optim, measure_cost(config), "zero0", 1)
+    assert states["parameters"] == states["gradients"] == states["teacher"] == parameters
+    assert states["moments"] == 2 * parameters and states["master"] == 0
+    assert (states["estimator"] > 0) == (mode == "full")
+
+
+def test_lars_has_one_moment():
+    config = tiny("optim.optimizer=lars", "engine.deepspeed_config=ds_configs/zero0_fp32.json")
+    states = state_bytes(config.optim, measure_cost(config), "zero0", 1)
+    assert states["moments"] == states["parameters"]
+
+
+def test_buckets_and_gathered_parameters_come_from_the_mechanics():
+    config = tiny("engine.deepspeed_config=ds_configs/zero3_fp32.json")
+    cost = dataclasses.replace(measure_cost(config), backbone_parameters=2 * 10**9)
+    assert buffer_bytes(config, cost, "zero0") == 0
+    assert buffer_bytes(config, cost, "zero3") == 4 * (5e7 + 1e8)
+
+
+def test_what_the_engine_refuses_the_dry_run_refuses():
+    with pytest.raises(ValueError, match="optimizer lars is not supported by zero1"):
+        describe_run(tiny("optim.optimizer=lars"), ALONE)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +108,8 @@ def test_stages_cut_what_they_say():
 )
 def test_recipes_are_described(name):
     config = load_config(PretrainConfig, f"configs/{name}.yaml", ["run.dry_run_world_size=16"])
-    text = describe_run(config, Process(0, 1, 0, torch.device("cpu")))
-    assert "fits 80 GB, 141 GB" in text
+    text = describe_run(config, ALONE)
+    lines = [line for line in text.splitlines() if line[2:].startswith(ENGINES)]
+    assert len(lines) == len(ENGINES) and [line[0] for line in lines].count("*") == 1
+    assert all("fits 80 GB, 141 GB" in line for line in lines)
     assert "16 ranks" in text

@@ -1,0 +1,73 @@
+"""The peer of `benchmarks.step`: plain data parallel training, as torch's own documentation has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.student_teacher import update_ema_
+from training.config import OptimConfig
+from training.engine import Engine, NetworkOutput, TrainedNetwork
+from training.optimizer import build_optimizer, set_schedule_
+from training.schedules import StepSchedule
+
+
+class ReplicaEngine(Engine):
+    """The peer: torch's DistributedDataParallel and AdamW, nothing of ours but the average."""
+
+    def __init__(
+        self, student: TrainedNetwork, teacher: TrainedNetwork, optim: OptimConfig, precision: str
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self._parallel = nn.parallel.DistributedDataParallel(student)
+        self._optimizer = build_optimizer(student, optim)
+        self._clip = optim.clip_grad_norm or float("inf")
+        device = next(student.parameters()).device.type
+        self._autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+
+    def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
+        """See `Engine`."""
+        with self._autocast:
+            return NetworkOutput(*self._parallel(crops))
+
+    @torch.no_grad()
+    def forward_teacher(self, crops: Sequence[Tensor]) -> NetworkOutput:
+        """See `Engine`."""
+        with self._autocast:
+            return NetworkOutput(*self.teacher(crops))
+
+    def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
+        """See `Engine`."""
+        loss.backward()
+
+    def gradients_are_finite(self) -> bool:
+        """See `Engine`; gradients are averaged already, so that all ranks see the same."""
+        self._norm = nn.utils.clip_grad_norm_(self.student.parameters(), self._clip)
+        return bool(torch.isfinite(self._norm))
+
+    def step(self, schedule: StepSchedule) -> float:
+        """See `Engine`."""
+        set_schedule_(self._optimizer.param_groups, schedule)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(self._norm)
+
+    def skip(self) -> None:
+        """See `Engine`."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def update_teacher(self, ema_momentum: float) -> None:
+        """See `Engine`."""
+        update_ema_(self.teacher.parameters(), self.student.parameters(), ema_momentum)
+
+    def iterate_state(self) -> Any:
+        """Not part of the race."""
+        raise NotImplementedError
+
+    def load_state(self, state: Any) -> None:
+        """Not part of the race."""
+        raise NotImplementedError
