@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,7 +80,7 @@ class ShardReader:
     Args:
         manifest: the split.
         verify_hash: compare each shard's SHA-256 with the manifest before its first use.
-        cache: through which remote shards are had (and always compared); None for local ones.
+        cache: through which remote shards are had (and compared as they arrive); None for local ones.
     """
 
     def __init__(
@@ -171,20 +172,20 @@ class ShardReader:
         name = f"{self.manifest.shards[shard_index].name}#{ordinal} ({sample.key})"
         return Failure(name, "its bytes are not those that the index describes")
 
-    def _open(self, shard_index: int, shard: Shard) -> BinaryIO:
-        if self._cache is not None:
-            return self._cache.open(shard)
+    def _open(self, shard_index: int, shard: Shard) -> BufferedReader:
         path = Path(self.manifest.path_of(shard))
+        file = path.open("rb") if self._cache is None else self._cache.open(shard)
         if self._verify_hash and shard_index not in self._verified:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != shard.sha256:
+                file.close()
                 raise DataError(
                     f"{path} has SHA-256 {found[:12]}...; expected {shard.sha256[:12]}... as in the manifest; "
                     f"restore the file, or look at it with python -m data.verify_shards {self.manifest.directory}"
                 )
             self._verified.add(shard_index)
-        return path.open("rb")
+            file.seek(0)
+        return file
 
     def _samples_from(
         self, file: BinaryIO, shard_index: int, first: int

@@ -21,8 +21,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import fsspec
 from fsspec.utils import get_protocol
@@ -69,37 +69,39 @@ class ShardCache:
     max_bytes: int
     wait: Callable[[float], None] = time.sleep
 
-    def open(self, shard: Shard) -> BinaryIO:
+    def open(self, shard: Shard) -> BufferedReader:
         """Returns a shard, open for reading; fetches it first where it is not there.
 
         Raises:
             DataError: it could not be had after several tries.
         """
-        path = self._path_of(shard.name)
+        path = self._path_of(shard.name, shard.sha256)
         for _ in range(_NUM_TRIES):
             try:
                 os.utime(path)
                 return path.open("rb")
             except FileNotFoundError:
                 # Also when another process made room between the two lines: an open file outlives its name.
-                self.fetch(shard.name, partial(_compare, num_bytes=shard.bytes, sha256=shard.sha256))
+                check = partial(_compare, num_bytes=shard.bytes, sha256=shard.sha256)
+                self.fetch(shard.name, check, sha256=shard.sha256)
                 self._make_room(keep=path.name)
         raise DataError(
             f"{path} disappeared {_NUM_TRIES} times; expected data.cache_gib to hold a shard for every loader "
             "process; set data.cache_gib"
         )
 
-    def fetch(self, name: str, check: Check) -> Path:
+    def fetch(self, name: str, check: Check, *, sha256: str = "") -> Path:
         """Returns a file's local path after fetching it, with retries that wait longer and longer.
 
         Args:
             name: of the file, below the address and below the local folder.
             check: raises OSError if what arrived is not the file.
+            sha256: becomes part of the local name: a set that was written again never meets its old shards.
 
         Raises:
             DataError: it could not be had, never arrived whole, or its name leads out of the folder.
         """
-        final = self._path_of(name)
+        final = self._path_of(name, sha256)
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.{secrets.token_hex(8)}.tmp")
         reason = ""
@@ -124,13 +126,14 @@ class ShardCache:
             "arrives whole; look at the store, or set data.shards to a copy"
         )
 
-    def _path_of(self, name: str) -> Path:
+    def _path_of(self, name: str, sha256: str) -> Path:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(
                 f"the manifest of {self.address} lists {name!r}; expected a file below that address; write the "
                 "manifest beside its tars"
             )
-        return Path(self.directory) / name
+        path = Path(self.directory) / name
+        return path.with_name(f"{sha256[:16]}-{path.name}") if sha256 else path
 
     def _transfer(self, name: str, target: Path) -> None:
         with target.open("wb") as file:
@@ -144,7 +147,7 @@ class ShardCache:
     def _make_room(self, keep: str) -> None:
         """Removes the shards used longest ago until the rest fits."""
         shards = []
-        for path in Path(self.directory).glob("*.tar"):
+        for path in Path(self.directory).rglob("*.tar"):
             try:
                 status = path.stat()
             except FileNotFoundError:

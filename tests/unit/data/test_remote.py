@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import random
+import shutil
 import threading
 import time
 import urllib.request
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from data.pipeline import TrainingStream
@@ -196,7 +198,34 @@ def test_the_folder_is_bounded_and_keeps_what_was_used_last(make_set, tmp_path):
     assert FlakyFileSystem.opened == 5
     cache.open(manifest.shards[-1]).close()
     assert FlakyFileSystem.opened == 5
-    assert (tmp_path / "cache" / manifest.shards[-1].name).is_file()
+    last = manifest.shards[-1]
+    assert (tmp_path / "cache" / f"{last.sha256[:16]}-{last.name}").is_file()
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_set_written_again_never_meets_its_old_shards(
+    make_set, make_config, image_bytes, tmp_path, with_index
+):
+    FlakyFileSystem.failures = 0.0
+    shards, other = Path(make_set([5] * 6)), Path(make_set([5] * 6, name="other", bad={7: image_bytes(99)}))
+    if not with_index:
+        for folder in (shards, other):
+            text = (folder / "manifest.json").read_text()
+            (folder / "manifest.json").write_text(text.replace('"train.index"', '""'))
+    config = make_config(f"flaky://{shards}", cache_dir=str(tmp_path / "cache"))
+    remote, local = pixels_of(config), pixels_of(make_config(str(shards)))
+    assert torch.equal(remote, local)
+    shutil.rmtree(shards)
+    other.rename(shards)
+    assert torch.equal(pixels_of(config), pixels_of(make_config(str(shards))))
+    assert not torch.equal(pixels_of(config), remote)
+
+
+def pixels_of(config):
+    """Returns the first epoch's global crops by sample."""
+    stream = TrainingStream(config, seed=0, global_batch_size=30, micro_batch_size=30, rank=0, world_size=1)
+    batch = next(iter(stream))
+    return batch.global_crops[:, batch.sample_ids.argsort()]
 
 
 def test_a_dead_store_is_one_clear_error_after_longer_and_longer_waits(make_set, make_config, tmp_path):
