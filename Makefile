@@ -76,10 +76,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.gmm
-	$(BIN)/python -m benchmarks.unique
-	$(BIN)/python -m benchmarks.loss
-	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.report gmm unique loss comm loader --out $(OUTPUTS)/benchmarks
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

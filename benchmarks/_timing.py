@@ -116,18 +116,50 @@ def compare(
             contestant.close()
 
 
-def serve(run: Callable[[], object]) -> None:
-    """Child side: times `run` as often as each line of standard input asks; set up before calling."""
-    before = _reset_peak()
+def serve(run: Callable[[], object], device: str = "cpu") -> None:
+    """Child side: times `run` as often as each line of standard input asks; set up before calling.
+
+    On a GPU a repetition ends when the device is done, and memory is what torch has allocated there.
+    """
+    meter = _Meter() if device == "cpu" else _GpuMeter()
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
             start = time.perf_counter()
             run()
+            meter.synchronize()
             seconds.append(time.perf_counter() - start)
-        print(
-            json.dumps({"seconds": seconds, "extra_bytes": _read_status_bytes("VmHWM") - before}), flush=True
-        )
+        print(json.dumps({"seconds": seconds, "extra_bytes": meter.extra_bytes()}), flush=True)
+
+
+class _Meter:
+    """Peak memory of this process above what it holds now."""
+
+    def __init__(self) -> None:
+        self._before = _reset_peak()
+
+    def synchronize(self) -> None:
+        """The CPU is done when the call returns."""
+
+    def extra_bytes(self) -> int:
+        return _read_status_bytes("VmHWM") - self._before
+
+
+class _GpuMeter(_Meter):
+    """The same of torch's allocations on the current GPU."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._cuda = torch.cuda
+        self._cuda.reset_peak_memory_stats()
+        self._before = self._cuda.memory_allocated()
+
+    def synchronize(self) -> None:
+        self._cuda.synchronize()
+
+    def extra_bytes(self) -> int:
+        return self._cuda.max_memory_allocated() - self._before
 
 
 def _read_status_bytes(key: str) -> int:

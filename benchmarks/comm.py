@@ -1,0 +1,178 @@
+"""Exposed time of the ways in which ranks share a step's observations: python -m benchmarks.comm [--ranks 2].
+
+Exposed = a step with its collectives - the same step without any. Between `observe` and `commit` runs a product that
+stands for the student's forward pass (--overlap-ms of it), behind which an asynchronous exchange can hide. Methods
+take turns (forwards, then backwards) in one process group. On CPU ranks the exchange uses the cores that the product
+needs, so what hides on a GPU does not hide here. Nothing fails: these are costs, beside the cost rule's estimates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from benchmarks._timing import describe_noise
+from prototypes.config import PartitionConfig, PrototypesConfig
+from prototypes.estimator import PrototypeEstimator, build_estimator
+from prototypes.exchange import estimate_costs
+from prototypes.gmm_config import GmmConfig, SynchronizationConfig
+from runtime import distributed
+from runtime.distributed import Process, free_port
+from training.synchronization import Synchronization
+
+METHODS = ("all_reduce", "all_gather", "sharded")
+_BANDWIDTH_BYTES = 2**26
+
+
+def main() -> int:
+    """Starts the ranks, or is one of them; returns the exit code."""
+    arguments = parse_arguments()
+    if "RANK" in os.environ:
+        run_rank(arguments)
+        return 0
+    shared = {**os.environ, "WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(free_port())
+    command = [sys.executable, "-m", "benchmarks.comm", *sys.argv[1:]]
+    ranks = [
+        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(arguments.ranks)
+    ]
+    return max(abs(rank.wait()) for rank in ranks)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--overlap-ms", type=float, default=100.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    for name, value in (("N", 128), ("K", 8192), ("D", 256)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    return parser.parse_args()
+
+
+def run_rank(arguments: argparse.Namespace) -> None:
+    """Times every method on this rank; rank 0 prints. Collective."""
+    if arguments.device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.ranks))
+    process = distributed.start(arguments.device, timeout_s=120.0)
+    sync = Synchronization(process.world_size)
+    bandwidth = measure_bandwidth(process, sync)
+    student = _Student(process, sync, arguments.overlap_ms)
+    contestants = {name: build(name, arguments, process, sync) for name in ("none", *METHODS)}
+    rows = torch.randn(arguments.N, arguments.D, device=process.device)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(2 * arguments.rounds + 1):
+        for name in contestants if turn % 2 else reversed(list(contestants)):
+            sync.reduce_sum(torch.zeros(1, device=process.device)).wait()
+            _finish(process.device)
+            started = time.perf_counter()
+            observation = contestants[name].observe(rows)
+            student.forward()
+            contestants[name].commit(observation)
+            contestants[name].accept()
+            _finish(process.device)
+            if turn > 0:  # The first turn allocates.
+                seconds[name].append(time.perf_counter() - started)
+    if process.is_main:
+        print_table(arguments, seconds, bandwidth)
+    distributed.stop()
+
+
+def measure_bandwidth(process: Process, sync: Synchronization) -> float:
+    """Returns GB/s of an all-reduce of 64 MiB as the cost rule counts them: 2 bytes moved per byte reduced."""
+    tensor = torch.zeros(_BANDWIDTH_BYTES // 4, device=process.device)
+    best = float("inf")
+    for _ in range(4):
+        _finish(process.device)
+        started = time.perf_counter()
+        sync.reduce_sum(tensor).wait()
+        _finish(process.device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * _BANDWIDTH_BYTES / best / 1e9
+
+
+class _Student:
+    """Products for about `overlap_ms`; their number is the same on every rank and for every method."""
+
+    def __init__(self, process: Process, sync: Synchronization, overlap_ms: float) -> None:
+        device = process.device
+        self._matrix = torch.randn(512, 512, device=device)
+        self._out = torch.empty_like(self._matrix)
+        self._repetitions = 20
+        self.forward()
+        _finish(device)
+        started = time.perf_counter()
+        self.forward()
+        _finish(device)
+        elapsed_ms = torch.tensor(1e3 * (time.perf_counter() - started), device=device)
+        mean_ms = float(sync.reduce_sum(elapsed_ms).wait()) / process.world_size
+        self._repetitions = max(1, round(20 * overlap_ms / mean_ms))
+
+    def forward(self) -> None:
+        for _ in range(self._repetitions):
+            torch.mm(self._matrix, self._matrix, out=self._out)
+
+
+def build(
+    method: str, arguments: argparse.Namespace, process: Process, sync: Synchronization
+) -> PrototypeEstimator:
+    """Returns an estimator that exchanges by `method`; "none" is one that believes to be alone."""
+    options = {} if method == "none" else {"method": method}
+    config = PrototypesConfig(
+        num_prototypes=arguments.K,
+        dim=arguments.D,
+        partition=PartitionConfig(size=arguments.K // 4),
+        gmm=GmmConfig(synchronization=SynchronizationConfig(**options)),  # type: ignore[arg-type]
+    )
+    return build_estimator(
+        config,
+        seed=0,
+        num_observations_per_epoch=2_560_000,
+        total_steps=1000,
+        rank=0 if method == "none" else process.rank,
+        world_size=1 if method == "none" else process.world_size,
+        rows_per_rank=arguments.N,
+        reduce_sum=sync.reduce_sum,
+        gather=sync.gather,
+        device=process.device,
+    )
+
+
+def print_table(arguments: argparse.Namespace, seconds: dict[str, list[float]], bandwidth: float) -> None:
+    """Prints medians, what each exchange adds, and the rule's estimate at the measured bandwidth."""
+    rule = SynchronizationConfig(bandwidth_gb_per_s=bandwidth, overlap_ms=arguments.overlap_ms)
+    costs = estimate_costs(
+        rule,
+        num_prototypes=arguments.K,
+        dim=arguments.D,
+        rows_per_rank=arguments.N,
+        world_size=arguments.ranks,
+    )
+    alone = statistics.median(seconds["none"])
+    print(
+        f"comm N={arguments.N} K={arguments.K} D={arguments.D} ranks={arguments.ranks} {arguments.device} | "
+        f"all-reduce {bandwidth:.2f} GB/s | no exchange {1e3 * alone:.1f} ms | {describe_noise()}"
+    )
+    for method in METHODS:
+        total = statistics.median(seconds[method])
+        print(
+            f"  {method:10s} median {1e3 * total:.1f} ms | exposed {1e3 * (total - alone):+.1f} ms | "
+            f"cost rule (for a GPU's products) {1e3 * costs[method]:.2f} ms"
+        )
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
