@@ -133,6 +133,15 @@ def test_warned_before_the_time_limit(cluster: PrivateCluster, tmp_path: Path) -
     assert f"rank 1 starts at step {saved}\n" in job.log and "rank 1 is done" in job.log, job.log
 
 
+def test_the_time_limit_itself_saves_and_requeues(cluster: PrivateCluster, tmp_path: Path) -> None:
+    """Without a warning there is KillWait; Slurm has then already called the job timed out."""
+    job = Job(cluster, tmp_path, "--time=1", "--signal=CONT@1", STEPS="400")
+    job.wait_until_stepping()
+    cluster.wait_for_state(job.id, "PENDING", timeout_s=130)
+    assert "DUE TO TIME LIMIT" in job.log
+    assert_saved_once_and_went_on(job)
+
+
 def test_what_depends_on_a_job_waits_through_its_requeue(cluster: PrivateCluster, tmp_path: Path) -> None:
     """The script of a preempted start ends with 0: that must not pass for the run's success."""
     job = Job(cluster, tmp_path)
