@@ -49,6 +49,7 @@ audit: $(FASHION)/manifest.json
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist.yaml output_dir=$(OUTPUTS)
 
 audit-all: audit
+	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_collapse.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_ablations.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_more.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m data.make_shards lt $(FASHION) --imbalance 100 --out $(FASHION)-lt100
