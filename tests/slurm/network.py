@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def missing_for_namespaces() -> str | None:
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Yields two namespaces that reach each other and nothing else."""
+    _delete_orphans()
     pid = os.getpid()
     hosts = (
         Host(f"host-a-{pid}", "10.231.7.1", f"va{pid}"),
@@ -83,6 +86,14 @@ def ended_with(processes: list[subprocess.Popen]) -> Iterator[None]:
 def without_a_route(*command: str) -> list[str]:
     """Returns a command that runs where only the loopback exists."""
     return ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
+
+
+def _delete_orphans() -> None:
+    """Deletes namespaces whose test was killed before it could."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    for name, pid in re.findall(r"^(host-[ab]-(\d+))\b", listed, re.M):
+        if not Path(f"/proc/{pid}").exists():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def _ip(*arguments: str) -> None:
