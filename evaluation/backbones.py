@@ -161,3 +161,18 @@ class PixelFeatures(FeatureModule):
     def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
         """Returns None: pixels have no tokens."""
         return None
+
+
+class NoFeatures(FeatureModule):
+    """Of a weights file that is audited for its prototypes alone: there is no network to ask."""
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
+        """Raises ValueError: a weights file sees no images."""
+        raise ValueError(
+            "encoder is a weights file, which gives no features; expected probes=[prototypes] alone; set probes, "
+            "or set encoder to a network and prototypes.weights to the file"
+        )
+
+    def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
+        """Returns None."""
+        return None

@@ -80,24 +80,5 @@ def correctness(result: dict[str, Any]) -> np.ndarray | None:
     return (predictions[name] == predictions["labels"]).numpy()
 
 
-def long_tail_rows(runs: Sequence[Run]) -> list[Row]:
-    """Returns one row for each run that has a long-tail result."""
-    rows = []
-    for run in runs:
-        result = run.result("long_tail")
-        if result is None:
-            continue
-        row: Row = {"run": run.name, "classifier": result["figures"]["classifier"]}
-        for name, figure in result["figures"]["groups"].items():
-            low, high = figure["interval"]
-            row[name] = (
-                ""
-                if figure["top1"] is None
-                else f"{100 * figure['top1']:.2f} ({100 * low:.1f} to {100 * high:.1f})"
-            )
-        rows.append(row)
-    return rows
-
-
 def _test_hash(result: dict[str, Any]) -> str:
     return str(list(result["provenance"]["manifest_hashes"].values())[-1:])

@@ -9,6 +9,7 @@ from evaluation.probe_config import (
     ClusteringConfig,
     ConfidenceConfig,
     FewShotConfig,
+    FineTuneConfig,
     KnnConfig,
     LinearConfig,
     LogisticConfig,
@@ -17,7 +18,7 @@ from evaluation.probe_config import (
     refuse_unless,
 )
 
-PROBES = ("prototypes", "knn", "linear", "logistic", "few_shot", "clustering", "long_tail")
+PROBES = ("prototypes", "knn", "linear", "logistic", "few_shot", "clustering", "long_tail", "fine_tune")
 CONTROLS = ("random-init", "raw-pixels")
 
 
@@ -123,7 +124,7 @@ class EvaluationConfig:
         controls: encoders that are measured beside it by k-NN: `random-init` (the same architecture with fresh
             weights, `control_seeds` of them) and `raw-pixels`.
         control_seeds: fresh initialisations of the control.
-        output_dir: where results go; null means `results/` of the run, else `outputs/evaluations/LABEL`.
+        output_dir: where results go; null means `results/` of the run, else `outputs/evaluations/LABEL/results`.
         seed: of held-out parts, draws, k-means and bootstrap.
         device: `auto` (CUDA where there is one), `cpu` or `cuda`.
     """
@@ -146,6 +147,7 @@ class EvaluationConfig:
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     long_tail: LongTailConfig = field(default_factory=LongTailConfig)
+    fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
     confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
 
     def __post_init__(self) -> None:

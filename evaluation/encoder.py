@@ -7,29 +7,32 @@ encoder declares, and enough about both to key a cache and to stand in a result.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from evaluation.backbones import FeatureModule, PixelFeatures, TimmFeatures, TransformersFeatures
+from evaluation.backbones import FeatureModule, NoFeatures, PixelFeatures, TimmFeatures, TransformersFeatures
 from evaluation.config import TransformConfig
-from evaluation.preprocessing import Preprocessing, ProcessorTransform, from_timm_config
+from evaluation.exported import (
+    EncoderError,
+    ExportedFolder,
+    Role,
+    find_exported_folder,
+    one_line,
+    read_json,
+    require_folder,
+)
+from evaluation.preprocessing import NoPreprocessing, Preprocessing, ProcessorTransform, from_timm_config
+from evaluation.weights_files import is_weights_file, split_name
+from runtime.files import sha256_of
 
-Role = Literal["teacher", "student"]
-Transform = Preprocessing | ProcessorTransform
-_STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
-
-
-class EncoderError(ValueError):
-    """An encoder that cannot be loaded as named; the message is one line."""
+Transform = Preprocessing | ProcessorTransform | NoPreprocessing
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Encoder:
         transform: its own preprocessing.
         weights_sha256: over every tensor's name, type, shape and bytes.
         folder: the exported folder with `prototypes.safetensors`, where it is one of ours.
+        weights_file: `PATH` or `PATH#TENSOR` where it is a weights file, of which prototypes alone can be audited.
         run_dir: the run that it belongs to.
         step: optimizer updates behind it, where known.
     """
@@ -55,6 +59,7 @@ class Encoder:
     transform: Transform
     weights_sha256: str
     folder: Path | None = None
+    weights_file: str | None = None
     run_dir: Path | None = None
     step: int | None = None
 
@@ -71,15 +76,6 @@ class Encoder:
         }
 
 
-@dataclass(frozen=True)
-class ExportedFolder:
-    """Where an exported encoder of ours lies, and of which run and step it is."""
-
-    path: Path
-    run_dir: Path | None = None
-    step: int | None = None
-
-
 def load_encoder(
     spec: str, *, role: Role = "teacher", transform: TransformConfig | None = None, num_blocks: int = 1
 ) -> Encoder:
@@ -87,7 +83,8 @@ def load_encoder(
 
     Args:
         spec: a run directory (its newest complete checkpoint), a checkpoint, an exported folder, `timm:NAME`,
-            `hf:NAME_OR_PATH`, `local-dir:PATH` (timm's layout), `random-init:RUN[:SEED]` or `raw-pixels`.
+            `hf:NAME_OR_PATH`, `local-dir:PATH` (timm's layout), `random-init:RUN[:SEED]`, `raw-pixels`, or a weights
+            file `PATH[#TENSOR]`, which has prototypes and no features.
         role: teacher or student; only checkpoints of ours can hold both.
         transform: overrides of the encoder's own preprocessing.
         num_blocks: last blocks whose CLS token becomes the feature `blocks`.
@@ -105,10 +102,12 @@ def load_encoder(
         return _from_timm(spec, name, name, ExportedFolder(Path()), "released", overrides, num_blocks)
     if spec.startswith("local-dir:"):
         path = Path(spec.removeprefix("local-dir:"))
-        _require_folder(path, spec)
+        require_folder(path, spec)
         return _from_timm(spec, spec, path.name, ExportedFolder(path), "released", overrides, num_blocks)
     if spec.startswith("hf:"):
         return _from_hub(spec, overrides, num_blocks)
+    if is_weights_file(spec):
+        return _from_weights_file(spec)
     folder = find_exported_folder(spec, role)
     if not (folder.path / "config.json").is_file():
         raise EncoderError(
@@ -119,34 +118,21 @@ def load_encoder(
     return _from_timm(spec, f"local-dir:{folder.path}", label, folder, role, overrides, num_blocks)
 
 
-def find_exported_folder(spec: str, role: Role = "teacher") -> ExportedFolder:
-    """Returns the exported folder of a run directory, of a checkpoint, or `spec` itself.
-
-    Raises:
-        EncoderError: no such directory, no complete checkpoint, or the checkpoint does not hold this role.
-    """
-    path = Path(spec)
-    _require_folder(path, spec)
-    if (path / "checkpoints").is_dir():
-        found = [p for p in (path / "checkpoints").iterdir() if _STEP_DIRECTORY.fullmatch(p.name)]
-        complete = sorted(p for p in found if (p / "COMMIT").is_file() and not (p / "REJECTED").exists())
-        if not complete:
-            raise EncoderError(
-                f"encoder is {spec!r}; expected a complete checkpoint (with COMMIT) under checkpoints/; "
-                "let the run reach its first checkpoint or set encoder to another run"
-            )
-        path = complete[-1]
-    match = _STEP_DIRECTORY.fullmatch(path.name)
-    if match is None:
-        return ExportedFolder(path)
-    folder = path / role
-    if not folder.is_dir():
-        held = sorted(p.parent.name for p in path.glob("*/config.json"))
+def _from_weights_file(spec: str) -> Encoder:
+    path, name = split_name(spec)
+    if not path.is_file():
         raise EncoderError(
-            f"role is {role!r}, which {path} does not hold; expected one of {', '.join(held) or 'none'}; set role"
+            f"encoder is {spec!r}; expected an existing weights file; set encoder to PATH or PATH#TENSOR"
         )
-    run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
-    return ExportedFolder(folder, run_dir.resolve() if run_dir else None, int(match.group(1)))
+    return Encoder(
+        spec=spec,
+        label="-".join(part for part in (path.name.split(".")[0], name) if part),
+        role="released",
+        module=NoFeatures(),
+        transform=NoPreprocessing(),
+        weights_sha256=sha256_of(path),
+        weights_file=spec,
+    )
 
 
 def compute_weights_sha256(module: nn.Module) -> str:
@@ -193,7 +179,7 @@ def _load_timm_model(spec: str, name: str) -> nn.Module:
         return timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:
         raise EncoderError(
-            f"encoder is {spec!r}, which timm cannot load ({type(error).__name__}: {_one_line(error)}); "
+            f"encoder is {spec!r}, which timm cannot load ({type(error).__name__}: {one_line(error)}); "
             "expected a released model or a folder that timm's save_for_hf wrote; set encoder"
         ) from error
 
@@ -213,7 +199,7 @@ def _from_hub(spec: str, overrides: TransformConfig, num_blocks: int) -> Encoder
     name = spec.removeprefix("hf:")
     local = Path(name)
     config_path = local / "config.json"
-    if local.is_dir() and config_path.is_file() and "pretrained_cfg" in _read_json(config_path):
+    if local.is_dir() and config_path.is_file() and "pretrained_cfg" in read_json(config_path):
         return load_encoder(f"local-dir:{name}", transform=overrides, num_blocks=num_blocks)
     # Imported here: transformers takes seconds to load and most evaluations do not need it.
     from transformers import AutoModel
@@ -222,7 +208,7 @@ def _from_hub(spec: str, overrides: TransformConfig, num_blocks: int) -> Encoder
         model = AutoModel.from_pretrained(name)
     except Exception as error:
         raise EncoderError(
-            f"encoder is {spec!r}, which transformers cannot load ({type(error).__name__}: {_one_line(error)}); "
+            f"encoder is {spec!r}, which transformers cannot load ({type(error).__name__}: {one_line(error)}); "
             "expected a released vision model or its folder; set encoder"
         ) from error
     return _freeze(
@@ -320,7 +306,7 @@ def _random_init_by_name(spec: str, role: Role, overrides: TransformConfig, num_
 def _random_init(
     spec: str, folder: ExportedFolder, seed: int, overrides: TransformConfig, num_blocks: int
 ) -> Encoder:
-    config = _read_json(folder.path / "config.json")
+    config = read_json(folder.path / "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.create_model(
@@ -373,24 +359,3 @@ def _raw_pixels(overrides: TransformConfig, like: Transform | None = None) -> En
 def _freeze(encoder: Encoder) -> Encoder:
     encoder.module.eval().requires_grad_(False)
     return encoder
-
-
-def _require_folder(path: Path, spec: str) -> None:
-    if not path.is_dir():
-        raise EncoderError(
-            f"encoder is {spec!r}; expected an existing directory, timm:NAME, hf:NAME, local-dir:PATH, "
-            "random-init:RUN or raw-pixels; set encoder"
-        )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise EncoderError(
-            f"{path} cannot be read as JSON ({_one_line(error)}); export the encoder again"
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

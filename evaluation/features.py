@@ -7,25 +7,23 @@ counted twice however the stream was cut or padded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.datasets import EvaluationStream, Manifest, load_manifest, require_same_classes
 from evaluation.config import EvaluationDataConfig, FeaturesConfig
 from evaluation.encoder import Encoder
+from evaluation.feature_cache import cache_file, read_features, save_features
 from evaluation.processes import Processes
 
 if TYPE_CHECKING:
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Raised when the meaning of a cached file changes: older files are then not found.
-CACHE_SCHEMA = 1
 _KEYS = ("labels", "sample_ids")
 
 
@@ -67,32 +63,43 @@ class FeatureBank:
 
     def available(self) -> list[str]:
         """Returns the names that `select` accepts."""
-        names = ["embedding"]
-        names += [name for name in ("cls", "mean") if name in self.tensors]
-        if "cls" in self.tensors and "mean" in self.tensors:
-            names += ["both", "blocks", "blocks_mean"]
-        return names
+        return available_features(self.tensors)
 
     def select(self, name: str) -> Float[Tensor, "B D"]:
-        """Returns one feature per image.
+        """Returns one feature per image; see `select_feature`."""
+        return select_feature(self.tensors, name)
 
-        Args:
-            name: `embedding` (the encoder's own pooling), `cls`, `mean` (of patch tokens), `both` (cls and mean side by
-                side), `blocks` (CLS of the last blocks), `blocks_mean` (those and the mean).
 
-        Raises:
-            FeatureError: the encoder has no such feature.
-        """
-        if name not in self.available():
-            raise FeatureError(
-                f"feature is {name!r}; expected one of {', '.join(self.available())} for this encoder; "
-                "set the probe's features"
-            )
-        if name in ("embedding", "mean"):
-            return self.tensors[name]
-        cls = self.tensors["cls"]
-        classes = cls.flatten(1) if name.startswith("blocks") else cls[:, -1]
-        return classes if name in ("cls", "blocks") else torch.cat([classes, self.tensors["mean"]], dim=1)
+def available_features(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names that `select_feature` accepts for the features of one encoder."""
+    names = ["embedding"]
+    names += [name for name in ("cls", "mean") if name in tensors]
+    if "cls" in tensors and "mean" in tensors:
+        names += ["both", "blocks", "blocks_mean"]
+    return names
+
+
+def select_feature(tensors: Mapping[str, Tensor], name: str) -> Float[Tensor, "B D"]:
+    """Returns one feature per image.
+
+    Args:
+        tensors: `embedding` [B, D]; `cls` [B, blocks, D] and `mean` [B, D] where they exist.
+        name: `embedding` (the encoder's own pooling), `cls`, `mean` (of patch tokens), `both` (cls and mean side by
+            side), `blocks` (CLS of the last blocks), `blocks_mean` (those and the mean).
+
+    Raises:
+        FeatureError: the encoder has no such feature.
+    """
+    if name not in available_features(tensors):
+        raise FeatureError(
+            f"feature is {name!r}; expected one of {', '.join(available_features(tensors))} for this encoder; "
+            "set the probe's features"
+        )
+    if name in ("embedding", "mean"):
+        return tensors[name]
+    cls = tensors["cls"]
+    classes = cls.flatten(1) if name.startswith("blocks") else cls[:, -1]
+    return classes if name in ("cls", "blocks") else torch.cat([classes, tensors["mean"]], dim=1)
 
 
 def load_splits(config: EvaluationDataConfig) -> tuple[Manifest, Manifest]:
@@ -137,7 +144,7 @@ def load_features(
     Raises:
         FeatureError: labels are missing, or the stream lost samples.
     """
-    files = [_cache_file(encoder, manifest, features, limit) for encoder in encoders]
+    files = [cache_file(encoder, manifest, features, limit) for encoder in encoders]
     groups: dict[str, list[int]] = {}
     for index, (encoder, file) in enumerate(zip(encoders, files, strict=True)):
         if features.reuse and file.is_file():
@@ -315,11 +322,11 @@ def _merge_into(
     processes.wait()
     if processes.rank == 0:
         parts = [_part_file(file, rank) for rank in range(processes.world_size)]
-        merged = merge_parts([_read_tensors(part) for part in parts])
+        merged = merge_parts([read_features(part) for part in parts])
         for part in parts:
             part.unlink()
         _check_complete(merged, manifest, limit)
-        _save_atomically(merged, file, {"encoder": encoder.describe(), "split": manifest.split})
+        save_features(merged, file, {"encoder": encoder.describe(), "split": manifest.split})
     processes.wait()
 
 
@@ -346,36 +353,8 @@ def _check_complete(merged: dict[str, Tensor], manifest: Manifest, limit: int | 
         )
 
 
-def _cache_file(encoder: Encoder, manifest: Manifest, features: FeaturesConfig, limit: int | None) -> Path:
-    parts = {
-        "schema": CACHE_SCHEMA,
-        "weights": encoder.weights_sha256,
-        "network": repr(encoder.module),
-        "transform": encoder.transform.describe(),
-        "manifest": manifest.hash,
-        "split": manifest.split,
-        "precision": features.precision,
-        "num_blocks": features.num_blocks,
-        "limit": limit,
-    }
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(features.cache_dir) / f"{encoder.label}-{manifest.split}-{key}.safetensors"
-
-
-def _save_atomically(tensors: dict[str, Tensor], path: Path, about: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"about": json.dumps(about)})
-    temporary.replace(path)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return tensors if len(tensors["labels"]) else {}
-
-
 def _read_bank(file: Path, manifest: Manifest, seconds: float) -> FeatureBank:
-    tensors = _read_tensors(file)
+    tensors = read_features(file)
     labels, sample_ids = (tensors.pop(name) for name in _KEYS)
     return FeatureBank(
         tensors=tensors, labels=labels, sample_ids=sample_ids, manifest=manifest, seconds=seconds

@@ -21,8 +21,8 @@ from matplotlib.ticker import PercentFormatter
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", ":", "-.")
 # Wide enough for a laptop's column, and still legible at a phone's 360 pixels.
-_SIZE = (5.4, 3.7)
-_DPI = 160
+_SIZE = (4.6, 3.4)
+_DPI = 190
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -112,7 +112,10 @@ def draw_usage(runs: Mapping[str, Records]) -> Chart | None:
     figure, axes = new_axes("Step", "Share of prototypes")
     drawn = False
     for colour, (run, records) in zip(_cycle(), runs.items(), strict=False):
-        for key, title, dash in (("used", "used", "-"), ("usage_perplexity", "usage perplexity / K", "--")):
+        for key, title, dash, marker in (
+            ("used", "used", "-", "o"),
+            ("usage_perplexity", "usage perplexity / K", "--", "s"),
+        ):
             steps, values = series(records, f"prototypes/{key}")
             if steps:
                 axes.plot(
@@ -120,8 +123,8 @@ def draw_usage(runs: Mapping[str, Records]) -> Chart | None:
                     values,
                     dash,
                     color=colour,
-                    marker="o",
-                    markersize=3,
+                    marker=marker,
+                    markersize=4,
                     label=_label(run, title, runs),
                 )
                 drawn = True
@@ -221,6 +224,44 @@ def draw_probes(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
     return finish(figure, axes, "probes", "Probes side by side", caption, bool(rows))
 
 
+def draw_audit(label: str, figures: Mapping[str, Any]) -> bytes:
+    """Returns one checkpoint's audit as a PNG: unique prototypes against eps, directions, and usage where known.
+
+    Args:
+        label: of the encoder.
+        figures: of the probe `prototypes`.
+    """
+    usage = figures.get("image_usage") or {}
+    figure, axes = plt.subplots(
+        1, 3 if usage else 2, figsize=(4.3 * (3 if usage else 2), 3.7), layout="constrained"
+    )
+    for index, (role, audited) in enumerate(figures["roles"].items()):
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
+        fractions = {float(eps): share for eps, share in audited["unique_fraction"].items()}
+        axes[0].plot(list(fractions), list(fractions.values()), marker="o", label=role, **style)
+        density = audited["angle_density"]
+        width = 2 * math.pi / len(density)
+        axes[1].plot([-math.pi + (i + 0.5) * width for i in range(len(density))], density, **style)
+        if role in usage:
+            counts = [count for count in usage[role]["largest_counts"] if count]
+            axes[2].plot(range(1, len(counts) + 1), counts, **style)
+    axes[0].set(xscale="log", xlabel="ε (cosine distance)", ylabel="Unique prototypes", ylim=(-0.03, 1.03))
+    axes[0].set_xticks(list(fractions), [f"{eps:g}" for eps in fractions])
+    axes[0].minorticks_off()
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes[1].axhline(1 / (2 * math.pi), color="#777777", linewidth=1)
+    axes[1].set(xlabel="Angle on a random plane (radians)", ylabel="Density")
+    axes[1].set_ylim(bottom=0)
+    if usage:
+        axes[2].set(xscale="log", yscale="log", xlabel="Prototype, most used first", ylabel="Test images")
+    for cell in axes:
+        cell.grid(alpha=0.3)
+        cell.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Prototypes: {label}", x=0.01, ha="left", fontweight="bold", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return to_png(figure)
+
+
 def new_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     """Returns a figure of the report's size with labelled axes and a light grid."""
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
@@ -241,7 +282,7 @@ def finish(figure: Figure, axes: Axes, name: str, title: str, caption: str, draw
     handles, _ = axes.get_legend_handles_labels()
     if handles:
         # Below the axes: a legend inside hides data on small charts.
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return Chart(name=name, title=title, caption=caption, png=to_png(figure))
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from evaluation.config import EvaluationConfig
 from evaluation.encoder import Encoder, load_controls, load_encoder
+from evaluation.figures import draw_audit
 from evaluation.probes import PROBE_FUNCTIONS
 from evaluation.processes import start_processes
 from evaluation.results import collect_provenance, write_result
 from evaluation.session import Session, extract_together
 from runtime.config import config_hash, config_to_dict
+from runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
     encoder = load_encoder(
         config.encoder, role=config.role, transform=config.transform, num_blocks=num_blocks
     )
+    _refuse_features_of_a_file(config, encoder)
     directory = results_directory(config, encoder)
     controls = load_controls(
         encoder,
@@ -56,6 +59,16 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
     return written if processes.rank == 0 else []
 
 
+def _refuse_features_of_a_file(config: EvaluationConfig, encoder: Encoder) -> None:
+    asked = [*(probe for probe in config.probes if probe != "prototypes"), *config.controls]
+    if encoder.weights_file is not None and asked:
+        raise ValueError(
+            f"encoder is {encoder.spec!r}, a weights file, and {asked[0]!r} needs a network; expected "
+            "probes=[prototypes] and controls=[]; set them, or set encoder to the network and prototypes.weights to "
+            "the file"
+        )
+
+
 def _needs_features(config: EvaluationConfig) -> bool:
     return any(probe in FEATURE_PROBES for probe in config.probes)
 
@@ -66,7 +79,7 @@ def results_directory(config: EvaluationConfig, encoder: Encoder) -> Path:
         return Path(config.output_dir)
     if encoder.run_dir is not None and encoder.role != "control":
         return encoder.run_dir / "results"
-    return Path("outputs/evaluations") / encoder.label
+    return Path("outputs/evaluations") / encoder.label / "results"
 
 
 def _run_probe(session: Session, probe: str, directory: Path) -> Path:
@@ -92,6 +105,8 @@ def _run_probe(session: Session, probe: str, directory: Path) -> Path:
             seconds=time.perf_counter() - started,
             predictions=outcome.predictions,
         )
+        if probe == "prototypes":
+            write_atomically(directory / "prototypes.png", draw_audit(session.encoder.label, outcome.figures))
         logger.info("%s: %s -> %s", session.encoder.label, probe, path)
     return path
 

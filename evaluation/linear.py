@@ -64,7 +64,7 @@ def train_linear_grid(
     """Returns one softmax classifier per learning rate, all trained on the same batches in one pass.
 
     SGD with momentum and a cosine schedule to 0, without augmentation. The gradient of softmax cross-entropy in
-    a linear map is written out, x^T (softmax(x W + b) - onehot), so that all classifiers share two GEMMs a step;
+    a linear map is written out, (softmax(x W + b) - onehot)^T x, so that all classifiers share two GEMMs a step;
     they do not see each other. Features are divided by one scalar, their root mean square, which makes a learning
     rate mean the same for encoders of different scale. fp32. Not collective.
 
@@ -86,35 +86,34 @@ def train_linear_grid(
     inputs, targets = (features / scale).to(device), labels.to(device)
     num, dim, rates = len(features), features.shape[1], len(learning_rates)
     initial = torch.randn(dim, 1, num_classes, generator=generator) * _INITIAL_STD
-    weights = initial.expand(-1, rates, -1).reshape(dim, rates * num_classes).to(device)
-    biases = torch.zeros(rates * num_classes, device=device)
-    weight_velocity, bias_velocity = torch.zeros_like(weights), torch.zeros_like(biases)
-    peak = torch.tensor(learning_rates, device=device).repeat_interleave(num_classes)
+    # Rows are classifiers' classes and images come last: softmax then runs over contiguous images.
+    table = initial[:, 0].T.repeat(rates, 1).contiguous().to(device)
+    biases = torch.zeros(rates * num_classes, 1, device=device)
+    velocity, bias_velocity = torch.zeros_like(table), torch.zeros_like(biases)
+    peak = torch.tensor(learning_rates, device=device).repeat_interleave(num_classes)[:, None]
     peak = peak * batch_size / _REFERENCE_BATCH
     total, step = epochs * math.ceil(num / batch_size), 0
     for _ in range(epochs):
         order = torch.randperm(num, generator=generator).to(device)
         for index in order.split(batch_size):
             batch = inputs[index]
-            logits = torch.addmm(biases, batch, weights).view(-1, rates, num_classes)
+            logits = torch.addmm(biases, table, batch.T).view(rates, num_classes, len(index))
             gradient = _logit_gradient(logits, targets[index])
             lr = peak * (0.5 * (1 + math.cos(math.pi * step / total)))
-            weight_velocity.mul_(momentum).addmm_(batch.T, gradient).add_(weights, alpha=weight_decay)
-            bias_velocity.mul_(momentum).add_(gradient.sum(dim=0))
-            weights.sub_(weight_velocity * lr)
-            biases.sub_(bias_velocity * lr)
+            velocity.mul_(momentum).addmm_(gradient, batch).add_(table, alpha=weight_decay)
+            bias_velocity.mul_(momentum).add_(gradient.sum(dim=1, keepdim=True))
+            table.addcmul_(velocity, lr, value=-1)
+            biases.addcmul_(bias_velocity, lr, value=-1)
             step += 1
-    return LinearGrid(
-        (weights / scale.to(device)).view(dim, rates, num_classes), biases.view(rates, num_classes)
-    )
+    weights = (table / scale.to(device)).view(rates, num_classes, dim).permute(2, 0, 1).contiguous()
+    return LinearGrid(weights, biases.view(rates, num_classes))
 
 
-def _logit_gradient(logits: Float[Tensor, "B L C"], labels: Int64[Tensor, " B"]) -> Float[Tensor, "B LC"]:
-    """Returns d mean cross-entropy / d logits of every classifier, flattened."""
-    gradient = logits.softmax(dim=2)
-    index = labels.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
-    gradient.scatter_add_(2, index, gradient.new_full((1, 1, 1), -1.0).expand(index.shape))
-    return gradient.flatten(1).div_(len(labels))
+def _logit_gradient(logits: Float[Tensor, "L C B"], labels: Int64[Tensor, " B"]) -> Float[Tensor, "LC B"]:
+    """Returns d mean cross-entropy / d logits of every classifier, a row for each of its classes."""
+    gradient = logits.softmax(dim=1)
+    truth = gradient.new_zeros(logits.shape[1:]).scatter_(0, labels[None], 1.0)
+    return gradient.sub_(truth).div_(len(labels)).flatten(0, 1)
 
 
 def split_held_out(labels: Int64[Tensor, " B"], share: float, seed: int) -> tuple[Tensor, Tensor]:

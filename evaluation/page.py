@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from evaluation.figures import Chart
 from evaluation.tables import Row
 
+# Rows of a table on the page; thousands of classes stand in the CSV file.
+_MOST_ROWS = 100
 _STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -35,8 +37,8 @@ figure img { display: block; width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: #4a5560; font-size: .9rem; margin-top: .5rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid #e6eaee; white-space: nowrap; }
-th { background: #eef2f6; font-weight: 600; }
+th, td { text-align: left; padding: .35rem .5rem; border-bottom: 1px solid #e6eaee; white-space: nowrap; }
+th { background: #eef2f6; font-weight: 600; white-space: normal; vertical-align: bottom; }
 tbody tr:last-child td { border-bottom: 0; }
 details summary { cursor: pointer; font-weight: 600; }
 footer { color: #4a5560; font-size: .85rem; padding: 0 1rem 2rem; max-width: 1180px; margin: 0 auto; }
@@ -45,11 +47,19 @@ footer { color: #4a5560; font-size: .85rem; padding: 0 1rem 2rem; max-width: 118
 
 @dataclass(frozen=True)
 class Section:
-    """A table with its title and a sentence on how to read it."""
+    """A table with its title and a sentence on how to read it.
+
+    Attributes:
+        title: of the table.
+        text: how to read it.
+        rows: of text.
+        folded: closed until it is asked for.
+    """
 
     title: str
     text: str
     rows: Sequence[Row]
+    folded: bool = False
 
 
 def render_page(
@@ -91,10 +101,13 @@ def render_page(
 
 
 def _table_card(section: Section) -> str:
-    text = f"<p>{html.escape(section.text)}</p>" if section.text else ""
-    return (
-        f'<section class="card"><h3>{html.escape(section.title)}</h3>{text}{_table(section.rows)}</section>'
-    )
+    title, text = html.escape(section.title), section.text
+    if len(section.rows) > _MOST_ROWS:
+        text += f" The first {_MOST_ROWS} of {len(section.rows)} rows; all of them are in results.csv."
+    body = (f"<p>{html.escape(text)}</p>" if text else "") + _table(section.rows[:_MOST_ROWS])
+    if section.folded:
+        return f'<section class="card"><details><summary>{title}</summary>{body}</details></section>'
+    return f'<section class="card"><h3>{title}</h3>{body}</section>'
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -96,9 +96,20 @@ class ProcessorTransform:
 
     def describe(self) -> dict[str, Any]:
         """Returns the processor's options as JSON-able values."""
-        options = self.processor.to_dict()
-        keys = ("size", "crop_size", "image_mean", "image_std", "do_resize", "do_center_crop", "resample")
-        return {key: _plain(options[key]) for key in keys if key in options}
+        # All of them: whatever a processor can be told changes what the network sees.
+        return {key: _plain(value) for key, value in sorted(self.processor.to_dict().items())}
+
+
+class NoPreprocessing:
+    """Of a weights file, which sees no images."""
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "C H W"]:
+        """Raises ValueError."""
+        raise ValueError("encoder is a weights file, which sees no images; set probes=[prototypes]")
+
+    def describe(self) -> dict[str, Any]:
+        """Returns nothing to describe."""
+        return {}
 
 
 def from_timm_config(config: Mapping[str, Any], overrides: TransformConfig) -> Preprocessing:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 FEATURES = ("embedding", "cls", "mean", "both", "blocks", "blocks_mean")
+FINE_TUNE_FEATURES = ("embedding", "cls", "mean", "both")
 
 
 def refuse_unless(holds: bool, what: str, value: Any, rule: str) -> None:
@@ -105,7 +106,7 @@ class LogisticConfig:
         held_out: share of the training split on which C is chosen.
     """
 
-    inverse_regularisation: tuple[float, ...] = (0.1, 1.0, 10.0)
+    inverse_regularisation: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1000.0)
     feature: str = "embedding"
     max_iterations: int = 200
     held_out: float = 0.1
@@ -156,6 +157,57 @@ class FewShotConfig:
             "above 0",
         )
         _refuse_unknown_features((self.feature,), "few_shot.feature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig:
+    """Fine-tuning of the whole network by a short recipe: AdamW, layer-wise decay, crops and flips, cosine.
+
+    Attributes:
+        feature: what the classifier reads: `embedding`, `cls`, `mean` or `both`.
+        epochs: passes over the training split.
+        batch_size: images per step.
+        lr: of the classifier and the last block, per 256 images of batch.
+        layer_decay: factor on the learning rate from one block to the one before it (BEiT, Bao et al. 2022).
+        weight_decay: of AdamW; not on biases, norms and embeddings.
+        warmup: share of the steps over which the rate rises.
+        label_smoothing: of the cross-entropy.
+        crop_scale_min: smallest share of an image's area that a training crop shows; 1 shows it whole.
+        flip: mirror half of the training images.
+        shuffle_buffer: images among which the next one is drawn (shards are mixed when written).
+    """
+
+    feature: str = "embedding"
+    epochs: int = 5
+    batch_size: int = 256
+    lr: float = 1e-3
+    layer_decay: float = 0.75
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    label_smoothing: float = 0.1
+    crop_scale_min: float = 0.5
+    flip: bool = True
+    shuffle_buffer: int = 2048
+
+    def __post_init__(self) -> None:
+        """Refuses a recipe that does not train."""
+        refuse_unless(
+            self.feature in FINE_TUNE_FEATURES,
+            "fine_tune.feature",
+            repr(self.feature),
+            f"one of {', '.join(FINE_TUNE_FEATURES)}",
+        )
+        for name in ("epochs", "batch_size", "shuffle_buffer"):
+            refuse_unless(getattr(self, name) >= 1, f"fine_tune.{name}", getattr(self, name), "at least 1")
+        refuse_unless(self.lr > 0, "fine_tune.lr", self.lr, "above 0")
+        refuse_unless(self.weight_decay >= 0, "fine_tune.weight_decay", self.weight_decay, "at least 0")
+        refuse_unless(0 < self.layer_decay <= 1, "fine_tune.layer_decay", self.layer_decay, "0 < factor <= 1")
+        for name in ("warmup", "label_smoothing"):
+            value = getattr(self, name)
+            refuse_unless(0 <= value < 1, f"fine_tune.{name}", value, "0 <= share < 1")
+        refuse_unless(
+            0 < self.crop_scale_min <= 1, "fine_tune.crop_scale_min", self.crop_scale_min, "0 < share <= 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,12 +273,15 @@ class PrototypeAuditConfig:
     """The audit of a checkpoint's prototypes.
 
     Attributes:
+        weights: weights file `PATH` or `PATH#TENSOR` whose prototypes are audited beside `encoder`'s features (another
+            project's checkpoint beside its backbone in timm), or null for the encoder's own.
         thresholds: eps of Definition 2.1 (two prototypes are one when 1 - cosine < eps).
-        angle_pairs: random pairs from which the density of angles is drawn.
+        angle_pairs: random pairs from which the histogram of cosines is drawn.
         use_images: also count which prototypes the test images use, where the checkpoint carries its projection
             head and another probe needs features.
     """
 
+    weights: str | None = None
     thresholds: tuple[float, ...] = (0.025, 0.05, 0.1, 0.25, 0.5)
     angle_pairs: int = 200_000
     use_images: bool = True

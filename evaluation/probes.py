@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,16 @@ from torch import Tensor
 
 from evaluation.clustering import agreement, cluster
 from evaluation.confidence import bootstrap
+from evaluation.fine_tune import probe_fine_tune
 from evaluation.knn import HEADLINE_K, classify_knn
 from evaluation.linear import LinearGrid, fit_logistic, split_held_out, train_linear_grid
 from evaluation.long_tail import LongTailRule, imbalanced_subset, report_long_tail
-from evaluation.projections import HEAD_FILE, project
-from evaluation.prototypes import assign, audit, count_usage, load_exported_prototypes, read_training_usage
+from evaluation.projections import project
+from evaluation.prototype_probe import probe_prototypes
+from evaluation.prototypes import assign, load_exported_prototypes
 from evaluation.session import Outcome, Session
+
+logger = logging.getLogger(__name__)
 
 
 def probe_knn(session: Session) -> Outcome:
@@ -63,34 +68,6 @@ def probe_knn(session: Session) -> Outcome:
     return Outcome(figures, predictions)
 
 
-def probe_prototypes(session: Session) -> Outcome:
-    """Returns the audit of the checkpoint's prototypes, teacher's and student's."""
-    config, encoder = session.config.prototypes, session.encoder
-    if encoder.folder is None:
-        raise ValueError(
-            f"probes hold 'prototypes', and {encoder.spec} has none; expected a run, a checkpoint or an exported "
-            "folder of this project, or a weights file; set probes"
-        )
-    device = session.processes.device
-    roles = {
-        role: audit(
-            matrix.to(device),
-            thresholds=config.thresholds,
-            angle_pairs=config.angle_pairs,
-            seed=session.config.seed,
-        )
-        for role, matrix in load_exported_prototypes(encoder.folder).items()
-    }
-    figures: dict[str, Any] = {"roles": roles}
-    if encoder.run_dir is not None:
-        figures["training_usage"] = read_training_usage(encoder.run_dir, encoder.step)
-    if config.use_images and session.has_features and (encoder.folder / HEAD_FILE).is_file():
-        projections = project(encoder.folder, session.banks[1].select("embedding"))
-        assert projections is not None
-        figures["image_usage"] = count_usage(projections, load_exported_prototypes(encoder.folder)["teacher"])
-    return Outcome(figures)
-
-
 def probe_linear(session: Session) -> Outcome:
     """Returns the linear probe: learning rate and feature chosen on a held-out part of the training split.
 
@@ -102,6 +79,7 @@ def probe_linear(session: Session) -> Outcome:
     fitted = _fit_linear(session, train.labels, {name: train.select(name) for name in names})
     name, rate_index, grids, held_out_top1 = fitted
     rates = session.config.linear.learning_rates
+    _warn_at_edge("linear.learning_rates", rates[rate_index], rates)
     by_feature = {key: grid.top1(test.select(key), test.labels) for key, grid in grids.items()}
     chosen = grids[name].predict(test.select(name))[:, rate_index]
     best = max(((value, key, i) for key, values in by_feature.items() for i, value in enumerate(values)))
@@ -306,7 +284,14 @@ def _predict_logistic(
         for strength in config.inverse_regularisation
     }
     best = max(accuracies, key=lambda strength: accuracies[strength])
+    _warn_at_edge("logistic.inverse_regularisation", best, config.inverse_regularisation)
     return fit(features, labels, best, queries), best, {f"{c:g}": value for c, value in accuracies.items()}
+
+
+def _warn_at_edge(key: str, chosen: float, grid: Sequence[float]) -> None:
+    """A choice at the end of its grid may be better beyond it: the figure is then a lower bound."""
+    if len(grid) > 1 and chosen in (min(grid), max(grid)):
+        logger.warning("%s: %g was chosen, the end of the grid; a wider grid may do better", key, chosen)
 
 
 def _draw_shots(labels: Tensor, count: int, seed: int) -> Tensor:
@@ -332,4 +317,5 @@ PROBE_FUNCTIONS: dict[str, Callable[[Session], Outcome]] = {
     "few_shot": probe_few_shot,
     "clustering": probe_clustering,
     "long_tail": probe_long_tail,
+    "fine_tune": probe_fine_tune,
 }

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
+
+# The others wait while the first process fits what one process fits: on ImageNet that is hours, and the default of
+# ten minutes would end the job.
+_LONGEST_PROBE = timedelta(hours=12)
 
 
 def _alone(item: Any) -> list[Any]:
@@ -55,7 +60,7 @@ def start_processes(device: str = "auto") -> Processes:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda'; expected a CUDA device, none is visible; set device=cpu")
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=_LONGEST_PROBE)
     if state.num_processes == 1:
         return Processes(device=state.device)
     return Processes(

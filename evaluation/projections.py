@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 HEAD_FILE = "projection_head.safetensors"
+PROTOTYPES_FILE = "prototypes.safetensors"
 _BLOCK = 8192
 
 
@@ -52,8 +53,19 @@ def load_projection_head(folder: Path) -> ProjectionHead | None:
 
 @torch.no_grad()
 def project(folder: Path, embedding: Float[Tensor, "B D"]) -> Float[Tensor, "B P"] | None:
-    """Returns the projections of embeddings under the head in `folder`; None where there is none."""
+    """Returns the projections of embeddings under the head in `folder`; None where there is none.
+
+    Where the prototypes were estimated from recentred projections, these are recentred the same way:
+    (projection - input_shift) * input_scale, both beside the prototypes.
+    """
     head = load_projection_head(folder)
     if head is None:
         return None
-    return torch.cat([head(block) for block in embedding.split(_BLOCK)])
+    projections = torch.cat([head(block) for block in embedding.split(_BLOCK)])
+    path = folder / PROTOTYPES_FILE
+    saved = load_file(path) if path.is_file() else {}
+    if "input_shift" in saved:
+        projections = projections - saved["input_shift"]
+    if "input_scale" in saved:
+        projections = projections * saved["input_scale"]
+    return projections

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from evaluation.projections import PROTOTYPES_FILE
 from prototypes.diagnostics import UsageCounter, count_unique, effective_rank, mean_cosine
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
-PROTOTYPES_FILE = "prototypes.safetensors"
 # Tensor names in an exported folder, and the role whose prototypes they are.
 _ROLES = {"means": "teacher", "student_means": "student"}
 _ANGLE_BINS = 36
@@ -85,15 +85,22 @@ def audit(
     }
 
 
-def count_usage(projections: Float[Tensor, "B P"], prototypes: Float[Tensor, "K P"]) -> dict[str, Any]:
-    """Returns which prototypes the projections use: argmax over all K of the dot product with unit prototypes.
+def count_usage(
+    projections: Float[Tensor, "B P"], prototypes: Float[Tensor, "K P"], *, unit: bool = True
+) -> dict[str, Any]:
+    """Returns which prototypes the projections use: argmax over all K of the dot product.
 
     `used` is a share of K, `dead` is 1 - used, `usage_perplexity` is exp(entropy of the histogram) / K.
+
+    Args:
+        projections: of images.
+        prototypes: effective weights.
+        unit: L2-normalise the prototypes first, as the method's logits do.
     """
     counter = UsageCounter(len(prototypes), prototypes.device)
-    unit = normalize(prototypes.float(), dim=1)
+    weights = normalize(prototypes.float(), dim=1) if unit else prototypes.float()
     for block in projections.split(_IMAGE_BLOCK):
-        counter.update(block, unit)
+        counter.update(block, weights)
     figures = {key.removeprefix("prototypes/"): value for key, value in counter.metrics().items()}
     largest = counter.hits.sort(descending=True).values[:_LISTED_COUNTS]
     return {"images": len(projections), **figures, "largest_counts": largest.tolist()}

@@ -15,29 +15,23 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
 from evaluation import figures, panels
-from evaluation.comparison import accuracy_rows, difference_rows, long_tail_rows
+from evaluation.comparison import accuracy_rows
 from evaluation.config import EvaluationConfig
 from evaluation.encoder import load_encoder
 from evaluation.figures import Chart
 from evaluation.page import Section, render_page
 from evaluation.processes import Processes
+from evaluation.report_tables import table_sections
 from evaluation.results import read_results
 from evaluation.session import Session
-from evaluation.tables import (
-    Row,
-    compare_knn,
-    control_sentence,
-    knn_rows,
-    markdown_table,
-    prototype_rows,
-)
+from evaluation.tables import Row, markdown_table
 from runtime.config import ConfigError, build_config, read_yaml
 from runtime.files import write_atomically
 from runtime.logging_setup import set_up_logging
@@ -56,6 +50,7 @@ class Run:
         metrics: lines of `metrics.jsonl`.
         results: of the encoder itself.
         controls: of the encoders beside it.
+        in_training: of checkpoints that were evaluated as jobs while the run went on.
         training: its resolved pretraining configuration, as plain values; empty where it is missing.
     """
 
@@ -64,6 +59,7 @@ class Run:
     metrics: list[dict[str, Any]]
     results: list[dict[str, Any]]
     controls: list[dict[str, Any]]
+    in_training: list[dict[str, Any]]
     training: dict[str, Any]
 
     def result(self, probe: str) -> dict[str, Any] | None:
@@ -133,14 +129,16 @@ def load_runs(run_dirs: list[Path]) -> list[Run]:
         name = resolved.name
         while name in {run.name for run in runs}:
             name = f"{resolved.parent.name}/{name}" if "/" not in name else f"{name}'"
-        controls = [r for r in results if "controls" in r["path"].relative_to(path / "results").parts]
+        place = {id(r): r["path"].relative_to(path / "results").parts[0] for r in results}
+        in_training = [r for r in results if place[id(r)] == "in_training"]
         runs.append(
             Run(
                 name=name,
                 path=path,
-                metrics=metrics,
-                results=[r for r in results if r not in controls],
-                controls=controls,
+                metrics=with_jobs(metrics, in_training),
+                results=[r for r in results if place[id(r)] not in ("controls", "in_training")],
+                controls=[r for r in results if place[id(r)] == "controls"],
+                in_training=in_training,
                 training=read_yaml(str(path / "config.yaml")) if (path / "config.yaml").is_file() else {},
             )
         )
@@ -159,6 +157,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def with_jobs(metrics: list[dict[str, Any]], in_training: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the record with the k-NN of checkpoints that jobs evaluated, under the key of the probe in process."""
+    lines = [
+        {"step": result["encoder"]["step"], "eval/knn20_top1": result["figures"]["headline"]["top1"]}
+        for result in in_training
+        if result["probe"] == "knn" and result["encoder"]["step"] is not None
+    ]
+    return [*metrics, *lines]
 
 
 def draw_charts(runs: list[Run]) -> list[Chart]:
@@ -181,41 +189,6 @@ def draw_charts(runs: list[Run]) -> list[Chart]:
         figures.draw_feature_rank(metrics),
     ]
     return [chart for chart in drawn if chart is not None]
-
-
-def table_sections(runs: list[Run]) -> list[Section]:
-    """Returns the tables: k-NN beside its controls, prototypes, all probes, differences, long tail."""
-    sections: list[Section] = []
-    for run in runs:
-        knn = run.result("knn")
-        if knn:
-            comparison = compare_knn(knn, run.controls)
-            sections.append(Section(f"k-NN: {run.name}", control_sentence(comparison), knn_rows(comparison)))
-    prototypes = [
-        {"run": run.name, **row}
-        for run in runs
-        if (r := run.result("prototypes"))
-        for row in prototype_rows(r)
-    ]
-    probes = [_accuracy_text(row) for row in accuracy_rows(runs)]
-    sections += [
-        Section("Prototypes", "Unique prototypes by Definition 2.1, and which of them are used.", prototypes),
-        Section("Probes", "Top-1 on the test split with 95 % bootstrap intervals.", probes),
-        Section(
-            "Differences", "Paired on the same test images, in points, with intervals.", difference_rows(runs)
-        ),
-        Section("Long tail", "Top-1 by how often a class was seen in training.", long_tail_rows(runs)),
-    ]
-    return [section for section in sections if section.rows]
-
-
-def _accuracy_text(row: Mapping[str, Any]) -> Row:
-    return {
-        "probe": row["probe"],
-        "encoder": row["encoder"],
-        "top-1 %": f"{100 * row['value']:.2f}",
-        "interval": f"{100 * row['low']:.2f} to {100 * row['high']:.2f}",
-    }
 
 
 def _draw_panels(run: Run) -> list[Chart]:

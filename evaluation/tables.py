@@ -62,36 +62,46 @@ def knn_rows(comparison: KnnComparison) -> list[Row]:
     """Returns one row for each feature, trained beside fresh and pixels, in percent."""
     rows = []
     for name, accuracy in comparison.trained.items():
-        fresh = comparison.random_init.get(name)
-        rows.append(
-            {
-                "feature": name,
-                f"k-NN top-1 (k={comparison.k}) trained": percent(accuracy),
-                f"random-init (mean of {comparison.num_seeds})": percent(fresh),
-                "difference": "" if fresh is None else f"{100 * (accuracy - fresh):+.2f}",
-                "raw pixels": percent(comparison.raw_pixels),
-            }
-        )
+        row = {"feature": name, f"k-NN top-1 (k={comparison.k}) trained": percent(accuracy)}
+        if comparison.num_seeds:
+            fresh = comparison.random_init.get(name)
+            row[f"random-init (mean of {comparison.num_seeds})"] = percent(fresh)
+            row["difference"] = "" if fresh is None else f"{100 * (accuracy - fresh):+.2f}"
+        if comparison.raw_pixels is not None:
+            row["raw pixels"] = percent(comparison.raw_pixels)
+        rows.append(row)
     return rows
 
 
 def prototype_rows(result: dict[str, Any]) -> list[Row]:
     """Returns one row for each role: K, unique prototypes at every eps, and usage where it is known."""
     figures = result["figures"]
-    usage = {"teacher": figures.get("image_usage") or figures.get("training_usage") or {}}
+    families = figures.get("families", {})
     rows = []
     for role, audited in figures["roles"].items():
-        row = {"prototypes": role, "K": str(audited["num_prototypes"]), "dim": str(audited["dim"])}
+        title = f"{role} ({families[role]})" if role in families else role
+        row = {"prototypes": title, "K x dim": f"{audited['num_prototypes']} x {audited['dim']}"}
         for eps, fraction in audited["unique_fraction"].items():
-            row[f"unique eps={eps}"] = f"{audited['unique'][eps]} ({percent(fraction)} %)"
+            row[f"unique ε={eps}"] = f"{audited['unique'][eps]} ({100 * fraction:.1f} %)"
+        usage, over = usage_of(figures, role)
         for key, title in (
             ("used", "used %"),
             ("dead", "dead %"),
-            ("usage_perplexity", "usage perplexity %"),
+            ("usage_perplexity", "perplexity %"),
         ):
-            row[title] = percent(usage.get(role, {}).get(key))
+            row[title] = percent(usage.get(key))
+        row["usage over"] = over
         rows.append(row)
     return rows
+
+
+def usage_of(figures: dict[str, Any], role: str) -> tuple[dict[str, Any], str]:
+    """Returns a matrix's usage figures and over what they were counted; over test images where both are there."""
+    images = figures.get("image_usage", {}).get(role)
+    if images:
+        return images, f"{images['images']} test images"
+    training = figures.get("training_usage", {}) if role == "teacher" else {}
+    return (training, f"epoch up to step {training['step']}") if training else ({}, "")
 
 
 def percent(value: float | None) -> str:

@@ -14,7 +14,7 @@ from runtime.program import run_program
 from tests.unit.evaluation.conftest import write_run
 
 ROOT = Path(__file__).resolve().parents[3]
-ALL = "[prototypes,knn,linear,logistic,few_shot,clustering,long_tail]"
+ALL = "[prototypes,knn,linear,logistic,few_shot,clustering,long_tail,fine_tune]"
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,7 @@ def evaluated(tmp_path_factory, digits):
         f"features: {{cache_dir: {root / 'features'}}}\nknn: {{k: [5, 20], features: [embedding, mean]}}\n"
         "linear: {epochs: 2, features: [embedding, both]}\nfew_shot: {shots: [1, 5], draws: 2}\n"
         "long_tail: {imbalance_ratio: 10, few_at_most: 8, many_above: 20}\nconfidence: {resamples: 50}\n"
+        "fine_tune: {epochs: 1, batch_size: 64, shuffle_buffer: 100}\n"
     )
     for seed, name in enumerate(("first", "second")):
         run = write_run(root / name, seed=seed)
@@ -99,8 +100,36 @@ def test_report_is_one_page_that_fetches_nothing(evaluated, tmp_path):
         "prototype_images_second",
     } <= names
     markdown = (tmp_path / "report" / "results.md").read_text()
-    assert "second minus first" in markdown and "## Long tail" in markdown
+    assert "second minus first" in markdown
+    for table in (
+        "Probes",
+        "k-NN by k",
+        "Few-shot",
+        "Clustering",
+        "Long tail",
+        "Long tail by class",
+        "Prototypes",
+    ):
+        assert f"## {table}\n" in markdown, table
+    assert "tail minus head" in markdown and "nearest prototype" in markdown and "fine_tune" in markdown
     assert (tmp_path / "report" / "results.csv").read_text().startswith("table,row,column,value\n")
+
+
+def test_checkpoints_that_jobs_evaluated_stand_in_the_curve_and_not_among_the_results(evaluated, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(evaluated / "first", run)
+    source, target = run / "results" / "knn.json", run / "results" / "in_training" / "step-00000777"
+    target.mkdir(parents=True)
+    content = json.loads(source.read_text())
+    content["encoder"]["step"] = 777
+    (target / "knn.json").write_text(json.dumps(content))
+    (loaded,) = report.load_runs([run])
+    assert {line["step"]: line.get("eval/knn20_top1") for line in loaded.metrics}[777] == pytest.approx(
+        content["figures"]["headline"]["top1"]
+    )
+    assert [r["path"] for r in loaded.results if r["probe"] == "knn"] == [source]
 
 
 def test_report_of_metrics_alone(tmp_path):

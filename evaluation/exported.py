@@ -1,0 +1,79 @@
+"""Where an exported encoder of ours lies: in a run, in a checkpoint, or by itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Role = Literal["teacher", "student"]
+_STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
+
+
+class EncoderError(ValueError):
+    """An encoder that cannot be loaded as named; the message is one line."""
+
+
+@dataclass(frozen=True)
+class ExportedFolder:
+    """Where an exported encoder of ours lies, and of which run and step it is."""
+
+    path: Path
+    run_dir: Path | None = None
+    step: int | None = None
+
+
+def find_exported_folder(spec: str, role: Role = "teacher") -> ExportedFolder:
+    """Returns the exported folder of a run directory, of a checkpoint, or `spec` itself.
+
+    Raises:
+        EncoderError: no such directory, no complete checkpoint, or the checkpoint does not hold this role.
+    """
+    path = Path(spec)
+    require_folder(path, spec)
+    if (path / "checkpoints").is_dir():
+        found = [p for p in (path / "checkpoints").iterdir() if _STEP_DIRECTORY.fullmatch(p.name)]
+        complete = sorted(p for p in found if (p / "COMMIT").is_file() and not (p / "REJECTED").exists())
+        if not complete:
+            raise EncoderError(
+                f"encoder is {spec!r}; expected a complete checkpoint (with COMMIT) under checkpoints/; "
+                "let the run reach its first checkpoint or set encoder to another run"
+            )
+        path = complete[-1]
+    match = _STEP_DIRECTORY.fullmatch(path.name)
+    if match is None:
+        return ExportedFolder(path)
+    folder = path / role
+    if not folder.is_dir():
+        held = sorted(p.parent.name for p in path.glob("*/config.json"))
+        raise EncoderError(
+            f"role is {role!r}, which {path} does not hold; expected one of {', '.join(held) or 'none'}; set role"
+        )
+    run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
+    return ExportedFolder(folder, run_dir.resolve() if run_dir else None, int(match.group(1)))
+
+
+def require_folder(path: Path, spec: str) -> None:
+    """Raises EncoderError unless `path` is a directory; `spec` is how the user named it."""
+    if not path.is_dir():
+        raise EncoderError(
+            f"encoder is {spec!r}; expected an existing directory, timm:NAME, hf:NAME, local-dir:PATH, "
+            "random-init:RUN, raw-pixels or a weights file; set encoder"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise EncoderError(
+            f"{path} cannot be read as JSON ({one_line(error)}); export the encoder again"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Returns an error's message as one short line."""
+    return " ".join(str(error).split())[:300]

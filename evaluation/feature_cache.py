@@ -1,0 +1,69 @@
+"""Where features are kept on the disk, and the key under which they are found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data.datasets import Manifest
+from evaluation.config import FeaturesConfig
+from evaluation.encoder import Encoder
+
+# Raised when the meaning of a cached file changes: older files are then not found.
+CACHE_SCHEMA = 2
+
+
+def cache_file(encoder: Encoder, manifest: Manifest, features: FeaturesConfig, limit: int | None) -> Path:
+    """Returns where the features of one split lie: its name holds a hash of all that they depend on."""
+    parts = {
+        "schema": CACHE_SCHEMA,
+        "weights": encoder.weights_sha256,
+        "network": describe_network(encoder.module),
+        "transform": encoder.transform.describe(),
+        "manifest": manifest.hash,
+        "split": manifest.split,
+        "precision": features.precision,
+        "num_blocks": features.num_blocks,
+        "limit": limit,
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(features.cache_dir) / f"{encoder.label}-{manifest.split}-{key}.safetensors"
+
+
+def describe_network(module: nn.Module) -> str:
+    """Returns a hash of a network's structure and of every plain setting in it.
+
+    Weights and `repr` do not tell everything: the number of attention heads, a pooling or an epsilon can differ
+    between networks of equal tensors.
+    """
+    plain = (bool, int, float, str, tuple, type(None))
+    settings = {
+        name: {
+            key: repr(value)
+            for key, value in sorted(vars(part).items())
+            if not key.startswith("_") and key != "training" and isinstance(value, plain)
+        }
+        for name, part in module.named_modules()
+    }
+    return hashlib.sha256((repr(module) + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
+
+
+def save_features(tensors: dict[str, Tensor], path: Path, about: dict[str, Any]) -> None:
+    """Writes tensors and a word about them so that a reader sees the whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata={"about": json.dumps(about)})
+    temporary.replace(path)
+
+
+def read_features(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of one file; none where it holds no image."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors if len(tensors["labels"]) else {}

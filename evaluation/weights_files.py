@@ -1,0 +1,117 @@
+"""Anybody's weights file as named tensors: safetensors, or a pickle from which nothing but data is taken."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
+# Optimizer states are many times the weights and hold no prototypes.
+_SKIPPED = ("optimizer", "opt", "clustering_optimizer", "fp16_scaler", "amp")
+# What wrappers put between the names of modules: DDP and SimpleFSDP, torch.compile, FSDP1, activation checkpointing.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Classes that official checkpoints carry besides tensors (the command line, a loss as a NumPy number) and that
+# only hold data: constructing them runs no code of the file. NumPy 1 and 2 name the second differently.
+_NUMPY_SCALAR: Any = np._core.multiarray.scalar  # type: ignore[attr-defined]
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+    np.dtypes.Int64DType,
+]
+
+
+class WeightsFileError(ValueError):
+    """A weights file that cannot be read as data alone, or does not hold what was asked for; one line."""
+
+
+def split_name(spec: str) -> tuple[Path, str | None]:
+    """Returns path and tensor name of `PATH` or `PATH#NAME`."""
+    path, _, name = spec.partition("#")
+    return Path(path), name or None
+
+
+def is_weights_file(spec: str) -> bool:
+    """Returns whether an encoder's name is a weights file, with or without `#NAME`, there or not."""
+    path, name = split_name(spec)
+    return path.is_file() or name is not None or path.suffix in _SUFFIXES
+
+
+def read_weights_file(path: Path) -> dict[str, Tensor]:
+    """Returns every tensor in a file under its dotted name, on the CPU; optimizer states are left out.
+
+    Nested dictionaries become dots. What wrappers add to names (`module.`, `_orig_mod.`, ...) is taken out, and
+    parametrised weights get the names that `torch.nn.utils.weight_norm` gave them: `weight_g` and `weight_v`.
+    A pickle is opened with `weights_only=True`: a file that needs code to be read is refused.
+
+    Raises:
+        WeightsFileError: no such file, not a weights file, or a pickle that is more than data.
+    """
+    if not path.is_file():
+        raise WeightsFileError(
+            f"weights file is {str(path)!r}; expected an existing file; set encoder or prototypes.weights to "
+            "PATH or PATH#TENSOR"
+        )
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    flat: dict[str, Tensor] = {}
+    _flatten(content, "", flat)
+    return {_plain_name(name): tensor for name, tensor in flat.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsFileError(
+            f"{path} cannot be read as safetensors ({_one_line(error)}); fetch the file again"
+        ) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"needs {found.group(1)} to be unpickled" if found else "is no pickle of plain tensors"
+        raise WeightsFileError(
+            f"{path} {what}; expected tensors and plain values, because a pickle can run code; save its state dict "
+            "as .safetensors where you trust it and pass that file"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise WeightsFileError(
+            f"{path} cannot be read as a PyTorch weights file ({_one_line(error)}); fetch the file again"
+        ) from error
+
+
+def _flatten(value: Any, name: str, found: dict[str, Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found[name] = value.detach()
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if str(key) not in _SKIPPED:
+                _flatten(item, f"{name}.{key}" if name else str(key), found)
+
+
+def _plain_name(name: str) -> str:
+    name = _WRAPPERS.sub("", name)
+    name = name.replace("parametrizations.weight.original0", "weight_g")
+    name = name.replace("parametrizations.weight.original1", "weight_v")
+    return re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
