@@ -24,6 +24,7 @@ from runtime.seeding import seed_everything
 from training.checkpoint import CheckpointStore, find_latest_checkpoint
 from training.config import PretrainConfig
 from training.engine import Engine, TrainedNetwork
+from training.evaluation_job import build_evaluation_job
 from training.guards import LossSpikeGuard
 from training.snapshot import Progress, RecordPosition, load_progress, load_record_position, restore
 from training.step import TrainingStep
@@ -66,6 +67,7 @@ def build_trainer(
             keep_last=settings.keep_last,
             keep_every=settings.keep_every,
             asynchronous=settings.asynchronous,
+            on_saved=build_evaluation_job(config, run_dir),
         ),
         progress=progress,
         record_position=record_position,
@@ -76,9 +78,13 @@ def build_trainer(
             "run": config.run.name,
             "mode": config.prototypes.mode,
         },
-        probe=build_probe(config, process.device, process) if config.evaluation.knn_every_steps else None,
+        probe=build_probe(config, process.device, process) if _probes_in_process(config) else None,
         preemption=preemption,
     )
+
+
+def _probes_in_process(config: PretrainConfig) -> bool:
+    return config.evaluation.knn_every_steps > 0 and config.evaluation.runs_as == "process"
 
 
 def _build_stream(config: PretrainConfig, process: Process, checkpoint: Path | None) -> TrainingStream:

@@ -112,6 +112,7 @@ class CheckpointStore:
     With `asynchronous`, `save` returns after the temporary directory is agreed and a thread of each rank
     writes and hashes; `poll`, called by every rank at each step boundary, publishes once all ranks are done.
     The writer must then own what it writes (CPU copies), because training goes on changing the originals.
+    `on_saved` is called on rank 0 with step and path of every published checkpoint.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class CheckpointStore:
         keep_last: int = 2,
         keep_every: int = 0,
         asynchronous: bool = False,
+        on_saved: Callable[[int, Path], None] | None = None,
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}; expected at least 1; set checkpoint.keep_last")
@@ -132,6 +134,7 @@ class CheckpointStore:
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._asynchronous = asynchronous
+        self._on_saved = on_saved
         self._pending: _PendingSave | None = None
 
     def save(
@@ -178,6 +181,8 @@ class CheckpointStore:
                 raise RuntimeError(f"checkpoint of step {pending.step} failed on rank {rank}: {failed.error}")
         if outcome.path is not None and self._process.rank == 0:
             prune_checkpoints(self._root, outcome.path, self._keep_last, self._keep_every)
+            if self._on_saved is not None:
+                self._on_saved(outcome.step, outcome.path)
         return self._report(outcome)
 
     def _report(self, outcome: SaveOutcome) -> SaveOutcome:

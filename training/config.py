@@ -237,12 +237,33 @@ class InTrainingEvaluationConfig:
         knn_train_images: images of the training split in the probe's bank.
         knn_test_images: images of the test split that are classified.
         test_split: name of the split that is classified.
+        runs_as: `process` classifies on the run's own devices between two steps, into `metrics.jsonl`; `slurm_job`
+            hands the checkpoint of that step to `sbatch` and goes on: `results/in_training/` fills meanwhile.
+        sbatch_script: batch script of the job.
+        sbatch_options: of the job, such as `--partition=eval` or `--gpus-per-node=0`; they win over the script's.
     """
 
     knn_every_steps: int = 0
     knn_train_images: int = 10000
     knn_test_images: int = 2000
     test_split: str = "test"
+    runs_as: Literal["process", "slurm_job"] = "process"
+    sbatch_script: str = "slurm/evaluate.sbatch"
+    sbatch_options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses a probe of nothing, and options that sbatch would take for a script."""
+        for name, least in (("knn_every_steps", 0), ("knn_train_images", 1), ("knn_test_images", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"evaluation.{name} is {getattr(self, name)}; expected at least {least}; set evaluation.{name}"
+                )
+        for option in self.sbatch_options:
+            if not option.startswith("-"):
+                raise ValueError(
+                    f"evaluation.sbatch_options holds {option!r}; expected options such as --partition=eval; "
+                    "set evaluation.sbatch_options"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +288,12 @@ class PretrainConfig:
             raise ValueError(
                 f"prototypes.dim is {self.prototypes.dim}; expected model.head.projection_dim "
                 f"{self.model.head.projection_dim}; set prototypes.dim"
+            )
+        every = self.evaluation.knn_every_steps
+        if self.evaluation.runs_as == "slurm_job" and every % self.checkpoint.every_steps:
+            raise ValueError(
+                f"evaluation.knn_every_steps is {every}; expected a multiple of checkpoint.every_steps "
+                f"{self.checkpoint.every_steps}, because a job evaluates a checkpoint; set evaluation.knn_every_steps"
             )
         if self.model.channels != self.data.channels:
             raise ValueError(
