@@ -162,7 +162,7 @@ def arm_rows(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[R
         row: Row = {"arm": arm, "seeds": str(len(seeds))}
         for column in _columns(seeds):
             found = spread([values[column] for values in seeds.values() if column in values])
-            row[column] = _text(column, found.mean, found.deviation)
+            row[column] = _text(column, found)
         rows.append(row)
     return rows
 
@@ -186,7 +186,9 @@ def difference_rows(figures: Mapping[str, Mapping[str, Mapping[str, float]]], re
             if differences:
                 found = spread(differences)
                 positive = sum(difference > 0 for difference in differences)
-                row[column] = f"{found.mean:+.2f} ± {found.half_width:.2f} ({positive} of {found.number} > 0)"
+                row[column] = f"{found.mean:+.2f}"
+                if found.number > 1:
+                    row[column] += f" ± {found.half_width:.2f} ({positive} of {found.number} > 0)"
         rows.append(row)
     return rows
 
@@ -195,10 +197,10 @@ def _columns(seeds: Mapping[str, Mapping[str, float]]) -> list[str]:
     return list(dict.fromkeys(column for values in seeds.values() for column in values))
 
 
-def _text(column: str, mean: float, deviation: float) -> str:
-    if column in ("angle max/min", "effective rank"):
-        return f"{mean:.1f} ± {deviation:.1f}"
-    return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+def _text(column: str, found: Spread) -> str:
+    scale = 1 if column in ("angle max/min", "effective rank") else 100
+    text = f"{scale * found.mean:.1f}"
+    return f"{text} ± {scale * found.deviation:.1f}" if found.number > 1 else text
 
 
 def _load(
