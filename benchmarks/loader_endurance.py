@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def measure_memory(shards: str, num_samples: int) -> dict[str, float]:
         seen += len(batch.keys)
         if seen // _SAMPLES_A_READING > len(readings) or seen >= num_samples:
             readings.append((seen, batch.worker_rss_mib, measure_rss_mib()))
+            print(f"{seen} photographs: loader {batch.worker_rss_mib:.0f} MiB", file=sys.stderr, flush=True)
         if seen >= num_samples:
             break
     stream.close()
