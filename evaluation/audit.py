@@ -6,7 +6,7 @@
 
 Every run is `pretrain.py` and `evaluate.py` with the arm's overrides, as a process of its own. The same command again
 goes on where it was stopped: finished runs are kept, a half-trained one continues from its checkpoint. Writes
-`report/index.html`, its figures as PNG, `audit.json`, `audit.csv` and `audit.md` into the audit's folder.
+`report/index.html`, its figures as PNG, `results.json`, `results.csv` and `results.md` into the audit's folder.
 Exit codes: 0 all runs are there, 1 some failed (their logs are named), 2 the user's mistake.
 """
 

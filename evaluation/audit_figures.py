@@ -82,6 +82,8 @@ def _draw_over_time(
             means = [statistics.fmean(by_step[step]) for step in sorted(by_step)]
             axes.plot(sorted(by_step), means, linewidth=2, label=arm, **_style(index))
             drawn = True
+    if key.startswith("prototypes/"):  # shares of K: a zoom on the last per mille would mislead
+        axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     return finish(figure, axes, name, title, caption, drawn)
 

@@ -87,9 +87,9 @@ def write_audit(config: AuditConfig, directory: Path) -> str:
     write_atomically(
         report / "index.html", render_page(list(figures), sections, charts, [], provenance_rows(flat))
     )
-    write_atomically(directory / "audit.md", markdown + "\n")
-    write_atomically(directory / "audit.csv", _to_csv(figures))
-    write_atomically(directory / "audit.json", json.dumps(figures, indent=1) + "\n")
+    write_atomically(report / "results.md", markdown + "\n")
+    write_atomically(report / "results.csv", _to_csv(figures))
+    write_atomically(report / "results.json", json.dumps(figures, indent=1) + "\n")
     return markdown
 
 

@@ -101,7 +101,7 @@ def test_page_and_tables_hold_every_arm(tmp_path):
     text = write_audit(make_config(tmp_path), tmp_path / "audit")
     assert "joint" in text and "37.5 ± 17.7" in text  # k-NN of joint: 2 and 1 of 4
     assert "+37.50 ± " in text and "(2 of 2 > 0)" in text
-    figures = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    figures = json.loads((tmp_path / "audit" / "report" / "results.json").read_text())
     assert figures["full"]["1"]["k-NN head"] == 1.0 and figures["full"]["1"]["k-NN tail"] == 0.0
     assert figures["joint"]["0"]["u(0.025) early"] == 0.9
     page = (tmp_path / "audit" / "report" / "index.html").read_text()
