@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import subprocess
 import tempfile
@@ -27,7 +28,7 @@ def make_photographs(work: Path, num_images: int) -> tuple[Path, str]:
     Raises:
         ValueError: there are neither, or too few tiles.
     """
-    out = work / f"photographs-{num_images}"
+    out = work / f"tiles-{num_images}"
     note = out / "source.txt"
     if note.is_file() and len(list(out.rglob("*.jpg"))) == num_images:
         return out, note.read_text()
@@ -48,13 +49,17 @@ def make_photographs(work: Path, num_images: int) -> tuple[Path, str]:
 
 
 def cut_tiles(photographs: Path, num_tiles: int, step: tuple[int, int]) -> list[bytes]:
-    """Returns encoded tiles of the photographs under a folder, the most detailed ones.
+    """Returns different encoded tiles of the photographs under a folder, the most detailed ones.
 
     Raises:
         ValueError: there are fewer.
     """
-    tiles = [tile for path in sorted(photographs.rglob("*.jpg")) for tile in _cut(path, step)]
-    detailed = sorted((tile for tile in tiles if len(tile) > _LEAST_BYTES), key=len, reverse=True)
+    # Packages hold a photograph under several names.
+    paths = {hashlib.sha256(path.read_bytes()).digest(): path for path in sorted(photographs.rglob("*.jpg"))}
+    tiles = {tile for path in paths.values() for tile in _cut(path, step)}
+    detailed = sorted(
+        (tile for tile in tiles if len(tile) > _LEAST_BYTES), key=lambda tile: (-len(tile), tile)
+    )
     if len(detailed) < num_tiles:
         raise ValueError(
             f"--num-images is {num_tiles}; expected at most {len(detailed)}, the tiles of {photographs}; set "
