@@ -36,7 +36,7 @@ section.card p { margin: 0 0 .6rem; }
 figure img { display: block; width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: #4a5560; font-size: .9rem; margin-top: .5rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .35rem .5rem; border-bottom: 1px solid #e6eaee; white-space: nowrap; }
 th { background: #eef2f6; font-weight: 600; white-space: normal; vertical-align: bottom; }
 tbody tr:last-child td { border-bottom: 0; }

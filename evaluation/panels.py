@@ -30,9 +30,13 @@ from evaluation.session import Session
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
 
+# A picture and the colour of its frame, or nothing.
+_Cell = tuple[Tensor, str] | None
 BANK_IMAGES = 4000
 _SIDE = 64
-_ROWS, _NEIGHBOURS = 8, 8
+_ROWS, _NEIGHBOURS = 8, 7
+# Inches of a cell: a whole panel is as wide as a chart, so that its letters are as large, on a phone too.
+_CELL = 0.52
 _RIGHT, _WRONG, _QUERY = "#009E73", "#D55E00", "#000000"
 
 
@@ -143,7 +147,8 @@ def draw_patch_components(gallery: Gallery, run: str) -> Chart | None:
     if tokens is None or round(tokens.shape[1] ** 0.5) ** 2 != tokens.shape[1] or tokens.shape[1] < 4:
         return None
     maps = _three_components(tokens.float())
-    figure, axes = plt.subplots(2, len(queries), figsize=(7.2, 2.3), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(2, len(queries), figsize=(4.7, 1.7), layout="constrained", squeeze=False)
+    figure.suptitle(f"Patch tokens: {run}", fontsize=10, fontweight="bold", x=0.01, ha="left")
     for column, query in enumerate(queries):
         for row, picture in enumerate((gallery.test_images[query], maps[column])):
             axes[row, column].imshow(picture.permute(1, 2, 0).numpy())
@@ -167,14 +172,27 @@ def draw_crops(config: DataConfig, seed: int, run: str) -> Chart:
     crops = DeviceAugmentation(config)(batch)
     mean = torch.tensor(config.mean).view(-1, 1, 1)
     std = torch.tensor(config.std).view(-1, 1, 1)
-    rows = []
+    groups: list[list[_Cell]] = []
     for image in range(min(_ROWS, crops.global_crops.shape[1])):
         views = [*crops.global_crops[:, image], *crops.local_crops[:, image]]
-        cells = [(_to_bytes(view * std + mean), "#FFFFFF") for view in views[: _NEIGHBOURS + 1]]
-        rows.append(("", cells))
-    png = _draw_rows(rows, f"Augmented crops: {run}")
-    caption = f"One image a row: {config.num_global_crops} global, then {config.num_local_crops} local crops."
+        groups.append([(_to_bytes(view * std + mean), "#FFFFFF") for view in views[: _NEIGHBOURS + 1]])
+    png = _draw_rows(_side_by_side(groups), f"Augmented crops: {run}")
+    local = f", then {config.num_local_crops} local" if config.num_local_crops else ""
+    caption = f"Views of one image stand together: {config.num_global_crops} global{local} crops."
     return Chart(f"crops_{run}", f"Augmented crops: {run}", caption, png)
+
+
+def _side_by_side(groups: Sequence[list[_Cell]]) -> list[tuple[str, list[_Cell]]]:
+    """Returns rows of as many groups as fit, a gap between two: one image of two views a row would fill the page."""
+    size = max(len(group) for group in groups)
+    fitting = max(1, (_NEIGHBOURS + 2) // (size + 1))
+    rows: list[tuple[str, list[_Cell]]] = []
+    for start in range(0, len(groups), fitting):
+        cells = list(groups[start])
+        for group in groups[start + 1 : start + fitting]:
+            cells += [None, *group]
+        rows.append(("", cells))
+    return rows
 
 
 def _three_components(tokens: Float[Tensor, "B N D"]) -> UInt8[Tensor, "B 3 S S"]:
@@ -194,9 +212,10 @@ def _to_bytes(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "3 S S"]:
     return (whole.expand(3, -1, -1) * 255).to(torch.uint8)
 
 
-def _draw_rows(rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]], title: str) -> bytes:
+def _draw_rows(rows: Sequence[tuple[str, Sequence[_Cell]]], title: str) -> bytes:
     columns = max(len(cells) for _, cells in rows)
-    size = (0.78 * columns + 0.9, 0.8 * len(rows) + 0.35)
+    has_names = any(name for name, _ in rows)
+    size = (_CELL * columns + (0.6 if has_names else 0.1), (_CELL + 0.02) * len(rows) + 0.35)
     figure, axes = plt.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     for row, (name, cells) in enumerate(rows):
@@ -204,13 +223,14 @@ def _draw_rows(rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]], title: 
             cell = axes[row, column]
             cell.set_xticks([])
             cell.set_yticks([])
-            if column >= len(cells):
+            found = cells[column] if column < len(cells) else None
+            if found is None:
                 cell.set_axis_off()
                 continue
-            picture, colour = cells[column]
+            picture, colour = found
             cell.imshow(picture.permute(1, 2, 0).numpy())
             for spine in cell.spines.values():
                 spine.set_color(colour)
-                spine.set_linewidth(2.5)
+                spine.set_linewidth(2)
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     return to_png(figure)

@@ -127,7 +127,7 @@ def clustering_rows(result: dict[str, Any]) -> list[Row]:
 def long_tail_rows(result: dict[str, Any]) -> list[Row]:
     """Returns one row: overall, by group, balanced, and the gap."""
     figures = result["figures"]
-    row: Row = {"classifier": figures["classifier"], "training images": str(figures["train_images"])}
+    row: Row = {"classifier": figures["classifier"]}
     for name, found in figures["groups"].items():
         classes = "" if name == "overall" else f" ({found['classes']} classes)"
         row[f"{name}{classes}"] = _with_interval(found["top1"], found["interval"])
