@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.shards import DataError, load_manifest
 from models.student_teacher import SelfSupervisedNetwork
+from models.vit import compile_blocks
 from prototypes.estimator import build_estimator
 from runtime.config import config_to_yaml
 from runtime.distributed import Process
@@ -77,6 +78,7 @@ class Cost:
         activations: under DeepSpeed, which autocasts.
         fsdp2_activations: under FSDP2, whose mixed precision computes in bf16 alone and frees gathered weights.
         largest_unit_numel: parameters of the largest block, which engines that cut parameters gather at once.
+        unsupported: engines that refuse this network or optimizer.
         estimator_bytes: state and candidate of the prototypes' estimator.
     """
 
@@ -88,6 +90,7 @@ class Cost:
     activations: Activations
     fsdp2_activations: Activations
     largest_unit_numel: int
+    unsupported: tuple[str, ...]
     estimator_bytes: int
 
     @property
@@ -135,7 +138,7 @@ def measure_cost(config: PretrainConfig) -> Cost:
     state = [value for value in estimator.state_dict().values() if isinstance(value, Tensor)]
     learned = estimator.build_learned()
     network = _build_student_on_meta(config)
-    check_combination(own_engine(config), config.optim.optimizer, network)
+    refused = _find_refusals(config, network)
     bf16 = _computes_in_bf16(config)
     fsdp2_network = _build_student_on_meta(config)
     if bf16:
@@ -158,6 +161,7 @@ def measure_cost(config: PretrainConfig) -> Cost:
         activations=activations,
         fsdp2_activations=replace(fsdp2, fixed=0.0),
         largest_unit_numel=max(count_parameters(block) for block in blocks),
+        unsupported=refused,
         estimator_bytes=2 * sum(value.numel() * value.element_size() for value in state),
     )
 
@@ -185,14 +189,14 @@ def state_bytes(optim: OptimConfig, cost: Cost, engine: str, world_size: int) ->
 
 def buffer_bytes(config: PretrainConfig, cost: Cost, engine: str) -> float:
     """Returns bytes per rank of what an engine holds beside states: buckets of gradients, gathered parameters."""
-    zero = _mechanics(config).get("zero_optimization", {})
-    bucket = float(zero.get("reduce_bucket_size", _REDUCE_BUCKET_NUMEL)) * _FP32
     if engine == "zero0":
         return 0.0
     if engine == "fsdp2":
         # The unit at work and the next one, gathered; their gradients, whole until they are reduced.
         width = _BF16 if _computes_in_bf16(config) else _FP32
         return 2.0 * cost.largest_unit_numel * (width + _FP32)
+    zero = _mechanics(config, engine).get("zero_optimization", {})
+    bucket = float(zero.get("reduce_bucket_size", _REDUCE_BUCKET_NUMEL)) * _FP32
     if engine == "zero3":
         live = min(float(zero.get("stage3_max_live_parameters", _MAX_LIVE_NUMEL)), cost.trained_parameters)
         return bucket + live * _FP32
@@ -206,10 +210,33 @@ def own_engine(config: PretrainConfig) -> str:
     return f"zero{int(_mechanics(config).get('zero_optimization', {}).get('stage', 0))}"
 
 
-def _mechanics(config: PretrainConfig) -> dict[str, Any]:
-    if config.engine.name == "fsdp2":
-        return {}
+def _find_refusals(config: PretrainConfig, network: SelfSupervisedNetwork) -> tuple[str, ...]:
+    """Returns the engines that refuse this run.
+
+    Raises:
+        ValueError: the run's own engine is among them.
+    """
+    if config.model.compile_blocks:
+        compile_blocks(network.backbone)
+    check_combination(own_engine(config), config.optim.optimizer, network)
+    refused = []
+    for engine in ENGINES:
+        try:
+            check_combination(engine, config.optim.optimizer, network)
+        except ValueError:
+            refused.append(engine)
+    for module in network.modules():  # the counts are of eager blocks
+        module._compiled_call_impl = None
+    return tuple(refused)
+
+
+def _mechanics(config: PretrainConfig, engine: str | None = None) -> dict[str, Any]:
+    """The run's own JSON file, or the one of ours that another engine would be run with."""
     path = Path(config.engine.deepspeed_config)
+    if engine is not None and engine != own_engine(config):
+        path = Path(f"ds_configs/{engine}_{'bf16' if _computes_in_bf16(config) else 'fp32'}.json")
+    elif config.engine.name == "fsdp2":
+        return {}
     if not path.is_file():
         raise ValueError(
             f"engine.deepspeed_config is {str(path)!r}; expected a JSON file; set engine.deepspeed_config"
@@ -242,6 +269,9 @@ def _describe_memory(config: PretrainConfig, cost: Cost, micro_batch: int, world
         fits = [f"{size} GB" for size in GPU_SIZES_GB if total < size * 1e9]
         text = "  ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
         mark = "*" if engine == own else " "
+        if engine in cost.unsupported:
+            lines.append(f"  {engine}  not supported for this network and optimizer")
+            continue
         verdict = f"fits {', '.join(fits)}" if fits else "fits no listed GPU: lower the micro-batch"
         lines.append(f"{mark} {engine}  {text}  = {total / _GIB:.2f}  {verdict}")
     return [*lines, "  (* = this configuration)"]

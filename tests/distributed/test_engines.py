@@ -107,6 +107,7 @@ def test_the_dry_run_knows_what_a_rank_holds(two_ranks: list[dict[str, Any]], en
         activations=Activations(0, 0),
         fsdp2_activations=Activations(0, 0),
         largest_unit_numel=0,
+        unsupported=(),
         estimator_bytes=0,
     )
     expected = sum(state_bytes(OptimConfig(), cost, engine, 2).values())
@@ -171,8 +172,12 @@ def test_resume_is_bitwise_with_accumulation_and_bf16(engine: str, tmp_path: Pat
         {"scenario": "skip_moves_nothing", "engine": engine, "poison": "inf"},
         {"scenario": "ema_reference", "engine": engine},
     ]
+    variants = {"fsdp2": [], "zero0": ["batch_norm", "lars"]}.get(engine, ["batch_norm"])
+    scenarios += [{**scenarios[0], "accumulation": 1, "variant": variant} for variant in variants]
     found = run_scenarios(scenarios, 2, tmp_path, "slow")
     check_resume(found[0])
     check_resume(found[1])
     assert found[2]["applied"] is False and found[2]["differing"] == [] and found[2]["trace"] == []
     assert found[3]["error"] <= 1e-6
+    for variant in found[4:]:
+        assert variant["differing"] == [] and variant["first_other_step"] is None

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,7 @@ def build_engine(
     precision: str = "fp32",
     accumulation: int = 1,
     model: ModelConfig = VIT,
+    optimizer: Literal["adamw", "lars"] = "adamw",
 ) -> Engine:
     torch.manual_seed(0)
     dim = model.head.projection_dim
@@ -85,7 +86,7 @@ def build_engine(
     arguments: dict[str, Any] = {
         "student": student.to(process.device),
         "teacher": teacher.to(process.device),
-        "optim": OptimConfig(clip_grad_norm=1.0),
+        "optim": OptimConfig(clip_grad_norm=1.0, optimizer=optimizer),
         "batch": BatchConfig(global_batch_size=GLOBAL_BATCH, gradient_accumulation_steps=accumulation),
         "world_size": process.world_size,
     }
@@ -171,18 +172,22 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 
 def resume_twice(
-    engine_name: str, process: Process, work: Path, accumulation: int, precision: str
+    engine_name: str, process: Process, work: Path, accumulation: int, precision: str, variant: str = ""
 ) -> dict[str, Any]:
-    """6 steps at once against 2 + 2 + 2 steps with a new engine each time."""
+    """6 steps at once against 2 + 2 + 2 steps with a new engine each time; a variant has BatchNorm (and LARS)."""
     options: dict[str, Any] = {"accumulation": accumulation}
-    root = work / f"checkpoints-{engine_name}-{accumulation}-{precision}"
-    engine = build_engine(engine_name, process, work, precision=precision, **options)
+    build: dict[str, Any] = options | {"precision": precision}
+    if variant:
+        build["model"] = replace(VIT, head=replace(VIT.head, use_bn=True))
+        build["optimizer"] = "lars" if variant == "lars" else "adamw"
+    root = work / f"checkpoints-{engine_name}-{accumulation}-{precision}{variant}"
+    engine = build_engine(engine_name, process, work, **build)
     initial = whole_state(engine)
     losses = [train_step(engine, step, process, **options) for step in range(6)]
     expected = whole_state(engine)
     resumed_losses = []
     for part in range(3):
-        engine = build_engine(engine_name, process, work, precision=precision, **options)
+        engine = build_engine(engine_name, process, work, **build)
         if part:
             load(engine, root, process)
         resumed_losses += [
@@ -266,7 +271,10 @@ def live_bytes(engine_name: str, process: Process, work: Path) -> dict[str, Any]
 
     def look() -> None:
         if not found:
+            # A gradient that nobody has asked for has no Python object: ask.
+            asked = [parameter.grad for parameter in engine.student.parameters()]
             found.update({key: size for key, size in _storages().items() if key not in before})
+            del asked
 
     # Stage 1 holds whole gradients until it reduces them, after torch's part of the backward pass.
     target, name = (

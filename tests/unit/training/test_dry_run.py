@@ -101,6 +101,10 @@ def test_buckets_and_gathered_parameters_come_from_the_mechanics():
 def test_what_the_engine_refuses_the_dry_run_refuses():
     with pytest.raises(ValueError, match="optimizer lars is not supported by zero1"):
         describe_run(tiny("optim.optimizer=lars"), ALONE)
+    compiled = "model.compile_blocks=true"
+    with pytest.raises(ValueError, match="compile_blocks is not supported by zero3"):
+        describe_run(tiny(compiled, "engine.deepspeed_config=ds_configs/zero3_fp32.json"), ALONE)
+    assert measure_cost(tiny(compiled)).unsupported == ("zero3", "fsdp2")  # BatchNorm in the head
 
 
 @pytest.mark.parametrize(
@@ -111,5 +115,7 @@ def test_recipes_are_described(name):
     text = describe_run(config, ALONE)
     lines = [line for line in text.splitlines() if line[2:].startswith(ENGINES)]
     assert len(lines) == len(ENGINES) and [line[0] for line in lines].count("*") == 1
-    assert all("fits 80 GB, 141 GB" in line for line in lines)
+    # LARS and BatchNorm leave a ResNet-50 one engine.
+    assert sum("not supported" in line for line in lines) == (len(ENGINES) - 1 if "resnet50" in name else 0)
+    assert all("fits 80 GB, 141 GB" in line or "not supported" in line for line in lines)
     assert "16 ranks" in text
