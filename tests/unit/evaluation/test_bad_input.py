@@ -12,7 +12,10 @@ import torch
 
 import evaluate as program
 from data.verify_shards import write_manifests
+from evaluation.config import EvaluationConfig
+from runtime.config import load_config
 from runtime.program import run_program
+from tests.test_configs import ROOT, unread_options
 
 
 @pytest.fixture
@@ -99,3 +102,9 @@ def test_a_hostile_pickle(evaluate, prefix, run_dir, digits, tmp_path):
     probes = "[prototypes]" if prefix == "file" else "[knn]"
     code, errors = evaluate(f"encoder={spec}", f"probes={probes}", f"data.shards={digits}")
     assert code == 2 and len(errors) == 1 and not canary.exists(), errors
+
+
+def test_every_option_is_read_and_every_configuration_loads():
+    assert unread_options(EvaluationConfig) == []
+    for path in (ROOT / "configs").glob("eval_*.yaml"):
+        load_config(EvaluationConfig, str(path))
