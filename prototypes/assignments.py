@@ -79,14 +79,17 @@ class AssignmentProbe(NamedTuple):
 
 
 def probe_assignments(
-    log_joint: Float[Tensor, "N K"], beta: float, across: Collectives | None = None
+    log_joint: Float[Tensor, "N K"],
+    beta: float,
+    penalty: Float[Tensor, " K"] | None = None,
+    across: Collectives | None = None,
 ) -> AssignmentProbe:
-    """Returns sums over rows of log p(h) at beta = 1 and of the entropy of the tempered posterior.
+    """Returns sums over rows of log p(h) at beta = 1 and of the entropy of the responsibilities.
 
     Before the batch has moved the mixture, log p(h) is a held-out log-likelihood.
     """
     log_likelihood = _log_normaliser(log_joint, across)
-    tempered = beta * log_joint
+    tempered = beta * log_joint if penalty is None else beta * log_joint - penalty
     log_posterior = (tempered - _log_normaliser(tempered, across)).clamp_min_(_LOG_NOTHING)
     log_perplexity = -_row_sum(log_posterior.exp() * log_posterior, across)
     return AssignmentProbe(log_likelihood.sum(), log_perplexity.sum())

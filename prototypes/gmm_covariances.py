@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prototypes.gmm import DiagonalGmm
-from prototypes.moments import MOMENTS_RATE
+from prototypes.moments import compute_moments_rate
 from prototypes.statistics import FlatStatistics
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class TiedDiagonalGmm(DiagonalGmm):
         scatter = statistics.sums["sum_outer"].diagonal() - explained.sum(0)
         number = statistics.sums["sum_weight"]
         spread = self.average_dimensions(scatter[None] / number.clamp_min(1e-12))
-        moved = torch.lerp(self.variances, spread, MOMENTS_RATE)
+        moved = torch.lerp(self.variances, spread, compute_moments_rate(self.step))
         floor = self.gmm.variance.floor * self.prior_variance()
         has_mass = (number > 0) & (statistics.mass.sum() > 0)
         self._candidate["variances"].copy_(torch.where(has_mass, moved.clamp_min(floor), self.variances))

@@ -14,10 +14,19 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-MOMENTS_RATE = 0.01
-"""Weight of one step in the running moments."""
+_LAST_RATE = 0.01
+"""Weight of one step in the running moments once a hundred were seen."""
 
 MOMENT_TABLES = ("input_mean", "input_variance", "row_mean", "row_covariance")
+
+
+def compute_moments_rate(step: int) -> float:
+    """Returns the weight of one step in the running moments: 1 / (step + 1), then .01.
+
+    With .01 from the start the first batch alone would hold the larger half for seventy steps, in which the
+    features of an untrained encoder move fastest.
+    """
+    return max(_LAST_RATE, 1.0 / (step + 1))
 
 
 def initial_moments(dim: int) -> dict[str, Tensor]:
@@ -94,24 +103,24 @@ def accumulate_moments_(
 
 
 def update_moments(
-    moments: dict[str, Tensor], sums: dict[str, Tensor], num_rows: Float[Tensor, ""]
+    moments: dict[str, Tensor], sums: dict[str, Tensor], num_rows: Float[Tensor, ""], rate: float
 ) -> dict[str, Tensor]:
-    """Returns the running moments after a step: an exponential average; without rows they stay bitwise."""
-    rate = torch.where(num_rows > 0, MOMENTS_RATE, 0.0)
+    """Returns the running moments after a step of weight `rate`; without rows they stay bitwise."""
+    weight = torch.where(num_rows > 0, rate, 0.0)
     number = num_rows.clamp_min(1e-12)
     row_mean, row_covariance = merge_moments(
         moments["row_mean"],
         moments["row_covariance"],
         sums["sum_rows"] / number,
         sums["sum_outer"] / number,
-        rate,
+        weight,
     )
     input_mean, input_variance = merge_moments(
         moments["input_mean"],
         moments["input_variance"],
         sums["sum_inputs"] / number,
         sums["sum_input_squares"] / number,
-        rate,
+        weight,
     )
     return dict(zip(MOMENT_TABLES, (input_mean, input_variance, row_mean, row_covariance), strict=True))
 

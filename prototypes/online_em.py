@@ -132,7 +132,8 @@ class OnlineMixture(Mixture):
             self._candidate.allocate(self, self.table_names)
             self._next_scalars = {"is_initialised": self.is_initialised or self._moments_known}
             sums = self._statistics.sums
-            self._candidate.write(moments.update_moments(self._moments(), sums, sums["sum_weight"]))
+            rate = moments.compute_moments_rate(self.step)
+            self._candidate.write(moments.update_moments(self._moments(), sums, sums["sum_weight"], rate))
             self._update_components(self._statistics)
             if observation.rows is not None:
                 self._place(observation.rows)
@@ -282,7 +283,7 @@ class OnlineMixture(Mixture):
             part = features[start : start + len(self._logits)]
             log_joint = self._log_joint(part, own, out=self._logits[: len(part)])
             if start == 0:
-                self._probe(log_joint[:_PROBED_ROWS], statistics, across)
+                self._probe(log_joint[:_PROBED_ROWS], statistics, penalty, across)
             gamma = self.assign_(log_joint, penalty, across)
             own_rows = slice(start, start + len(part))
             mass.addmv_(gamma.T, weight[own_rows])
@@ -291,9 +292,13 @@ class OnlineMixture(Mixture):
             self.centre_statistics_(chunk, statistics.mass[chunk], statistics.moments[chunk])
 
     def _probe(
-        self, log_joint: Float[Tensor, "N K"], statistics: FlatStatistics, across: Collectives | None
+        self,
+        log_joint: Float[Tensor, "N K"],
+        statistics: FlatStatistics,
+        penalty: Float[Tensor, " K"] | None,
+        across: Collectives | None,
     ) -> None:
-        probe = probe_assignments(log_joint, self.annealing.beta, across)
+        probe = probe_assignments(log_joint, self.annealing.beta, penalty, across)
         statistics.sums["num_probed"].fill_(float(len(log_joint)))
         statistics.sums["log_likelihood"].copy_(probe.log_likelihood)
         statistics.sums["log_perplexity"].copy_(probe.log_perplexity)

@@ -319,6 +319,16 @@ def test_balance_moves_mass_to_the_unused():
     assert (balanced.responsibilities(rows) * used).sum() < (plain.responsibilities(rows) * used).sum()
 
 
+def test_the_reported_perplexity_is_that_of_the_balanced_responsibilities():
+    estimator = set_state(build(make_config(16, 8, balance=3.0)))
+    estimator.usage.copy_(torch.softmax(torch.linspace(4, -4, 16), dim=0))
+    rows = clustered_rows(12, 8)
+    gamma = estimator.responsibilities(rows)
+    expected = torch.special.entr(gamma).sum(1).mean().exp()
+    take_step(estimator, rows)
+    assert estimator.metrics()["gmm/responsibility_perplexity"] == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_perplexity_schedule_steers_towards_its_target():
     beta = AnnealingConfig(
         schedule="perplexity", start=0.2, guard=None, perplexity_start=3.0, perplexity_end=3.0

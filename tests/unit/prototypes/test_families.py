@@ -35,6 +35,7 @@ def start(name, rows, seed=0, **gmm):
         lengths = rng.uniform(0.3, 0.8, size=(K, 1)) if name == "vmf" else 1.0
         tables["means"] *= lengths / np.linalg.norm(tables["means"], axis=1, keepdims=True)
     set_state(estimator, **tables)
+    estimator.step = 200
     return estimator, {name: getattr(estimator, name).double().numpy().copy() for name in tables}
 
 
