@@ -4,7 +4,7 @@
     python -m data.make_shards imagefolder photos/ --out datasets/photos
     python -m data.make_shards imagefolder ILSVRC/train --out datasets/imagenet
     python -m data.make_shards imagefolder ILSVRC/val --split val --labels LOC_val_solution.csv --out datasets/imagenet
-    python -m data.make_shards inat2018 --root inat/ --train train2018.json --val val2018.json --out datasets/inat18
+    python -m data.make_shards inat2018 --root inat/ --train train2018.json --val val2018.json --out datasets/inat2018
     python -m data.make_shards csv list.csv --root photos/ --label-column species --out datasets/species
     python -m data.make_shards lt datasets/imagenet --imbalance 100 --out datasets/imagenet-lt
 
