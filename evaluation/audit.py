@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.audit_config import AuditConfig
-from runtime.config import load_config
+from evaluation.config import EvaluationConfig
+from runtime.config import config_to_yaml, load_config
+from runtime.files import write_atomically
 from runtime.logging_setup import set_up_logging
 from runtime.program import EXIT_DONE, EXIT_FAULT, UserError, run_program
 
@@ -143,10 +145,15 @@ def _run_cell(cell: Cell) -> bool:
 def submit_commands(config: AuditConfig, options: Sequence[str]) -> list[str]:
     """Returns one `slurm.submit` command line for each arm: an array over the seeds, with its evaluation chained.
 
-    The runs land where the audit looks for them, so `--tables` collects them when they are done.
+    The runs land where the audit looks for them, so `--tables` collects them when they are done. Writes the
+    evaluation's configuration, overrides included, into the audit's folder: that is what the jobs read.
     """
     seeds = ",".join(str(seed) for seed in config.seeds)
-    chained = ",".join(config.probes)
+    evaluation = load_config(EvaluationConfig, config.evaluate, [*config.evaluate_overrides, "controls=[]"])
+    path = audit_directory(config) / "evaluate.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, config_to_yaml(evaluation))
+    chained = ["--evaluate", ",".join(config.probes), "--evaluate-config", str(path)]
     lines = []
     for arm in config.chosen_arms:
         place = [f"run.name={arm}", f"run.output_dir={audit_directory(config)}"]
@@ -159,7 +166,7 @@ def submit_commands(config: AuditConfig, options: Sequence[str]) -> list[str]:
             *config.arms[arm],
             *place,
         ]
-        command += ["--array", f"seeds={seeds}", "--evaluate", chained, *options]
+        command += ["--array", f"seeds={seeds}", *chained, *options]
         lines.append(shlex.join(command))
     return lines
 

@@ -12,6 +12,8 @@ from evaluation import audit, audit_report
 from evaluation.audit import Cell, iterate_cells, run_missing, submit_commands
 from evaluation.audit_config import AuditConfig
 from evaluation.audit_report import difference_rows, spread, write_audit
+from evaluation.config import EvaluationConfig
+from runtime.config import load_config
 from runtime.program import run_program
 
 PROBES = ("prototypes", "knn", "linear", "long_tail")
@@ -124,7 +126,9 @@ def test_finished_cells_are_not_run_again_and_failures_are_named(tmp_path, monke
 
 
 def test_seeds_come_first_and_commands_hold_the_arm(tmp_path):
-    config = make_config(tmp_path, overrides=("optim.steps=3",))
+    config = make_config(
+        tmp_path, overrides=("optim.steps=3",), evaluate_overrides=("data.shards=datasets/mine",)
+    )
     assert [cell.name for cell in iterate_cells(config, config.chosen_arms)] == [
         "joint-seed0",
         "full-seed0",
@@ -136,6 +140,9 @@ def test_seeds_come_first_and_commands_hold_the_arm(tmp_path):
     assert f"encoder={tmp_path}/audit/full-seed1" in evaluate
     lines = submit_commands(config, ["--nodes", "2"])
     assert len(lines) == 2 and "--array seeds=0,1" in lines[1] and lines[1].endswith("--nodes 2")
+    written = tmp_path / "audit" / "evaluate.yaml"
+    assert f"--evaluate-config {written}" in lines[0]
+    assert load_config(EvaluationConfig, str(written)).data.shards == "datasets/mine"
 
 
 @pytest.mark.parametrize(
