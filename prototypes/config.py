@@ -178,10 +178,9 @@ class PrototypesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The consistency objective between student and teacher.
+    """CARP's objective: -log<p, q> inside random partitions, plus the entropy of the mean probabilities.
 
     Attributes:
-        name: "carp": -log<p, q> inside random partitions, plus the entropy of the mean probabilities.
         logits: "dot" (projection . unit prototype), "cosine" (unit projection . unit prototype /
             temperature) or "posterior" (tempered log joint density of the mixture; mode `full` only).
         student_temperature: temperature of the student's "cosine" logits.
@@ -189,7 +188,6 @@ class ObjectiveConfig:
         entropy_weight: weight of the entropy term, the only guard against feature collapse.
     """
 
-    name: Literal["carp"] = "carp"
     logits: Literal["dot", "cosine", "posterior"] = "dot"
     student_temperature: float = 0.1
     teacher_temperature: float = 0.1
