@@ -219,7 +219,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--images", default="", help="folder of class folders of JPEGs; default: wallpapers")
-    parser.add_argument("--num-images", type=int, default=400)
+    parser.add_argument("--num-images", type=int, default=240)
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="of CPU time for each contestant and round"
     )

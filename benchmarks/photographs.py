@@ -34,8 +34,8 @@ def make_photographs(work: Path, num_images: int) -> tuple[Path, str]:
         return out, note.read_text()
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            photographs, step = _fetch_wallpapers(Path(scratch)), (SIZE[0] // 2, SIZE[1] // 2)
-            source = f"tiles of {' and '.join(PACKAGES)}"
+            photographs, step = _fetch_wallpapers(Path(scratch)), (SIZE[0] // 4, SIZE[1] // 4)
+            source = f"overlapping tiles of {' and '.join(PACKAGES)}"
         except (OSError, subprocess.SubprocessError) as error:
             photographs, step = _find_sample_photographs(str(error)), (10, 4)
             source = "overlapping tiles of scikit-learn's two photographs"
