@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from evaluation.figures import COLOURS, DASHES, Chart, finish, new_axes, series
+from evaluation.figures import (
+    COLOURS,
+    DASHES,
+    Chart,
+    draw_angle_density,
+    draw_unique_by_eps,
+    finish,
+    new_axes,
+    series,
+)
 from evaluation.long_tail import GROUPS
 
 if TYPE_CHECKING:
@@ -28,6 +34,7 @@ def draw_audit_charts(runs: Mapping[str, Sequence[Run]], figures: Figures) -> li
         runs: arm to its finished runs, one for each seed.
         figures: arm to seed to named figures.
     """
+    audited = _audited_by_arm(runs)
     drawn = [
         _draw_over_time(
             runs,
@@ -47,8 +54,8 @@ def draw_audit_charts(runs: Mapping[str, Sequence[Run]], figures: Figures) -> li
             ("knn_over_time", "k-NN during training", "k-NN top-1 (k = 20)"),
             "Teacher's features on a fixed subset of the test images.",
         ),
-        _draw_audited(runs, "unique_by_eps", _plot_unique_by_eps),
-        _draw_audited(runs, "angle_density", _plot_angle_density),
+        draw_unique_by_eps({arm: values["unique_fraction"] for arm, values in audited.items()}),
+        draw_angle_density({arm: values["angle_density"] for arm, values in audited.items()}),
         _draw_use_against_uniqueness(figures),
         _draw_groups(figures, "k-NN"),
         _draw_groups(figures, "linear"),
@@ -88,48 +95,13 @@ def _draw_over_time(
     return finish(figure, axes, name, title, caption, drawn)
 
 
-def _draw_audited(
-    runs: Mapping[str, Sequence[Run]],
-    name: str,
-    plot: Callable[[Mapping[str, dict[str, Any]]], tuple[Figure, Axes, str, str]],
-) -> Chart | None:
-    """Draws one audited matrix for each arm: that of its first seed."""
-    audited = {
-        arm: result["figures"]["roles"]["teacher"]
+def _audited_by_arm(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
+    """Returns the audited teacher's matrix of every arm: that of its first seed."""
+    return {
+        f"{arm} (first seed)": result["figures"]["roles"]["teacher"]
         for arm, members in runs.items()
         if members and (result := members[0].result("prototypes"))
     }
-    if not audited:
-        return None
-    figure, axes, title, caption = plot(audited)
-    return finish(figure, axes, name, title, caption, True)
-
-
-def _plot_unique_by_eps(audited: Mapping[str, dict[str, Any]]) -> tuple[Figure, Axes, str, str]:
-    figure, axes = new_axes("ε (cosine distance below which two prototypes are one)", "Unique prototypes")
-    for index, (arm, values) in enumerate(audited.items()):
-        fractions = {float(eps): share for eps, share in values["unique_fraction"].items()}
-        axes.plot(list(fractions), list(fractions.values()), marker="o", label=arm, **_style(index))
-        axes.set_xscale("log")
-        axes.set_xticks(list(fractions), [f"{eps:g}" for eps in fractions])
-    axes.minorticks_off()
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    return figure, axes, "Unique prototypes against ε", "First seed. Random directions are unique at every ε."
-
-
-def _plot_angle_density(audited: Mapping[str, dict[str, Any]]) -> tuple[Figure, Axes, str, str]:
-    figure, axes = new_axes("Angle on a random plane (radians)", "Density")
-    for index, (arm, values) in enumerate(audited.items()):
-        density = values["angle_density"]
-        width = 2 * math.pi / len(density)
-        centres = [-math.pi + (position + 0.5) * width for position in range(len(density))]
-        axes.plot(centres, density, label=arm, **_style(index))
-    axes.axhline(1 / (2 * math.pi), color="#777777", linewidth=1)
-    axes.set_xticks([-math.pi, 0, math.pi], ["-π", "0", "π"])
-    axes.set_ylim(bottom=0)
-    caption = "First seed. The grey line, 1/(2π), is what evenly spread directions give."
-    return figure, axes, "Where prototypes point", caption
 
 
 def _draw_use_against_uniqueness(figures: Figures) -> Chart | None:
