@@ -30,10 +30,13 @@ def find_starved(usage: Float[Tensor, " K"]) -> Bool[Tensor, " K"]:
     return usage * len(usage) < _STARVED_SHARE
 
 
-def find_duplicates(means: Float[Tensor, "K P"], distance: float) -> Bool[Tensor, " K"]:
-    """Returns which means lie within `distance` (cosine) of an earlier one that is itself no duplicate."""
+def find_duplicates(
+    means: Float[Tensor, "K P"], usage: Float[Tensor, " K"], distance: float
+) -> Bool[Tensor, " K"]:
+    """Returns which means lie within `distance` (cosine) of one in heavier use that is itself no duplicate."""
+    heaviest_first = torch.argsort(usage, descending=True, stable=True)
     is_duplicate = torch.ones(len(means), dtype=torch.bool, device=means.device)
-    is_duplicate[greedy_leader_index(means, distance)] = False
+    is_duplicate[heaviest_first[greedy_leader_index(means[heaviest_first], distance)]] = False
     return is_duplicate
 
 
@@ -65,8 +68,10 @@ def revive_(
         step: the current step.
     """
     is_useless = find_starved(mixture.usage)
+    is_duplicate = torch.zeros_like(is_useless)
     if config.duplicate_distance > 0:
-        is_useless |= find_duplicates(mixture.means, config.duplicate_distance)
+        is_duplicate = find_duplicates(mixture.means, mixture.usage, config.duplicate_distance)
+        is_useless |= is_duplicate
     number = min(int(is_useless.sum()), max(1, int(config.max_share * len(is_useless))))
     if number == 0:
         return 0
@@ -76,7 +81,9 @@ def revive_(
         return _split_(mixture, moved, is_useless, make_generator("revival", seed, step))
     placed = _reseed_(mixture, moved, rows, config.row_distance)
     if config.surplus == "spare":
-        _set_aside_(mixture, placed, config.duplicate_distance, make_generator("revival", seed, step))
+        # Rows that took a component are far from every prototype: no new duplicates to look for.
+        is_duplicate[placed] = False
+        _set_aside_(mixture, is_duplicate.nonzero().squeeze(1), make_generator("revival", seed, step))
     return len(placed)
 
 
@@ -115,13 +122,8 @@ def _reseed_(
     return moved
 
 
-def _set_aside_(
-    mixture: Mixture, placed: Int64[Tensor, " r"], distance: float, generator: torch.Generator
-) -> None:
-    """Moves duplicates to random directions, except those just placed, and takes their usage away."""
-    is_spare = find_duplicates(mixture.means, distance)
-    is_spare[placed] = False
-    spare = is_spare.nonzero().squeeze(1)
+def _set_aside_(mixture: Mixture, spare: Int64[Tensor, " S"], generator: torch.Generator) -> None:
+    """Moves components to random directions, and takes their usage away."""
     directions = torch.randn(len(spare), mixture.dim, generator=generator)
     mixture.means[spare] = nn.functional.normalize(directions, dim=1).to(mixture.means)
     mixture.restart_components_(spare)

@@ -56,6 +56,15 @@ def test_a_row_nearer_than_the_row_distance_takes_no_component():
     assert revive_(estimator, near, far_enough, seed=0, step=5) == 1
 
 
+def test_of_two_copies_the_one_in_use_stays():
+    estimator, directions = planted_copies()
+    estimator.usage[:] = torch.tensor([0.0, 0.2, 0.2, 0.0, 0.6, 0.0, 0.0, 0.0])
+    revive_(estimator, directions, RevivalConfig(**REVIVAL, surplus="spare"), seed=0, step=5)
+    assert torch.equal(estimator.means[4], directions[0])
+    assert estimator.usage[[1, 2, 4]].tolist() == pytest.approx([0.2, 0.2, 0.6])
+    assert not torch.equal(estimator.means[0], directions[0])
+
+
 def test_spares_need_rows_and_duplicates():
     for wrong in ({"method": "split"}, {"duplicate_distance": 0.0}):
         with pytest.raises(
