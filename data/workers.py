@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 
 _MIB = 1024 * 1024
 _PAGE_BYTES = 4096
+_M_MMAP_THRESHOLD = -3  # of mallopt, <malloc.h>
+_OWN_MAPPING_BYTES = 1024 * 1024
 
 
 def start_worker(worker_id: int) -> None:
@@ -21,6 +24,18 @@ def start_worker(worker_id: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Makes the C library give blocks of 1 MiB and more back to the system as soon as they are freed.
+
+    glibc raises that size by itself to that of the largest block freed, and keeps smaller ones on a heap. Decoded
+    images and groups of crops, each of another size, tear it into holes: 450 MiB became 760 over 20,000 photographs.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl and macOS have none
+        mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES)
 
 
 def measure_rss_mib() -> float:

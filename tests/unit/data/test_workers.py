@@ -73,3 +73,27 @@ def test_memory_is_bounded_by_the_configuration(make_set, make_config):
     config = make_config(make_set([7, 3]), num_workers=1, max_worker_memory_gib=0.001)
     with pytest.raises(DataError, match=r"holds [\d.]+ GiB; expected at most 0.001 GiB"):
         next(iter(TrainingStream(config, **OPTIONS)))
+
+
+HEAP = """
+from data.workers import measure_rss_mib, start_worker
+{prepare}
+block = bytearray(16 << 20); del block  # glibc would take its size for the new threshold
+before, images, keepers = measure_rss_mib(), [], []
+for _ in range(100):
+    images.append(bytearray(3 << 20))
+    keepers.append(bytearray(100_000))  # as crops lie between decoded images
+images.clear()
+print(measure_rss_mib() - before)
+"""
+
+
+def test_freed_images_leave_a_loader_process():
+    """Without the fixed threshold the freed blocks stay, a heap full of holes: the test sees both."""
+    kept = []
+    for prepare in ("", "start_worker(0)"):
+        program = [sys.executable, "-c", HEAP.format(prepare=prepare)]
+        environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+        run = subprocess.run(program, capture_output=True, text=True, timeout=60, env=environment, check=True)
+        kept.append(float(run.stdout))
+    assert kept[0] > 200 and kept[1] < 50, kept
