@@ -48,7 +48,7 @@ $(FASHION)/manifest.json: | $(VENV)/.installed
 audit: $(FASHION)/manifest.json
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist.yaml output_dir=$(OUTPUTS)
 
-audit-all: audit
+audit-all: audit $(VENV)/.installed-dev
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_collapse.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_ablations.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_more.yaml output_dir=$(OUTPUTS)
@@ -56,6 +56,8 @@ audit-all: audit
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist-lt100.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m data.make_shards lt $(FASHION) --imbalance 1000 --out $(FASHION)-lt1000
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist-lt1000.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m data.make_shards digits --out datasets/digits
+	$(BIN)/python -m evaluation.audit configs/audit_digits.yaml output_dir=$(OUTPUTS)
 
 # What the slow tests start besides Python: a Slurm, a browser, network namespaces. Without root they skip by name.
 slow-tools:

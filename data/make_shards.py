@@ -1,6 +1,7 @@
 """Images to WebDataset shards with a manifest.
 
     python -m data.make_shards fashion-mnist --out datasets/fashion-mnist
+    python -m data.make_shards digits --out datasets/digits
     python -m data.make_shards imagefolder photos/ --out datasets/photos
     python -m data.make_shards imagefolder ILSVRC/train --out datasets/imagenet
     python -m data.make_shards imagefolder ILSVRC/val --split val --labels LOC_val_solution.csv --out datasets/imagenet
@@ -22,6 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from data.digits import DigitsSource
 from data.fashion_mnist import SPLITS, FashionMnistSource, fetch
 from data.image_sources import FileSource, ImageFile, list_csv, list_image_folder, list_inaturalist
 from data.shard_writing import ImageSource, Rejected, write_split
@@ -58,6 +60,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--cache", default="datasets/downloads/fashion-mnist", help="where fetched files are kept"
     )
     fashion.set_defaults(run=_make_fashion_mnist)
+    digits = commands.add_parser("digits", help="scikit-learn's 1,797 digits, for a look in seconds")
+    digits.set_defaults(run=_make_digits)
     folder = commands.add_parser("imagefolder", help="a folder of class folders, or of images")
     folder.add_argument("root", help="the folder")
     folder.add_argument("--split", default="train")
@@ -85,7 +89,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     tail.add_argument("--out", required=True)
     tail.add_argument("--seed", type=int, default=0)
     tail.set_defaults(run=_make_long_tail)
-    for command in (fashion, folder, table, inat):
+    for command in (fashion, digits, folder, table, inat):
         _add_common_options(command)
     for command in (folder, table, inat):
         help_text = "resize images whose shorter side is longer than this; 0 keeps the bytes of all"
@@ -123,6 +127,11 @@ def _make_fashion_mnist(options: argparse.Namespace) -> None:
     folder = fetch(options.cache)
     for split in SPLITS:
         _write(FashionMnistSource(folder, split), split, options)
+
+
+def _make_digits(options: argparse.Namespace) -> None:
+    for split in SPLITS:
+        _write(DigitsSource(split), split, options)
 
 
 def _make_image_folder(options: argparse.Namespace) -> None:

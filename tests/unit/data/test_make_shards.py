@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -300,3 +301,22 @@ def test_the_fetch_is_one_line_with_exit_code_2(tmp_path, monkeypatch, capsys):
     assert run("fashion-mnist", "--out", tmp_path / "out", "--cache", tmp_path / "cache") == 2
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0 and error.startswith("error: Fashion-MNIST cannot be fetched")
+
+
+def test_digits_become_two_splits_that_share_no_image(tmp_path):
+    assert run("digits", "--out", tmp_path, "--processes", 1) == 0
+    seen = {}
+    for split, number in (("train", 1437), ("test", 360)):
+        labels = read_all(tmp_path, split)
+        manifest = load_manifest(str(tmp_path), split)
+        assert len(labels) == manifest.num_samples == number
+        assert set(labels.values()) == set(range(10))
+        keys = [key for shard in manifest.shards for key in scan_shard(Path(manifest.path_of(shard))).keys]
+        seen[split] = {key.removeprefix(f"{split}-") for key in keys}
+    assert len(seen["train"]) == 1437 and not seen["train"] & seen["test"]
+
+
+def test_digits_without_scikit_learn_say_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert run("digits", "--out", tmp_path) == 2
+    assert capsys.readouterr().err.strip().endswith("pip install scikit-learn")
