@@ -32,7 +32,7 @@ class StepOutcome:
 
     Attributes:
         applied: whether anything moved; a step with a non-finite loss or gradient moves nothing.
-        loss: mean over micro-batches of total, consistency and entropy, and the auxiliary loss where there is one.
+        loss: means over micro-batches and ranks: total, consistency, entropy, and the auxiliary loss if there is one.
         grad_norm: 2-norm of the gradient before clipping; 0 where the step was not applied.
         projections: [views * B, P] the teacher's projections of the last micro-batch, for diagnostics.
         prototypes: [K, P] the teacher's prototypes of this step, C^t.
@@ -100,10 +100,10 @@ class TrainingStep:
             loss["total"] = loss["total"] * planned_factor("loss", step)
             self.engine.backward(loss["total"], is_last_micro_step=micro_step == len(crops) - 1)
             losses.append({name: value.detach() for name, value in loss.items()})
-        mean_loss = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+        mean_loss = self._mean_loss(losses)
 
         reach("backward", step)
-        applied, grad_norm = self._apply(mean_loss["total"], schedule)
+        applied, grad_norm = self._apply(float(mean_loss["total"]), schedule)
         reach("update", step)
         if applied:
             self.estimator.reseed(step + 1)
@@ -122,10 +122,13 @@ class TrainingStep:
         learned = self.estimator.build_learned()
         return self.estimator.prototypes("teacher", None if learned is None else learned()).to(self._device)
 
-    def _apply(self, loss: Tensor, schedule: StepSchedule) -> tuple[bool, float]:
+    def _mean_loss(self, losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Returns the means over micro-batches and ranks: the record is the job's, and all guards see one window."""
+        means = torch.stack([torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]])
+        return dict(zip(losses[0], self._synchronization.mean_over_ranks(means).unbind(), strict=True))
+
+    def _apply(self, loss_value: float, schedule: StepSchedule) -> tuple[bool, float]:
         """Moves everything, or nothing: one decision that all ranks share, taken before anything moves."""
-        # The loss is a mean over ranks here, so that every rank's guard keeps the same window.
-        loss_value = float(self._synchronization.mean_over_ranks(loss.reshape(1)))
         finite = self.engine.gradients_are_finite()
         if not (finite and self.spike_guard.admits(loss_value)):
             self.estimator.discard()

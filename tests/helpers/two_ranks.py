@@ -2,7 +2,7 @@
 
     RANK=.. WORLD_SIZE=.. python -m tests.helpers.two_ranks OUT_DIR SHARDS STEPS [key.sub=value ...]
 
-Writes `rank-N.safetensors`: `loss/STEP` (mean over ranks), `gradient/PARAMETER` of the first step as the optimizer
+Writes `rank-N.safetensors`: `loss/STEP` as the record has it, `gradient/PARAMETER` of the first step as the optimizer
 sees it (averaged over ranks), and every tensor of the estimator's state after the last step.
 """
 
@@ -55,8 +55,7 @@ def main(out_dir: Path, shards: str, steps: int, overrides: list[str]) -> None:
         seed_everything(config.run.seed, "step", index, process.rank)
         outcome = step([next(stream)], index, trainer._schedule())
         assert outcome.applied
-        losses = process.all_gather_object(float(outcome.loss["total"]))
-        found[f"loss/{index}"] = torch.tensor(losses, dtype=torch.float64).mean().reshape(1)
+        found[f"loss/{index}"] = outcome.loss["total"].detach().double().cpu().reshape(1)
     state = {
         name: value for name, value in step.estimator.state_dict().items() if isinstance(value, torch.Tensor)
     }
