@@ -66,7 +66,8 @@ def audit(
 
     Returns:
         `num_prototypes`, `dim`, `unique` and `unique_fraction` by eps (as text), `angle_density` on a random plane
-        with its maximum / minimum ratio (1 is isotropic), `cosine_histogram`, `mean_cosine`, `effective_rank`.
+        with its maximum / minimum ratio (1 is isotropic; an empty bin counts as one prototype, so K is the most),
+        `cosine_histogram`, `mean_cosine`, `effective_rank`.
     """
     num_prototypes, dim = prototypes.shape
     unique = count_unique(prototypes, thresholds)
@@ -78,7 +79,7 @@ def audit(
         "unique": {f"{eps:g}": unique[eps] for eps in thresholds},
         "unique_fraction": {f"{eps:g}": unique[eps] / num_prototypes for eps in thresholds},
         "angle_density": density,
-        "angle_density_max_over_min": max(density) / max(min(density), 1e-12),
+        "angle_density_max_over_min": max(density) / max(min(density), _one_prototype(num_prototypes)),
         "cosine_histogram": _cosine_histogram(unit, angle_pairs, seed),
         "mean_cosine": mean_cosine(unit),
         "effective_rank": effective_rank(unit),
@@ -146,6 +147,11 @@ def _angle_density(unit: Tensor, seed: int) -> list[float]:
     angles = torch.atan2(on_plane[:, 1], on_plane[:, 0]).cpu()
     counts = torch.histc(angles, bins=_ANGLE_BINS, min=-math.pi, max=math.pi)
     return (counts / counts.sum() * _ANGLE_BINS / (2 * math.pi)).tolist()
+
+
+def _one_prototype(num_prototypes: int) -> float:
+    """The density of a bin that holds one prototype."""
+    return _ANGLE_BINS / (2 * math.pi * num_prototypes)
 
 
 def _cosine_histogram(unit: Tensor, pairs: int, seed: int) -> dict[str, list[float]]:

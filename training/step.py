@@ -116,6 +116,11 @@ class TrainingStep:
         """The sum over ranks, for counts that are closed at step boundaries."""
         return self._synchronization.reduce_sum
 
+    @property
+    def gather(self) -> Callable[[Tensor], Handle]:
+        """All ranks' equally shaped tensors, [world_size, ...], for figures of the whole global batch."""
+        return self._synchronization.gather
+
     @torch.no_grad()
     def initial_prototypes(self) -> Tensor:
         """Returns the teacher's prototypes [K, P] before step 0. Learned ones are a function of the seed."""

@@ -174,28 +174,48 @@ class Trainer:
             self._log(self._step_values(outcome, schedule) | values)
 
     def _step_values(self, outcome: StepOutcome, schedule: StepSchedule) -> dict[str, float]:
+        """Returns the figures of the step that was just done, of all ranks together. Collective."""
         loss = {f"loss/{name}": float(value) for name, value in outcome.loss.items()}
-        stopwatch, self._stopwatch = self._stopwatch, Stopwatch()
-        step_s = stopwatch.total_s / max(stopwatch.steps, 1)
+        # A rank's share can be fewer rows than the features have dimensions, which would bound their rank.
+        projections = self.training_step.gather(outcome.projections).wait().flatten(0, 1)
         values = loss | {
             "optim/lr": schedule.lr,
             "optim/weight_decay": schedule.weight_decay,
             "optim/ema_momentum": schedule.ema_momentum,
             "optim/grad_norm": outcome.grad_norm,
             "optim/skipped_steps": float(self.progress.skipped_steps),
-            "features/norm": float(outcome.projections.norm(dim=1).mean()),
-            "features/effective_rank": float(effective_rank(outcome.projections)),
-            "features/mean_cosine": float(mean_cosine(outcome.projections)),
+            "features/norm": float(projections.norm(dim=1).mean()),
+            "features/effective_rank": float(effective_rank(projections)),
+            "features/mean_cosine": float(mean_cosine(projections)),
+        }
+        return values | self._process_values() | self.training_step.estimator.metrics()
+
+    def _process_values(self) -> dict[str, float]:
+        """Returns what the processes measured since the last line. Collective.
+
+        The clock is this rank's; skipped samples are the sum over ranks, waiting and memory the largest of any rank.
+        """
+        stopwatch, self._stopwatch = self._stopwatch, Stopwatch()
+        step_s = stopwatch.total_s / max(stopwatch.steps, 1)
+        own = torch.tensor(
+            [
+                stopwatch.data_wait_s / stopwatch.total_s if stopwatch.total_s else 0.0,
+                peak_memory_gib(self.process.device),
+                self._worker_rss_mib / 1024,
+                float(self._skipped_samples),
+            ],
+            device=self.process.device,
+        )
+        ranks = self.training_step.gather(own).wait()
+        wait_fraction, peak, worker_rss, _ = ranks.amax(0).tolist()
+        return {
             "throughput/step_s": step_s,
             "throughput/images_per_s": self.config.batch.global_batch_size / step_s if step_s else 0.0,
-            "throughput/data_wait_fraction": stopwatch.data_wait_s / stopwatch.total_s
-            if stopwatch.total_s
-            else 0.0,
-            "memory/peak_gib": peak_memory_gib(self.process.device),
-            "memory/worker_rss_gib": self._worker_rss_mib / 1024,
-            "data/skipped_samples": float(self._skipped_samples),
+            "throughput/data_wait_fraction": wait_fraction,
+            "memory/peak_gib": peak,
+            "memory/worker_rss_gib": worker_rss,
+            "data/skipped_samples": float(ranks[:, 3].sum()),
         }
-        return values | self.training_step.estimator.metrics()
 
     def _log(self, values: dict[str, float]) -> None:
         if self._record is None:

@@ -2,8 +2,8 @@
 
     RANK=.. WORLD_SIZE=.. python -m tests.helpers.two_ranks OUT_DIR SHARDS STEPS [key.sub=value ...]
 
-Writes `rank-N.safetensors`: `loss/STEP` as the record has it, `gradient/PARAMETER` of the first step as the optimizer
-sees it (averaged over ranks), and every tensor of the estimator's state after the last step.
+Writes `rank-N.safetensors`: `loss/total/STEP` and `features/.../STEP` as the record has them, `gradient/PARAMETER` of
+the first step as the optimizer sees it (averaged over ranks), and every tensor of the estimator's state at the end.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(out_dir: Path, shards: str, steps: int, overrides: list[str]) -> None:
     check = engine.gradients_are_finite
 
     def capture() -> bool:
-        if "loss/0" not in found:
+        if "loss/total/0" not in found:
             for name, parameter in engine.student.named_parameters():
                 gradient = safe_get_full_grad(parameter)
                 found[f"gradient/{name}"] = gradient.detach().float().cpu().clone().contiguous()
@@ -53,9 +53,12 @@ def main(out_dir: Path, shards: str, steps: int, overrides: list[str]) -> None:
     stream = iter(trainer._stream)
     for index in range(steps):
         seed_everything(config.run.seed, "step", index, process.rank)
-        outcome = step([next(stream)], index, trainer._schedule())
+        schedule = trainer._schedule()
+        outcome = step([next(stream)], index, schedule)
         assert outcome.applied
-        found[f"loss/{index}"] = outcome.loss["total"].detach().double().cpu().reshape(1)
+        recorded = trainer._step_values(outcome, schedule)
+        for name in ("loss/total", "features/norm", "features/effective_rank", "features/mean_cosine"):
+            found[f"{name}/{index}"] = torch.tensor([recorded[name]], dtype=torch.float64)
     state = {
         name: value for name, value in step.estimator.state_dict().items() if isinstance(value, torch.Tensor)
     }
