@@ -328,6 +328,8 @@ def run_group(options: argparse.Namespace, engines: Sequence[str], batch: int) -
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
             "TORCH_EXTENSIONS_DIR": folder,
+            # torch announces one at every step of six engines; the table would drown.
+            "PYTHONWARNINGS": "ignore::FutureWarning",
         }
         command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--result", str(result)]
         command += ["--engines", *engines, "--batch", str(batch)]
