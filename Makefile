@@ -52,6 +52,7 @@ audit-all: audit $(VENV)/.installed-dev
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_collapse.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_ablations.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_more.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_few.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m data.make_shards lt $(FASHION) --imbalance 100 --out $(FASHION)-lt100
 	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist-lt100.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m data.make_shards lt $(FASHION) --imbalance 1000 --out $(FASHION)-lt1000
