@@ -197,24 +197,20 @@ class Trainer:
         """
         stopwatch, self._stopwatch = self._stopwatch, Stopwatch()
         step_s = stopwatch.total_s / max(stopwatch.steps, 1)
-        own = torch.tensor(
-            [
-                stopwatch.data_wait_s / stopwatch.total_s if stopwatch.total_s else 0.0,
-                peak_memory_gib(self.process.device),
-                self._worker_rss_mib / 1024,
-                float(self._skipped_samples),
-            ],
-            device=self.process.device,
+        own = (
+            stopwatch.data_wait_s / stopwatch.total_s if stopwatch.total_s else 0.0,
+            peak_memory_gib(self.process.device),
+            self._worker_rss_mib / 1024,
+            self._skipped_samples,
         )
-        ranks = self.training_step.gather(own).wait()
-        wait_fraction, peak, worker_rss, _ = ranks.amax(0).tolist()
+        wait_fractions, peaks, worker_rss, skipped = zip(*self.process.all_gather_object(own), strict=True)
         return {
             "throughput/step_s": step_s,
             "throughput/images_per_s": self.config.batch.global_batch_size / step_s if step_s else 0.0,
-            "throughput/data_wait_fraction": wait_fraction,
-            "memory/peak_gib": peak,
-            "memory/worker_rss_gib": worker_rss,
-            "data/skipped_samples": float(ranks[:, 3].sum()),
+            "throughput/data_wait_fraction": max(wait_fractions),
+            "memory/peak_gib": max(peaks),
+            "memory/worker_rss_gib": max(worker_rss),
+            "data/skipped_samples": float(sum(skipped)),
         }
 
     def _log(self, values: dict[str, float]) -> None:
