@@ -38,6 +38,10 @@ class FeatureError(ValueError):
     """Features that cannot be what a probe needs; the message is one line."""
 
 
+class NonFiniteFeatureError(FeatureError):
+    """A feature holds NaN or infinity: every probe would still give a plausible figure."""
+
+
 @dataclass(frozen=True)
 class FeatureBank:
     """Features and labels of one split, sorted by sample.
@@ -142,7 +146,7 @@ def load_features(
         limit: keep only the first images of the split.
 
     Raises:
-        FeatureError: labels are missing, or the stream lost samples.
+        FeatureError: labels are missing, the stream lost samples, or a feature is not finite.
     """
     files = [cache_file(encoder, manifest, features, limit) for encoder in encoders]
     groups: dict[str, list[int]] = {}
@@ -217,7 +221,7 @@ def extract_together(
     before = first_id_after(manifest, limit)
     part = extract_batches(module, stream, device=processes.device, precision="fp32", before=before)
     merged = merge_parts(processes.gather(part))
-    _check_complete(merged, manifest, limit)
+    _check_merged(merged, manifest, limit, "the network")
     return merged
 
 
@@ -325,7 +329,7 @@ def _merge_into(
         merged = merge_parts([read_features(part) for part in parts])
         for part in parts:
             part.unlink()
-        _check_complete(merged, manifest, limit)
+        _check_merged(merged, manifest, limit, encoder.label)
         save_features(merged, file, {"encoder": encoder.describe(), "split": manifest.split})
     processes.wait()
 
@@ -334,7 +338,8 @@ def _part_file(file: Path, rank: int) -> Path:
     return file.with_name(f".{file.name}.part-{rank:05d}")
 
 
-def _check_complete(merged: dict[str, Tensor], manifest: Manifest, limit: int | None) -> None:
+def _check_merged(merged: dict[str, Tensor], manifest: Manifest, limit: int | None, encoder: str) -> None:
+    """Raises FeatureError unless every image is there once, with a label of a class and finite features."""
     expected = manifest.num_samples if limit is None else min(limit, manifest.num_samples)
     found = len(merged.get("labels", ()))
     if found != expected:
@@ -351,6 +356,25 @@ def _check_complete(merged: dict[str, Tensor], manifest: Manifest, limit: int | 
             f"label of image {int(merged['sample_ids'][index])} in {where} is {int(labels[index])}; "
             f"expected 0..{len(manifest.classes) - 1}; make the shards with a label for every image"
         )
+    for name in sorted(set(merged) - set(_KEYS)):
+        finite = merged[name].flatten(1).isfinite().all(dim=1)
+        if not bool(finite.all()):
+            first = int(merged["sample_ids"][int((~finite).nonzero()[0])])
+            raise NonFiniteFeatureError(
+                f"feature {name!r} of {encoder} holds NaN or infinity for {int((~finite).sum())} of {found} images, "
+                f"the first {_locate(manifest, first)}; expected finite features; look at the encoder's weights, or "
+                "set features.precision=fp32"
+            )
+
+
+def _locate(manifest: Manifest, sample_id: int) -> str:
+    """Returns where a sample lies, as a person finds it: shard and position in it."""
+    position = sample_id
+    for shard in manifest.shards:
+        if position < shard.samples:
+            return f"{manifest.directory}/{shard.name}, sample {position}"
+        position -= shard.samples
+    return f"sample {sample_id} of {manifest.directory}:{manifest.split}"
 
 
 def _read_bank(file: Path, manifest: Manifest, seconds: float) -> FeatureBank:

@@ -158,6 +158,11 @@ def _train(classifier: Classifier, session: Session) -> list[float]:
                 step + 1,
             )
         losses.append(sum_of_losses / max(seen, 1))
+        if not math.isfinite(losses[-1]):
+            raise FeatureError(
+                f"the fine-tuning loss of {session.encoder.label} is {losses[-1]} in epoch {epoch + 1}; expected a "
+                "finite one; set fine_tune.lr lower or features.precision=fp32"
+            )
         logger.info("fine-tuning epoch %d/%d: loss %.4f", epoch + 1, config.epochs, losses[-1])
     return losses
 

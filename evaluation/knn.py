@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from evaluation.config import EvaluationDataConfig
-from evaluation.features import extract_together, load_splits
+from evaluation.features import NonFiniteFeatureError, extract_together, load_splits
 from evaluation.preprocessing import Preprocessing
 from evaluation.processes import Processes
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
+
+logger = logging.getLogger(__name__)
 
 # Queries per block. Blocks, not rows, are dealt to processes: the same GEMMs run for any number of them, so
 # that predictions are equal to the last digit.
@@ -56,11 +59,12 @@ def classify_knn(
 ) -> KnnResult:
     """Returns the weighted vote of the k nearest bank images for every query and every k.
 
-    vote(c) = sum over the k nearest i with label c of exp(cos(query, i) / temperature), on L2-normalised features
-    (Wu et al. 2018, section 3.4; the evaluation of DINO and of CARP). Neighbours of equal similarity enter by bank
+    vote(c) = sum over the k nearest i with label c of exp((cos(query, i) - cos(query, nearest)) / temperature), on
+    L2-normalised features (Wu et al. 2018, section 3.4; the evaluation of DINO and of CARP; the shift divides all votes
+    of a query by one number and keeps them finite at any temperature). Neighbours of equal similarity enter by bank
     index, classes of equal vote win by class index. A class without a vote never counts for top-5: where k or C is
-    below 5, fewer classes are looked at. Computed in fp32, without gradient. Collective when `processes` are
-    several: blocks of queries are dealt to them and predictions are gathered.
+    below 5, fewer classes are looked at. Similarities in fp32, votes in fp64, without gradient. Collective when
+    `processes` are several: blocks of queries are dealt to them and predictions are gathered.
 
     Args:
         bank: training features.
@@ -87,7 +91,7 @@ def classify_knn(
     for start, block in _blocks(queries, processes):
         similarities, indices = nearest(normalize(block.float(), dim=1).to(device), keys, max(ks))
         labels = key_labels[indices]
-        weights = torch.exp(similarities / temperature)
+        weights = torch.exp((similarities - similarities[:, :1]).double() / temperature)
         ranked = {k: _vote(weights[:, :k], labels[:, :k], num_classes) for k in ks}
         truth = query_labels[start : start + len(block)].to(device)
         hits = {k: (top == truth[:, None]).any(dim=1).cpu() for k, top in ranked.items()}
@@ -146,7 +150,7 @@ def _blocks(queries: Tensor, processes: Processes) -> Iterator[tuple[int, Tensor
 
 def _vote(weights: Tensor, labels: Tensor, num_classes: int) -> Int64[Tensor, "B c"]:
     votes = torch.zeros(len(weights), num_classes, dtype=torch.float64, device=weights.device)
-    votes.scatter_add_(1, labels, weights.double())
+    votes.scatter_add_(1, labels, weights)
     # A stable sort makes equal votes fall to the lower class index.
     ranked_votes, ranked = votes.sort(dim=1, descending=True, stable=True)
     top = ranked[:, : min(5, num_classes)].clone()
@@ -192,7 +196,8 @@ def build_knn_probe(
     A fixed subset (the first images of both splits; shards are shuffled when written), the backbone's own pooling,
     k = 20, T = 0.07. The backbone is put into eval mode for the probe and back; nothing random is drawn and no gradient
     is recorded, so that training continues as if nothing had happened. With `process`, every rank extracts its
-    part and all get the same figure: collective, every rank must call.
+    part and all get the same figure: collective, every rank must call. Features that are not finite give no figure
+    and a warning: a probe does not end a run.
 
     Args:
         config: of the pretraining run: sections `data`, `model` and `evaluation`.
@@ -221,6 +226,10 @@ def build_knn_probe(
                     extract_together(_Embedding(backbone), manifest, transform, data, processes, limit)
                     for manifest, limit in zip(splits, limits, strict=True)
                 )
+        except NonFiniteFeatureError as error:
+            # Every rank has merged the same features and comes here.
+            logger.warning("eval/knn%d_top1 is left out: %s", HEADLINE_K, error)
+            return {}
         finally:
             backbone.train(was_training)
         result = classify_knn(

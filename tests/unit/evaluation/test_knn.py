@@ -35,6 +35,21 @@ def test_equals_scikit_learn_for_every_k(temperature):
         assert result.top1[k] == pytest.approx((expected == labels.numpy()).mean(), abs=0)
 
 
+@pytest.mark.parametrize("temperature", [0.07, 0.005, 0.002])
+def test_votes_stay_finite_at_any_temperature(temperature):
+    """exp(1 / .005) is above fp32's largest number: every vote was infinity, and the lowest class won."""
+    bank, bank_labels, queries, labels = split_digits()
+    found = classify_knn(
+        bank, bank_labels, queries, labels, ks=(20,), num_classes=10, temperature=temperature
+    )
+    unit, asked = (torch.nn.functional.normalize(x, dim=1) for x in (bank, queries))
+    similarities, indices = nearest(asked, unit, 20)
+    shifted = (similarities.double() - similarities.double().amax(dim=1, keepdim=True)) / temperature
+    votes = torch.zeros(len(labels), 10, dtype=torch.float64)
+    votes.scatter_add_(1, bank_labels[indices], shifted.exp())
+    assert torch.equal(found.predictions[20], votes.argmax(dim=1)) and found.top1[20] > 0.9
+
+
 def test_a_small_vote_by_hand():
     bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     labels = torch.tensor([0, 1, 1])
@@ -100,6 +115,15 @@ class _Pretraining:
 
     def __init__(self, shards):
         self.data = DataConfig(shards=shards, channels=1, mean=(0.3,), std=(0.35,))
+
+
+def test_features_that_are_not_finite_end_no_run(digits, caplog):
+    class Broken(torch.nn.Module):
+        def forward(self, images):
+            return images.flatten(1) / 0.0
+
+    assert build_knn_probe(_Pretraining(digits), torch.device("cpu"))(Broken()) == {}
+    assert "eval/knn20_top1 is left out" in caplog.text
 
 
 def test_the_probe_in_training_disturbs_nothing(digits):
