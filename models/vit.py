@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def build_backbone(config: ModelConfig, *, drop_path_rate: float | None = None) -> nn.Module:
@@ -77,7 +81,13 @@ def embed_dim(backbone: nn.Module) -> int:
 
 
 def compile_blocks(backbone: nn.Module) -> None:
-    """Compiles each transformer block in place: one graph per crop size and no graph over the engine's hooks.
+    """Compiles each transformer block's forward in place, for training: at most two graphs per crop size.
+
+    The graphs differ only where a block has no drop path (the first of a schedule that starts at 0). Left alone, the
+    rate of every block would be a constant of a graph of its own, and torch gives up after eight. So what the drop
+    paths keep is drawn beside the graph, by the same calls in the same order as timm's: a compiled run sees the
+    masks of an uncompiled one. Hooks of an engine stay outside of the graph, and in eval mode blocks run
+    uncompiled: evaluation has other batch sizes, and each would be another graph.
 
     Raises:
         ValueError: the backbone has no `blocks`.
@@ -88,7 +98,54 @@ def compile_blocks(backbone: nn.Module) -> None:
             "model.compile_blocks is true; expected a ViT with blocks; set model.compile_blocks=false"
         )
     for block in blocks:
-        block.compile(dynamic=False)
+        block.forward = _CompiledForward(block)
+
+
+class _CompiledForward:
+    """A block's forward, compiled where it trains, with the draws of its drop paths outside of the graph."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block, self._plain = block, block.forward
+        self._paths: list[_DrawnDropPath] = []
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, DropPath):
+                    self._paths.append(_DrawnDropPath(child.drop_prob, child.scale_by_keep))
+                    setattr(parent, name, self._paths[-1])
+        self._compiled = torch.compile(block.forward, dynamic=False)
+
+    def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if not self._block.training:
+            return self._plain(x, *arguments, **options)
+        for path in self._paths:
+            path.draw(x)
+        return self._compiled(x, *arguments, **options)
+
+
+class _DrawnDropPath(nn.Module):
+    """timm's DropPath in two parts: `draw` says which samples keep the branch, `forward` multiplies.
+
+    branch_i * m_i / (1 - p), m_i ~ Bernoulli(1 - p) for each sample (Huang et al. 2016), the scale rounded to the
+    branch's dtype once, as there. The rate is no constant of `forward`'s graph.
+    """
+
+    def __init__(self, drop_prob: float, scale_by_keep: bool) -> None:
+        super().__init__()
+        self._keep_prob = 1.0 - drop_prob
+        self._divisor = self._keep_prob if scale_by_keep and self._keep_prob > 0 else 1.0
+        self._scale: Tensor | None = None
+
+    def draw(self, like: Float[Tensor, "B ..."]) -> None:
+        """Draws this forward pass's scale of every sample of a batch like this one; changes the generator."""
+        kept = torch.empty(len(like), device=like.device).bernoulli_(self._keep_prob)
+        self._scale = kept.div_(self._divisor)
+
+    def forward(self, branch: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+        """Returns the branch, scaled sample by sample; as it is in eval mode."""
+        if not self.training:
+            return branch
+        assert self._scale is not None
+        return branch * self._scale.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
 
 
 def initialise_from(backbone: nn.Module, source: str) -> dict[str, list[str]]:

@@ -130,7 +130,7 @@ def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
     scenarios = [
         {"scenario": "options_change_nothing", "engine": engine, "compile_blocks": True, **extra}
         for engine in engines
-        for extra in ({}, {"activation_checkpointing": True})
+        for extra in ({"drop_path_rate": 0.5}, {"activation_checkpointing": True, "drop_path_rate": 0.5})
     ]
     scenarios += [
         {"scenario": "options_change_nothing", "engine": engine, "activation_checkpointing": True}

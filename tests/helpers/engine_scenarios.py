@@ -310,8 +310,10 @@ def _storages() -> dict[int, int]:
 def options_change_nothing(engine_name: str, process: Process, work: Path, **options: Any) -> dict[str, Any]:
     """Losses of three steps with an option of execution (compiled blocks, activation checkpointing) and without."""
     losses = []
-    for model in (VIT, replace(VIT, **options)):
+    plain = replace(VIT, drop_path_rate=options.pop("drop_path_rate", 0.0))
+    for model in (plain, replace(plain, **options)):
         engine = build_engine(engine_name, process, work, model=model)
+        torch.manual_seed(process.rank)
         losses.append([train_step(engine, step, process)["loss"] for step in range(3)])
     return {
         "plain": losses[0],
