@@ -1,18 +1,23 @@
-"""Adapters that turn timm's and transformers' models into named features and patch tokens."""
+"""Adapters that turn networks into named features and patch tokens: timm's and pixels; `hf_models` has the others."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from evaluation.exported import EncoderError
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 Features = dict[str, Tensor]
+# What timm's models call the tokens that they put before the patches.
+_PREFIX_PARAMETERS = {"cls_token", "dist_token", "reg_token"}
 
 
 class FeatureModule(nn.Module):
@@ -32,113 +37,70 @@ class FeatureModule(nn.Module):
 
 
 class TimmFeatures(FeatureModule):
-    """A timm model without classifier.
+    """A timm model without classifier: `embedding` is its own `forward_head`.
+
+    Tokens before the patches are those that the model declares (`num_prefix_tokens`); one that keeps such tokens and
+    does not say how many (CaiT's relatives VOLO and PiT), or that hands on several sequences, gives no patches.
 
     Args:
         model: built with `num_classes=0`.
         num_blocks: last blocks whose CLS token is kept.
+
+    Raises:
+        EncoderError: several blocks are asked for, and the model hands on the CLS token of the last alone.
     """
 
     def __init__(self, model: nn.Module, num_blocks: int = 1) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.num_blocks = num_blocks
+        prefixes = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters()} & _PREFIX_PARAMETERS
+        declared = getattr(model, "num_prefix_tokens", None)
+        self._num_prefix_tokens = 0 if declared is None and not prefixes else declared
+        # With registers and no CLS token, the first token is a register.
+        self._has_class_token = bool(self._num_prefix_tokens) and "cls_token" in prefixes
+        if num_blocks > 1 and self._has_class_token:
+            intermediates = getattr(model, "forward_intermediates", None)
+            if intermediates is None or "return_prefix_tokens" not in signature(intermediates).parameters:
+                raise EncoderError(
+                    f"features.num_blocks is {num_blocks}; expected 1 for {type(model).__name__}, which hands on the "
+                    "CLS token of its last block alone; set features.num_blocks"
+                )
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
         """Returns embedding, and CLS and patch mean for token models, patch mean alone for grids."""
-        model: Any = self.model
         earlier: list[Tensor] = []
-        if self.num_blocks > 1 and self._num_prefix_tokens > 0:
-            tokens, blocks = model.forward_intermediates(
+        if self.num_blocks > 1 and self._has_class_token:
+            tokens, blocks = self.model.forward_intermediates(
                 images, indices=self.num_blocks, return_prefix_tokens=True, norm=True, output_fmt="NLC"
             )
             earlier = [prefix[:, 0] for _, prefix in blocks[:-1]]
         else:
-            tokens = model.forward_features(images)
-        features = {"embedding": model.forward_head(tokens, pre_logits=True)}
+            tokens = self.model.forward_features(images)
+        features = {"embedding": self.model.forward_head(tokens, pre_logits=True)}
+        patches = self._patches(tokens)
+        if patches is None:
+            return features
+        if tokens.ndim == 4:
+            return {**features, "mean": patches.mean(dim=1)}
         # Models that pool patches normalise after pooling, the others before: fc_norm is then an identity.
-        normalise = getattr(model, "fc_norm", None) or nn.Identity()
-        if tokens.ndim == 3:
-            patches = tokens[:, self._num_prefix_tokens :]
-            features["mean"] = normalise(patches.mean(dim=1))
-            if self._num_prefix_tokens > 0:
-                features["cls"] = torch.stack([normalise(cls) for cls in [*earlier, tokens[:, 0]]], dim=1)
-        elif tokens.ndim == 4:
-            features["mean"] = tokens.mean(dim=self._grid_axes)
+        normalise = getattr(self.model, "fc_norm", None) or nn.Identity()
+        features["mean"] = normalise(patches.mean(dim=1))
+        if self._has_class_token:
+            features["cls"] = torch.stack([normalise(cls) for cls in [*earlier, tokens[:, 0]]], dim=1)
         return features
 
     def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
         """Returns the last block's patch tokens, or the cells of the last grid."""
-        tokens = self.model.forward_features(images)  # type: ignore[operator]
-        if tokens.ndim == 3:
-            return tokens[:, self._num_prefix_tokens :]
+        return self._patches(self.model.forward_features(images))
+
+    def _patches(self, tokens: Any) -> Float[Tensor, "B N D"] | None:
+        if not isinstance(tokens, Tensor) or tokens.ndim not in (3, 4):
+            return None
         if tokens.ndim == 4:
-            return tokens.flatten(1, 2) if self._grid_axes == (1, 2) else tokens.flatten(2).transpose(1, 2)
-        return None
-
-    @property
-    def _num_prefix_tokens(self) -> int:
-        return int(getattr(self.model, "num_prefix_tokens", 0))
-
-    @property
-    def _grid_axes(self) -> tuple[int, int]:
-        return (1, 2) if str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC") else (2, 3)
-
-
-class TransformersFeatures(FeatureModule):
-    """A vision model of transformers.
-
-    Tokens before the patch grid are counted from the sequence's length; the first of them, if any, is CLS.
-    The pooler is used only where there is no CLS token: several checkpoints carry an untrained one.
-
-    Args:
-        model: what `AutoModel.from_pretrained` returned; of a two-tower model the vision tower is taken.
-        num_blocks: last blocks whose CLS token is kept.
-    """
-
-    def __init__(self, model: nn.Module, num_blocks: int = 1) -> None:
-        super().__init__()
-        self.model = getattr(model, "vision_model", model)
-        self.num_blocks = num_blocks
-
-    def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
-        """Returns embedding, and CLS and patch mean where the model has tokens."""
-        output = self.model(pixel_values=images, output_hidden_states=self.num_blocks > 1)
-        last = output.last_hidden_state
-        if last.ndim == 4:
-            mean = last.mean(dim=(2, 3))
-            return {"embedding": mean, "mean": mean}
-        prefix = self._num_prefix_tokens(images, last)
-        mean = last[:, prefix:].mean(dim=1)
-        if prefix == 0:
-            pooled = getattr(output, "pooler_output", None)
-            return {"embedding": mean if pooled is None else pooled, "mean": mean}
-        earlier: list[Tensor] = []
-        if self.num_blocks > 1:
-            normalise = next(
-                (
-                    n
-                    for n in (getattr(self.model, a, None) for a in ("layernorm", "norm", "post_layernorm"))
-                    if n
-                ),
-                nn.Identity(),
-            )
-            earlier = [normalise(hidden[:, 0]) for hidden in output.hidden_states[-self.num_blocks : -1]]
-        return {"embedding": last[:, 0], "cls": torch.stack([*earlier, last[:, 0]], dim=1), "mean": mean}
-
-    def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
-        """Returns the last block's patch tokens, or the cells of the last grid."""
-        last = self.model(pixel_values=images).last_hidden_state
-        if last.ndim == 4:
-            return last.flatten(2).transpose(1, 2)
-        return last[:, self._num_prefix_tokens(images, last) :]
-
-    def _num_prefix_tokens(self, images: Tensor, tokens: Tensor) -> int:
-        patch_size = getattr(self.model.config, "patch_size", None)
-        if patch_size is None:
-            return 0
-        height, width = patch_size if isinstance(patch_size, list | tuple) else (patch_size, patch_size)
-        return tokens.shape[1] - (images.shape[2] // height) * (images.shape[3] // width)
+            last = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
+            return tokens.flatten(1, 2) if last else tokens.flatten(2).transpose(1, 2)
+        return None if self._num_prefix_tokens is None else tokens[:, self._num_prefix_tokens :]
 
 
 class PixelFeatures(FeatureModule):

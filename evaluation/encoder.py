@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from timm.data import resolve_data_config
 from torch import nn
 
-from evaluation.backbones import FeatureModule, NoFeatures, PixelFeatures, TimmFeatures, TransformersFeatures
+from evaluation.backbones import FeatureModule, NoFeatures, PixelFeatures, TimmFeatures
 from evaluation.config import TransformConfig
 from evaluation.exported import (
     EncoderError,
@@ -28,11 +30,14 @@ from evaluation.exported import (
     read_json,
     require_folder,
 )
+from evaluation.hf_models import TransformersFeatures, hub_transform, load_hub_model
 from evaluation.preprocessing import NoPreprocessing, Preprocessing, ProcessorTransform, from_timm_config
 from evaluation.weights_files import is_weights_file, split_name
 from runtime.files import sha256_of
 
 Transform = Preprocessing | ProcessorTransform | NoPreprocessing
+# Height, width and channels of the pictures of noise on which an encoder is tried.
+_TRIAL_SIZE = (80, 96, 3)
 
 
 @dataclass(frozen=True)
@@ -201,58 +206,17 @@ def _from_hub(spec: str, overrides: TransformConfig, num_blocks: int) -> Encoder
     config_path = local / "config.json"
     if local.is_dir() and config_path.is_file() and "pretrained_cfg" in read_json(config_path):
         return load_encoder(f"local-dir:{name}", transform=overrides, num_blocks=num_blocks)
-    # Imported here: transformers takes seconds to load and most evaluations do not need it.
-    from transformers import AutoModel
-
-    try:
-        model = AutoModel.from_pretrained(name)
-    except Exception as error:
-        raise EncoderError(
-            f"encoder is {spec!r}, which transformers cannot load ({type(error).__name__}: {one_line(error)}); "
-            "expected a released vision model or its folder; set encoder"
-        ) from error
+    model = load_hub_model(spec, name)
     return _freeze(
         Encoder(
             spec=spec,
             label=local.name,
             role="released",
             module=TransformersFeatures(model, num_blocks),
-            transform=_transformers_transform(spec, name, model.config, overrides),
+            transform=hub_transform(spec, name, model.config, overrides),
             weights_sha256=compute_weights_sha256(model),
         )
     )
-
-
-def _transformers_transform(spec: str, name: str, config: Any, overrides: TransformConfig) -> Transform:
-    if overrides.mean is not None and overrides.std is not None:
-        size = overrides.image_size or getattr(config, "image_size", None)
-        if size is None:
-            raise EncoderError(
-                f"transform.image_size is null; expected the size for {spec}; set transform.image_size"
-            )
-        return Preprocessing(
-            channels=getattr(config, "num_channels", 3),
-            image_size=int(size),
-            crop_fraction=overrides.crop_fraction or 1.0,
-            interpolation=overrides.interpolation or "bicubic",
-            mean=overrides.mean,
-            std=overrides.std,
-        )
-    if overrides != TransformConfig():
-        raise EncoderError(
-            f"transform overrides only part of {spec}'s image processor; expected mean and std beside it, "
-            "or no override; set transform.mean and transform.std"
-        )
-    from transformers import AutoImageProcessor
-
-    try:
-        return ProcessorTransform(AutoImageProcessor.from_pretrained(name))
-    except Exception as error:
-        # A guessed mean and std would give a wrong figure without a sign of it.
-        raise EncoderError(
-            f"encoder is {spec!r}, which carries no image processor; expected its own mean, std and size; "
-            "set transform.mean, transform.std and transform.image_size, or save the processor beside the model"
-        ) from error
 
 
 def load_controls(
@@ -358,4 +322,32 @@ def _raw_pixels(overrides: TransformConfig, like: Transform | None = None) -> En
 
 def _freeze(encoder: Encoder) -> Encoder:
     encoder.module.eval().requires_grad_(False)
+    if encoder.spec != "raw-pixels":
+        _require_same_twice(encoder)
     return encoder
+
+
+@torch.no_grad()
+def _require_same_twice(encoder: Encoder) -> None:
+    """Raises EncoderError unless the encoder takes images of its own preprocessing and gives the same features twice.
+
+    A network that masks, samples or drops in eval mode has no features: every figure would be a draw.
+    """
+    generator = np.random.default_rng(0)
+    pictures = [Image.fromarray(generator.integers(256, size=_TRIAL_SIZE, dtype=np.uint8)) for _ in range(2)]
+    try:
+        images = torch.stack([encoder.transform(picture) for picture in pictures])
+        first, second = encoder.module(images), encoder.module(images)
+    except EncoderError:
+        raise
+    except Exception as error:
+        raise EncoderError(
+            f"encoder is {encoder.spec!r}, which cannot take images of its preprocessing "
+            f"({type(error).__name__}: {one_line(error)}); expected a size that fits; set transform.image_size"
+        ) from error
+    for name, features in first.items():
+        if not torch.allclose(features, second[name], rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise EncoderError(
+                f"encoder is {encoder.spec!r}, whose feature {name!r} differs between two forwards of the same images; "
+                "expected a network without random masking or dropout in eval mode; set encoder"
+            )
