@@ -98,8 +98,9 @@ def test_compiled_blocks_are_timms_bit_for_bit(graphs, activation_checkpointing)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_are_timms_in_each_precision(dtype):
-    from models.vit import _DrawnDropPath
     from timm.layers import DropPath
+
+    from models.vit import _DrawnDropPath
 
     branch = torch.randn(64, 3, 5).to(dtype)
     ours, theirs = _DrawnDropPath(0.3, scale_by_keep=True), DropPath(0.3)
