@@ -10,11 +10,12 @@ DEMO := configs/pretrain_vit-mini_fashion-mnist_full.yaml
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 FAST := not slow and not slurm and not browser
 
-.PHONY: help demo test test-all audit audit-all slow-tools lint format bench clean
+.PHONY: help demo test test-isa test-all audit audit-all slow-tools lint format bench clean
 
 help:
 	@echo "make demo      install, fetch Fashion-MNIST, pretrain a small ViT, evaluate, write the report"
 	@echo "make test      the fast suite;  make test-all  also Slurm, browser, fault loops, long runs"
+	@echo "make test-isa  tests of learned figures under other instruction sets and numbers of threads; prints their ranges"
 	@echo "make lint      ruff and mypy;   make format    ruff format"
 	@echo "make audit     the collapse audit: six arms, three seeds;  make audit-all  ablations, estimators, long tails"
 	@echo "make bench     speed ratios beside their peers"
@@ -40,6 +41,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "$(FAST)" -n 2 --dist loadscope -q
+
+# Verdicts must not hang on rounding: TEST_ISA=--slow adds the tests that take minutes.
+test-isa: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.helpers.isa_matrix $(TEST_ISA)
 
 $(FASHION)/manifest.json: | $(VENV)/.installed
 	$(BIN)/python -m data.make_shards fashion-mnist --out $(FASHION)

@@ -21,17 +21,25 @@ def session(run_dir, digits, tmp_path, **recipe):
     return Session(config, load_encoder(str(run_dir)), Processes())
 
 
-def test_fine_tuning_learns_and_leaves_encoder_and_generator_alone(run_dir, digits, tmp_path):
-    first = session(run_dir, digits, tmp_path, epochs=12, lr=0.08, label_smoothing=0.0)
+@pytest.mark.learned
+def test_fine_tuning_learns_and_leaves_encoder_and_generator_alone(
+    run_dir, digits, tmp_path, record_property
+):
+    # The mean of the patches: a class token of width 24 learns so late that rounding decides what it has learned.
+    recipe = {"feature": "mean", "epochs": 16, "lr": 0.06, "label_smoothing": 0.0}
+    first = session(run_dir, digits, tmp_path, **recipe)
     before = {name: tensor.clone() for name, tensor in first.encoder.module.state_dict().items()}
     torch.manual_seed(5)
     stream = torch.get_rng_state()
     outcome = probe_fine_tune(first)
     assert torch.equal(torch.get_rng_state(), stream)
-    # 384 images and two blocks of width 24 from random weights: far above chance (0.1), far from finished.
-    assert outcome.figures["headline"]["top1"] > 0.25
     losses = outcome.figures["loss_by_epoch"]
-    assert len(losses) == 12 and losses[-1] < losses[0] - 0.4
+    record_property("top1", outcome.figures["headline"]["top1"])
+    record_property("loss", losses[-1])
+    # 384 images and two blocks of width 24 from random weights: far above chance (0.1), far from finished (0.55 to
+    # 0.59 over four seeds, with losses from 2.3 down to 1.0 to 1.15).
+    assert outcome.figures["headline"]["top1"] > 0.35
+    assert len(losses) == 16 and losses[-1] < losses[0] - 0.7
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in first.encoder.module.state_dict().items()
     )
