@@ -146,9 +146,9 @@ def make_shards(images: Path, work: Path) -> Path:
 
     out = work / f"{images.name}-shards"
     out.mkdir(parents=True, exist_ok=True)
-    files, classes = list_image_folder(str(images))
-    source = FileSource(files, classes, drops_duplicates=False)
-    write_split(source, "train", str(out), samples_per_shard=max(8, len(files) // 8))
+    listing = list_image_folder(str(images))
+    source = FileSource(listing.files, listing.classes, drops_duplicates=False)
+    write_split(source, "train", str(out), samples_per_shard=max(8, len(listing.files) // 8))
     return out
 
 

@@ -94,7 +94,8 @@ def measure_memory(shards: str, num_samples: int) -> dict[str, float]:
 
 def _make_imagenet_sized(folder: Path) -> Manifest:
     """Returns the manifest of 1,281,167 samples in 1,024 tars, which are names of two files."""
-    from data.shard_writing import ImageSource, SourceSample, write_split
+    from data.shard_writing import write_split
+    from data.sources import ImageSource, SourceSample
 
     class TinyImages(ImageSource):
         fingerprint = "tiny"

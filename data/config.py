@@ -82,6 +82,8 @@ class DataConfig:
     Attributes:
         shards: folder that holds `{split}-*.tar` and `manifest.json`; also `s3://`-like addresses of one.
         split: which split of that folder to train on.
+        image_key: which member is a sample's image, where samples hold several: its suffix, such as `jpg` or
+            `rgb.png`, or several in order of preference (`jpg;png`). Empty takes the manifest's, else the one image.
         sampler: `uniform` shows every image once an epoch; `class_balanced` gives every class the same share of
             an epoch, `square_root` a share that grows with the square root of the class's images.
         recipe: augmentation by name, see `RECIPES`.
@@ -111,6 +113,7 @@ class DataConfig:
 
     shards: str
     split: str = "train"
+    image_key: str = ""
     sampler: SamplerName = "uniform"
     recipe: RecipeName = "dino"
     channels: Literal[1, 3] = 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -13,12 +12,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.config import MAX_IMAGE_PIXELS, DataConfig
 from data.decoding import BadImageError, decode_to_pil, find_image
+from data.labels import number_classes, number_label, read_label
 from data.reader import EncodedSample, Failure, ShardReader
 from data.remote import ShardCache, open_shards
 from data.shards import DataError, Manifest, check_shard_files, load_manifest
 from data.workers import start_worker
 
-__all__ = ["DataError", "EvaluationStream", "Manifest", "label_of", "load_manifest", "require_same_classes"]
+__all__ = ["DataError", "EvaluationStream", "Manifest", "load_manifest", "require_same_classes"]
 
 LabelledBatch = tuple[Tensor, Tensor, Tensor]
 _Part = tuple[Tensor, Tensor, Tensor, list[str]]  # with the names of what was skipped
@@ -39,31 +39,6 @@ def require_same_classes(train: Manifest, test: Manifest) -> None:
     )
 
 
-def label_of(sample: EncodedSample) -> int:
-    """Returns a sample's class index from its `.cls` member, else `label` or `class_id` in its `.json`; -1 without.
-
-    Raises:
-        DataError: there is a label, and it is no number; or the `.json` is none.
-    """
-    text: object = None
-    if "cls" in sample.members:
-        text = sample.members["cls"].decode("utf-8", "replace").strip()
-    elif "json" in sample.members:
-        try:
-            values = json.loads(sample.members["json"])
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"the .json of {sample.key} is no JSON; write the shards again") from error
-        text = values.get("label", values.get("class_id")) if isinstance(values, dict) else None
-    if text is None:
-        return -1
-    try:
-        return int(str(text))
-    except ValueError as error:
-        raise DataError(
-            f"the label of {sample.key} is {text!r}; expected a class index; write the shards again"
-        ) from error
-
-
 class EvaluationStream:
     """Every image of a split once: an iterable over batches (images, labels, sample_ids).
 
@@ -80,7 +55,7 @@ class EvaluationStream:
         world_size: number of processes.
 
     Raises:
-        DataError: shards missing or of another size than in the manifest, or labels that are no numbers.
+        DataError: shards missing or of another size than in the manifest, or labels that the manifest does not know.
     """
 
     def __init__(
@@ -149,6 +124,7 @@ class _EvaluationDataset(IterableDataset):
         total = self.manifest.num_samples
         part, parts = self.rank * num_workers + worker, self.world_size * num_workers
         start, stop = total * part // parts, total * (part + 1) // parts
+        numbers = number_classes(self.manifest.classes)
         images: list[Tensor] = []
         labels: list[int] = []
         ids: list[int] = []
@@ -157,12 +133,13 @@ class _EvaluationDataset(IterableDataset):
             try:
                 if isinstance(sample, Failure):
                     raise BadImageError(sample.reason)
-                image = decode_to_pil(find_image(sample), max_pixels=MAX_IMAGE_PIXELS)
+                encoded = find_image(sample, self.manifest.image_key)
+                image = decode_to_pil(encoded, max_pixels=MAX_IMAGE_PIXELS)
             except BadImageError as error:
                 skipped.append(f"sample {sample_id}: {error}")
                 continue
             images.append(self.transform(image))
-            labels.append(label_of(sample))
+            labels.append(number_label(sample.key, read_label(sample.key, sample.members), numbers))
             ids.append(sample_id)
             if len(images) == self.batch_size:
                 yield torch.stack(images), torch.tensor(labels), torch.tensor(ids), skipped

@@ -8,6 +8,7 @@ ImageNet pipeline.
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import numpy as np
@@ -17,12 +18,17 @@ from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from data.local_errors import raise_if_local
+from data.members import NoImageError, choose_image
 from data.reader import EncodedSample
+
+with contextlib.suppress(ImportError):  # phones' photographs; Pillow does not open them by itself
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _GRAY_MODES = ("L", "1", "LA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
 
 # What Pillow and torchvision raise on bytes that are no whole image.
 DECODE_ERRORS = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, IndexError, TypeError, MemoryError)
@@ -32,22 +38,23 @@ class BadImageError(ValueError):
     """The sample holds no image that can be decoded; the message says why."""
 
 
-def has_image(sample: EncodedSample) -> bool:
-    """Returns whether a sample has an image member, by its suffix."""
-    return any(suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES for suffix in sample.members)
-
-
-def find_image(sample: EncodedSample) -> bytes:
-    """Returns the bytes of a sample's image member.
+def find_image(sample: EncodedSample, image_key: str = "") -> bytes:
+    """Returns the bytes of a sample's image member; see `data.members.choose_image`.
 
     Raises:
         BadImageError: the sample has none.
+        DataError: it has several and nothing says which.
     """
-    for suffix, data in sample.members.items():
-        if suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES:
-            return data
-    found = ", ".join(sorted(sample.members)) or "nothing"
-    raise BadImageError(f"no image among its members ({found})")
+    try:
+        return sample.members[choose_image(sample.key, sample.members, image_key)]
+    except NoImageError as error:
+        raise BadImageError(str(error)) from error
+
+
+def can_open(suffix: str) -> bool:
+    """Returns whether an image of this suffix can be decoded here: some need a library beside Pillow."""
+    Image.init()
+    return Image.registered_extensions().get(f".{suffix}") in Image.OPEN
 
 
 def decode_image(data: bytes, *, channels: int, max_pixels: int) -> Tensor:
@@ -63,12 +70,14 @@ def decode_image(data: bytes, *, channels: int, max_pixels: int) -> Tensor:
 
     Raises:
         BadImageError: not a whole image, or too large.
+        DataError: the machine is out of memory or open files.
     """
     try:
         pixels = _decode(data, channels, max_pixels)
     except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
         if isinstance(error, BadImageError):
             raise
+        raise_if_local(error, "an image")
         raise BadImageError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if pixels.shape[-1] < 1 or pixels.shape[-2] < 1:
         raise BadImageError("the image has no pixels")

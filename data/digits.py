@@ -10,8 +10,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from data.shard_writing import ImageSource, SourceSample
 from data.shards import DataError
+from data.sources import ImageSource, SourceSample
 
 SIDE = 28
 # Every fifth of a fixed permutation is for the test: 1,437 + 360 images.

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.shard_writing import ImageSource, Rejected, SourceSample
 from data.shards import DataError
+from data.sources import ImageSource, Rejected, SourceSample
 
 logger = logging.getLogger(__name__)
 

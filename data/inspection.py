@@ -15,26 +15,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.config import MAX_IMAGE_PIXELS
-from data.datasets import label_of
-from data.decoding import BadImageError, decode_image, find_image, has_image
-from data.reader import READ_ERRORS, EncodedSample, checksum_of, iterate_offsets, iterate_samples
+from data.decoding import BadImageError, decode_image
+from data.findings import Finding
+from data.labels import Label, LabelError, read_label
+from data.local_errors import raise_if_local
+from data.members import (
+    NoImageError,
+    choose_image,
+    describe_several,
+    image_members,
+    passed_over_reason,
+    readable,
+)
+from data.reader import (
+    READ_ERRORS,
+    EncodedSample,
+    checksum_of,
+    iterate_offsets,
+    iterate_samples,
+    reason_of,
+)
 from data.shards import DataError
 
 _BLOCK = 512
 _END_BLOCKS = 2
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong: in which shard, at which sample (empty for the shard as a whole), and what."""
-
-    shard: str
-    sample: str
-    message: str
-
-    def __str__(self) -> str:
-        where = f"{self.shard}: {self.sample}" if self.sample else self.shard
-        return f"{where}: {self.message}"
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_NUM_NAMED = 3
 
 
 @dataclass
@@ -48,9 +54,9 @@ class ShardScan:
         keys: the samples' names in order.
         offsets: where each sample starts.
         checksums: CRC-32 of each sample's members.
-        labels: class index of each sample, -1 without.
-        suffixes: how many samples have which set of members.
-        findings: what is wrong with it by itself, whatever a manifest says.
+        labels: class index or class name of each sample, None without.
+        passed_over: regular members that belong to no sample, by reason, and the first names of each.
+        findings: what is wrong with it by itself, whatever a manifest says; one for each kind.
     """
 
     name: str
@@ -59,41 +65,62 @@ class ShardScan:
     keys: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    suffixes: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    labels: list[Label] = field(default_factory=list)
+    passed_over: dict[str, list[str]] = field(default_factory=dict)
+    num_passed_over: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
 
-    def find(self, ordinal: int | None, message: str) -> None:
-        """Adds a finding about a sample, or about the tar as a whole."""
+    def find(self, ordinal: int | None, message: str, detail: str = "") -> None:
+        """Adds a finding about a sample, or about the tar as a whole; the same message again is counted only."""
+        for finding in self.findings:
+            if finding.message == message:
+                finding.count += 1
+                return
         sample = ""
         if ordinal is not None:
             key = f" ({self.keys[ordinal]})" if ordinal < len(self.keys) else ""
             sample = f"sample {ordinal}{key}"
-        self.findings.append(Finding(self.name, sample, message))
+        self.findings.append(Finding(self.name, sample, message, detail))
 
 
-def scan_shard(path: Path, *, num_decoded: int | None = 0) -> ShardScan:
+def scan_shard(path: Path, *, name: str = "", num_decoded: int | None = 0, image_key: str = "") -> ShardScan:
     """Returns what a tar holds and what is wrong with it.
 
     Args:
         path: the tar.
+        name: by which the scan calls it; empty for its file name.
         num_decoded: how many of its images to decode, spread evenly; None for all.
+        image_key: which member is a sample's image; see `data.members.choose_image`.
+
+    Raises:
+        DataError: the machine refuses (memory, open files, permissions): that says nothing about the tar.
     """
-    scan = ShardScan(path.name)
+    scan = ShardScan(name or path.name)
     try:
         scan.bytes = path.stat().st_size
         with path.open("rb") as file:
             scan.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        _read_samples(path, scan, num_decoded)
+            file.seek(0)
+            magic = file.read(_BLOCK)
+        compression = next((kind for start, kind in _COMPRESSIONS.items() if magic.startswith(start)), "")
+        if compression:
+            scan.find(
+                None,
+                "is compressed; expected a plain tar, in which samples can be found; expand it",
+                compression,
+            )
+            return scan
+        _read_samples(path, scan, num_decoded, image_key)
     except OSError as error:
-        scan.find(None, f"cannot be read: {error}")
+        raise_if_local(error, str(path))
+        scan.find(None, "cannot be read", str(error))
         return scan
     _walk_blocks(path, scan)
-    _compare_members(path, scan)
+    _check_keys(scan)
     return scan
 
 
-def _read_samples(path: Path, scan: ShardScan, num_decoded: int | None) -> None:
+def _read_samples(path: Path, scan: ShardScan, num_decoded: int | None, image_key: str) -> None:
     decoded = None if num_decoded is None else set[int]()
     try:
         # What stops this will stop the reading below, which reports it.
@@ -104,61 +131,78 @@ def _read_samples(path: Path, scan: ShardScan, num_decoded: int | None) -> None:
             decoded.update(range(0, len(scan.offsets), stride))
         with path.open("rb") as file:
             for ordinal, sample in enumerate(iterate_samples(file, path.name)):
-                _take_in(scan, ordinal, sample, decode=decoded is None or ordinal in decoded)
+                _take_in(scan, ordinal, sample, image_key, decode=decoded is None or ordinal in decoded)
     except READ_ERRORS as error:
-        scan.find(len(scan.keys), f"cannot be read: {type(error).__name__}: {error}")
+        raise_if_local(error, str(path))
+        scan.find(len(scan.keys), "cannot be read", reason_of(error))
     del scan.offsets[len(scan.keys) :]
 
 
-def _take_in(scan: ShardScan, ordinal: int, sample: EncodedSample, *, decode: bool) -> None:
+def _take_in(scan: ShardScan, ordinal: int, sample: EncodedSample, image_key: str, *, decode: bool) -> None:
     scan.keys.append(sample.key)
     scan.checksums.append(checksum_of(sample))
-    scan.suffixes[tuple(sorted(sample.members))] += 1
+    label: Label = None
     try:
-        scan.labels.append(label_of(sample))
+        label = read_label(sample.key, sample.members)
+    except LabelError as error:
+        scan.find(ordinal, "has no usable label", f"{error.shown}; expected {error.rule}")
     except DataError as error:
-        scan.labels.append(-1)
-        scan.find(ordinal, str(error))
-    if not has_image(sample):
-        scan.find(ordinal, f"no image among its members ({', '.join(sorted(sample.members))})")
-    elif decode:
-        try:
-            decode_image(find_image(sample), channels=3, max_pixels=MAX_IMAGE_PIXELS)
-        except BadImageError as error:
-            scan.find(ordinal, f"cannot be decoded: {error}")
+        scan.find(ordinal, "holds several labels", str(error))
+    scan.labels.append(label)
+    images = image_members(sample.members)
+    if len(images) > 1 and not image_key:
+        scan.find(ordinal, "holds several images", describe_several(sample.key, images))
+        return
+    try:
+        image = sample.members[choose_image(sample.key, sample.members, image_key)]
+        if decode:
+            decode_image(image, channels=3, max_pixels=MAX_IMAGE_PIXELS)
+    except NoImageError as error:
+        scan.find(ordinal, "has no image", str(error))
+    except BadImageError as error:
+        scan.find(ordinal, "cannot be decoded", str(error))
 
 
 def _walk_blocks(path: Path, scan: ShardScan) -> None:
-    """Finds damaged headers, a missing end of the archive, and data behind the end."""
+    """Finds damaged headers, a missing end of the archive, data behind the end, and what belongs to no sample."""
     with path.open("rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            return
         offset = 0
         while True:
             file.seek(offset)
             header = file.read(_BLOCK)
             if len(header) < _BLOCK:
-                scan.find(
-                    _ordinal_at(scan.offsets, offset),
-                    f"the file ends at byte {scan.bytes}, within the archive",
-                )
+                detail = f"at byte {scan.bytes}"
+                scan.find(_ordinal_at(scan.offsets, offset), "the file ends within the archive", detail)
                 return
             if not any(header):
                 break
             try:
                 member = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
             except tarfile.HeaderError as error:
-                scan.find(_ordinal_at(scan.offsets, offset), f"damaged header at byte {offset}: {error}")
+                scan.find(_ordinal_at(scan.offsets, offset), "damaged header", f"at byte {offset}: {error}")
                 return
+            if member.type == tarfile.GNUTYPE_SPARSE or "GNUSparseFile." in member.name:
+                scan.find(
+                    None, "holds a sparse file; expected whole ones; pack it without --sparse", member.name
+                )
+                return
+            _note_passed_over(member, scan)
             offset += _BLOCK + -(-member.size // _BLOCK) * _BLOCK
         file.seek(offset)
         if any(any(block) for block in iter(lambda: file.read(1 << 20), b"")):
-            scan.find(
-                _ordinal_at(scan.offsets, offset),
-                f"a zeroed header at byte {offset}: there are members behind it",
-            )
+            detail = f"at byte {offset}: there are members behind it"
+            scan.find(_ordinal_at(scan.offsets, offset), "a zeroed header", detail)
         elif scan.bytes - offset < _END_BLOCKS * _BLOCK:
             scan.find(None, "the end of the archive is cut off")
+
+
+def _note_passed_over(member: tarfile.TarInfo, scan: ShardScan) -> None:
+    reason = passed_over_reason(member.name) if member.isreg() else ""
+    if reason:
+        scan.num_passed_over[reason] += 1
+        named = scan.passed_over.setdefault(reason, [])
+        if len(named) < _NUM_NAMED:
+            named.append(readable(member.name))
 
 
 def _ordinal_at(offsets: Sequence[int], offset: int) -> int:
@@ -167,21 +211,12 @@ def _ordinal_at(offsets: Sequence[int], offset: int) -> int:
     return (after[0] if after else len(offsets)) - (1 if offsets and offset < offsets[-1] else 0)
 
 
-def _compare_members(path: Path, scan: ShardScan) -> None:
-    """Finds samples that lack members which the others have: keys that do not pair."""
+def _check_keys(scan: ShardScan) -> None:
+    """Finds a tar without samples, and keys that are not adjacent or occur twice."""
+    if not scan.keys and not scan.findings:
+        passed = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in scan.passed_over.items())
+        scan.find(None, "holds no sample; expected members such as KEY.jpg; remove the file", passed)
     if len(scan.keys) != len(set(scan.keys)):
         twice = [key for key, count in Counter(scan.keys).items() if count > 1]
-        scan.find(
-            None, f"{len(twice)} keys occur more than once, or are not adjacent: {', '.join(twice[:5])}"
-        )
-    if len(scan.suffixes) <= 1:
-        return
-    usual = scan.suffixes.most_common(1)[0][0]
-    with path.open("rb") as file:
-        try:
-            for ordinal, sample in enumerate(iterate_samples(file, path.name)):
-                lacking = sorted(set(usual) - set(sample.members))
-                if lacking:
-                    scan.find(ordinal, f"lacks {', '.join(lacking)}")
-        except READ_ERRORS:
-            return  # found above
+        detail = f"{len(twice)} keys: {', '.join(twice[:5])}"
+        scan.find(None, "keys occur more than once, or their members are not adjacent", detail)

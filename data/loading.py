@@ -57,6 +57,7 @@ class LaneDataset(IterableDataset):
         self.config, self.manifest, self.plan, self.cache = config, manifest, plan, cache
         self.rank, self.world_size, self.batch_size, self.first = rank, world_size, batch_size, first
         self.used = dict(used)
+        self.image_key = config.image_key or manifest.image_key
 
     def __iter__(self) -> Iterator[BatchPart]:
         """Yields this worker's part of micro-batch after micro-batch."""
@@ -131,8 +132,8 @@ class LaneDataset(IterableDataset):
         if isinstance(sample, Failure):
             raise BadImageError(sample.reason)
         config = self.config
-        image = decode_image(find_image(sample), channels=config.channels, max_pixels=config.max_image_pixels)
-        return sample.key, image
+        encoded = find_image(sample, self.image_key)
+        return sample.key, decode_image(encoded, channels=config.channels, max_pixels=config.max_image_pixels)
 
     def _check_memory(self) -> float:
         rss = measure_rss_mib()

@@ -2,12 +2,14 @@
 
     python -m data.make_shards fashion-mnist --out datasets/fashion-mnist
     python -m data.make_shards digits --out datasets/digits
-    python -m data.make_shards imagefolder photos/ --out datasets/photos
-    python -m data.make_shards imagefolder ILSVRC/train --out datasets/imagenet
+    python -m data.make_shards cifar10 --out datasets/cifar10                     (cifar100, tiny-imagenet)
+    python -m data.make_shards imagefolder photos/ --out datasets/photos          (photos/train, photos/test: splits)
+    python -m data.make_shards imagefolder ILSVRC/train --label-conflicts first --out datasets/imagenet
     python -m data.make_shards imagefolder ILSVRC/val --split val --labels LOC_val_solution.csv --out datasets/imagenet
     python -m data.make_shards inat2018 --root inat/ --train train2018.json --val val2018.json --out datasets/inat2018
     python -m data.make_shards csv list.csv --root photos/ --label-column species --out datasets/species
     python -m data.make_shards lt datasets/imagenet --imbalance 100 --out datasets/imagenet-lt
+    python -m data.make_shards reshuffle others/shards --out datasets/others      (rewrites any set in random order)
 
 A second run keeps the shards that are complete. Images are shuffled before they are written; broken ones and
 duplicates are left out and counted. `--keep-duplicates` keeps the latter: a benchmark's validation set is judged whole.
@@ -22,13 +24,18 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data.digits import DigitsSource
-from data.fashion_mnist import SPLITS, FashionMnistSource, fetch
-from data.image_sources import FileSource, ImageFile, list_csv, list_image_folder, list_inaturalist
-from data.shard_writing import ImageSource, Rejected, write_split
+# What a command needs is imported by its function: a usage line should not wait for torch.
 from data.shards import MANIFEST_NAME, DataError, Manifest, load_manifest, split_names
-from data.subsets import write_long_tail
+
+if TYPE_CHECKING:
+    from data.image_sources import FileSource, Listing
+    from data.sources import ImageSource, Rejected
+
+_DOWNLOADS = "datasets/downloads"
+_MIB = 1024 * 1024
+_NUM_NAMED = 5
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,17 +62,50 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_known_sets(commands)
+    _add_own_images(commands)
+    _add_sets_of_sets(commands)
+    return parser.parse_args(arguments)
+
+
+def _add_known_sets(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     fashion = commands.add_parser("fashion-mnist", help="fetch Fashion-MNIST and write its two splits")
     fashion.add_argument(
-        "--cache", default="datasets/downloads/fashion-mnist", help="where fetched files are kept"
+        "--cache", default=f"{_DOWNLOADS}/fashion-mnist", help="where fetched files are kept"
     )
     fashion.set_defaults(run=_make_fashion_mnist)
     digits = commands.add_parser("digits", help="scikit-learn's 1,797 digits, for a look in seconds")
     digits.set_defaults(run=_make_digits)
-    folder = commands.add_parser("imagefolder", help="a folder of class folders, or of images")
+    known = [fashion, digits]
+    for name, run, splits in (
+        ("cifar10", _make_cifar, "train and test"),
+        ("cifar100", _make_cifar, "train and test"),
+        ("tiny-imagenet", _make_tiny_imagenet, "train and val"),
+    ):
+        command = commands.add_parser(name, help=f"the official archive's splits {splits}")
+        command.add_argument(
+            "--archive", default="", help="the archive or its unpacked folder; empty: fetch it"
+        )
+        command.add_argument("--cache", default=_DOWNLOADS, help="where a fetched archive is kept")
+        command.set_defaults(run=run)
+        known.append(command)
+    for command in known:
+        _add_common_options(command)
+
+
+def _add_own_images(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    folder = commands.add_parser(
+        "imagefolder", help="a folder of class folders, of images, or of splits of them"
+    )
     folder.add_argument("root", help="the folder")
-    folder.add_argument("--split", default="train")
+    folder.add_argument("--split", default=None, help="the split to write; default: train")
     folder.add_argument("--labels", default="", help="file of lines 'file name, class' for a flat folder")
+    folder.add_argument(
+        "--split-folders",
+        choices=("auto", "no"),
+        default="auto",
+        help="whether folders train, val, test, valid and validation are splits; no: they are classes",
+    )
     folder.set_defaults(run=_make_image_folder)
     table = commands.add_parser("csv", help="images that a CSV file with a header lists")
     table.add_argument("path", help="the CSV file")
@@ -80,6 +120,22 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     inat.add_argument("--val", required=True, help="val2018.json")
     inat.add_argument("--categories", default="", help="categories.json with the taxonomy")
     inat.set_defaults(run=_make_inat)
+    for command in (folder, table, inat):
+        _add_common_options(command)
+        help_text = "resize images whose shorter side is longer than this; 0 keeps the bytes of all"
+        command.add_argument("--max-side", type=int, default=0, help=help_text)
+        command.add_argument(
+            "--keep-duplicates", action="store_true", help="write images that occur twice twice"
+        )
+        command.add_argument(
+            "--label-conflicts",
+            choices=("error", "first", "drop"),
+            default="error",
+            help="when two classes hold the same image: refuse, keep the first, or leave out all of them",
+        )
+
+
+def _add_sets_of_sets(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     tail = commands.add_parser("lt", help="a long-tailed sub-sample of a set, without copying images")
     tail.add_argument("shards", help="folder of the whole set")
     tail.add_argument("--split", default="train", help="the split to thin out; the others are kept whole")
@@ -89,15 +145,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     tail.add_argument("--out", required=True)
     tail.add_argument("--seed", type=int, default=0)
     tail.set_defaults(run=_make_long_tail)
-    for command in (fashion, digits, folder, table, inat):
-        _add_common_options(command)
-    for command in (folder, table, inat):
-        help_text = "resize images whose shorter side is longer than this; 0 keeps the bytes of all"
-        command.add_argument("--max-side", type=int, default=0, help=help_text)
-        command.add_argument(
-            "--keep-duplicates", action="store_true", help="write images that occur twice twice"
-        )
-    return parser.parse_args(arguments)
+    again = commands.add_parser("reshuffle", help="any set of shards, rewritten in random order")
+    again.add_argument("shards", help="folder of the set; a manifest is not needed")
+    again.add_argument(
+        "--image-key", default="", help="the image's suffix, where samples hold several images"
+    )
+    again.add_argument(
+        "--last-dot", action="store_true", help="names are KEY.SUFFIX with dots in KEY: cut at the last one"
+    )
+    again.add_argument("--memory-mib", type=int, default=512, help="of samples that wait for their place")
+    _add_common_options(again)
+    again.set_defaults(run=_reshuffle)
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +168,14 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
 
 def _check_options(options: argparse.Namespace) -> None:
     """Raises DataError for the first number that cannot work."""
-    least = {"samples_per_shard": 1, "shard_mib": 1, "processes": 1, "max_side": 0, "imbalance": 1}
+    least = {
+        "samples_per_shard": 1,
+        "shard_mib": 1,
+        "processes": 1,
+        "max_side": 0,
+        "imbalance": 1,
+        "memory_mib": 1,
+    }
     for name, lowest in least.items():
         value = getattr(options, name, lowest)
         if not value >= lowest:
@@ -118,45 +183,93 @@ def _check_options(options: argparse.Namespace) -> None:
             raise DataError(f"{flag} is {value}; expected at least {lowest}; set {flag}")
 
 
-def _source(listed: tuple[list[ImageFile], tuple[str, ...]], options: argparse.Namespace) -> FileSource:
-    files, classes = listed
-    return FileSource(files, classes, max_side=options.max_side, drops_duplicates=not options.keep_duplicates)
+def _source(listed: Listing, options: argparse.Namespace) -> FileSource:
+    from data.image_sources import FileSource
+
+    for line in listed.passed_over.lines():
+        print(f"  {line}")
+    return FileSource(
+        listed.files,
+        listed.classes,
+        max_side=options.max_side,
+        drops_duplicates=not options.keep_duplicates,
+        label_conflicts=options.label_conflicts,
+    )
 
 
 def _make_fashion_mnist(options: argparse.Namespace) -> None:
+    from data.fashion_mnist import SPLITS, FashionMnistSource, fetch
+
     folder = fetch(options.cache)
     for split in SPLITS:
         _write(FashionMnistSource(folder, split), split, options)
 
 
 def _make_digits(options: argparse.Namespace) -> None:
-    for split in SPLITS:
+    from data.digits import DigitsSource
+
+    for split in ("train", "test"):
         _write(DigitsSource(split), split, options)
 
 
+def _make_cifar(options: argparse.Namespace) -> None:
+    from data.cifar import open_cifar
+
+    for split, source in open_cifar(options.command, options.archive, options.cache).items():
+        _write(source, split, options)
+
+
+def _make_tiny_imagenet(options: argparse.Namespace) -> None:
+    from data.tiny_imagenet import open_tiny_imagenet
+
+    for split, source in open_tiny_imagenet(options.archive, options.cache).items():
+        _write(source, split, options)
+
+
 def _make_image_folder(options: argparse.Namespace) -> None:
-    known = _known_classes(options.out, options.split)
-    listed = list_image_folder(options.root, labels_path=options.labels, known_classes=known)
-    _write(_source(listed, options), options.split, options)
+    from data.folder_walk import find_split_folders
+    from data.image_sources import list_image_folder
+
+    folders = find_split_folders(options.root) if options.split_folders == "auto" else []
+    if folders and (options.split or options.labels):
+        flag = "--split" if options.split else "--labels"
+        raise DataError(
+            f"{options.root} holds the split folders {', '.join(folders)}; expected none where {flag} is given; pass "
+            "one of them, or --split-folders no if they are classes"
+        )
+    roots = {name.lower(): str(Path(options.root) / name) for name in folders}
+    roots = roots or {options.split or "train": options.root}
+    known = _known_classes(options.out, set(roots))
+    # All are listed before the first is written: a mistake in the second must not come after an hour.
+    listed = {}
+    for split, root in roots.items():
+        listed[split] = list_image_folder(root, labels_path=options.labels, known_classes=known)
+        known = known or listed[split].classes
+    for split, listing in listed.items():
+        _write(_source(listing, options), split, options)
 
 
 def _make_csv(options: argparse.Namespace) -> None:
+    from data.image_sources import list_csv
+
     listed = list_csv(
         options.path,
         root=options.root,
         image_column=options.image_column,
         label_column=options.label_column,
-        known_classes=_known_classes(options.out, options.split),
+        known_classes=_known_classes(options.out, {options.split}),
     )
     _write(_source(listed, options), options.split, options)
 
 
 def _make_inat(options: argparse.Namespace) -> None:
+    from data.image_sources import list_inaturalist
+
     by_split = {
         split: list_inaturalist(path, root=options.root, categories_path=options.categories)
         for split, path in (("train", options.train), ("val", options.val))
     }
-    if by_split["train"][1] != by_split["val"][1]:
+    if by_split["train"].classes != by_split["val"].classes:
         raise DataError(
             f"{options.train} and {options.val} have different categories; expected the same; mend one"
         )
@@ -165,21 +278,46 @@ def _make_inat(options: argparse.Namespace) -> None:
 
 
 def _make_long_tail(options: argparse.Namespace) -> None:
+    from data.subsets import write_long_tail
+
     for manifest in write_long_tail(
         options.shards, options.out, split=options.split, imbalance=options.imbalance, seed=options.seed
     ):
         _report(manifest, [], 0.0)
 
 
-def _known_classes(directory: str, split: str) -> tuple[str, ...]:
-    """Returns the classes of the other splits of a folder: their numbers hold for a new split, too."""
+def _reshuffle(options: argparse.Namespace) -> None:
+    from data.reshuffling import ReshuffleOptions, reshuffle
+
+    started = time.monotonic()
+    reshuffle(
+        options.shards,
+        options.out,
+        ReshuffleOptions(
+            seed=options.seed,
+            samples_per_shard=options.samples_per_shard,
+            max_shard_bytes=options.shard_mib * _MIB,
+            buffer_bytes=options.memory_mib * _MIB,
+            last_dot=options.last_dot,
+            image_key=options.image_key,
+            num_processes=options.processes,
+        ),
+    )
+    for split in split_names(options.out):
+        _report(load_manifest(options.out, split), [], time.monotonic() - started)
+
+
+def _known_classes(directory: str, splits: set[str]) -> tuple[str, ...]:
+    """Returns the classes of a folder's splits other than these: their numbers hold for a new split, too."""
     if not (Path(directory) / MANIFEST_NAME).is_file():
         return ()
-    others = [name for name in split_names(directory) if name != split]
-    return next((load_manifest(directory, name).classes for name in others), ())
+    others = [load_manifest(directory, name) for name in split_names(directory) if name not in splits]
+    return next((manifest.classes for manifest in others if manifest.classes), ())
 
 
 def _write(source: ImageSource, split: str, options: argparse.Namespace) -> None:
+    from data.shard_writing import write_split
+
     Path(options.out).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     manifest, rejected = write_split(
@@ -187,7 +325,7 @@ def _write(source: ImageSource, split: str, options: argparse.Namespace) -> None
         split,
         options.out,
         samples_per_shard=options.samples_per_shard,
-        max_shard_bytes=options.shard_mib * 1024 * 1024,
+        max_shard_bytes=options.shard_mib * _MIB,
         seed=options.seed,
         num_processes=options.processes,
     )
@@ -201,8 +339,10 @@ def _report(manifest: Manifest, rejected: list[Rejected], seconds: float) -> Non
         f"{len(manifest.shards)} shards, {gib:.2f} GiB, {seconds:.1f} s, in {manifest.directory}"
     )
     for kind, count in sorted(Counter(item.kind for item in rejected).items()):
-        examples = ", ".join(item.name for item in rejected if item.kind == kind)[:300]
-        print(f"  left out, {kind}: {count} ({examples})")
+        of_kind = [item for item in rejected if item.kind == kind]
+        named = [f"{item.name}: {item.detail}" if item.detail else item.name for item in of_kind]
+        more = f"; all in {manifest.split}.left_out.txt" if count > _NUM_NAMED else ""
+        print(f"  left out, {kind}: {count} ({'; '.join(named[:_NUM_NAMED])}{more})")
 
 
 if __name__ == "__main__":

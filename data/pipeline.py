@@ -15,6 +15,7 @@ from data.collate import BatchPart, CropBatch, collate_parts
 from data.config import DataConfig
 from data.decoding import BadImageError, decode_image, find_image
 from data.loading import LaneDataset
+from data.mixing import measure_mixing, report_mixing
 from data.plan import SamplePlan
 from data.reader import Failure, ShardReader
 from data.remote import open_shards
@@ -81,6 +82,8 @@ class TrainingStream:
         self._skipped_names = list[str]()
         self._close: Callable[[], None] | None = None
         check_decodable(ShardReader(self.manifest, cache=self._cache), config)
+        if rank == 0 and position is None:
+            _report_mixing(config, self.manifest, seed, global_batch_size)
 
     def __iter__(self) -> Iterator[CropBatch]:
         """Yields micro-batches from the stream's position on.
@@ -215,13 +218,15 @@ def check_decodable(reader: ShardReader, config: DataConfig) -> None:
     """
     number, shard = next((n, shard) for n, shard in enumerate(reader.manifest.shards) if shard.num_selected)
     ordinals = range(shard.samples)
+    image_key = config.image_key or reader.manifest.image_key
     reason = ""
     for _, sample in reader.read(number, ordinals[:8]):
         if isinstance(sample, Failure):
             reason = reason or f"{sample.name}: {sample.reason}"
             continue
         try:
-            decode_image(find_image(sample), channels=config.channels, max_pixels=config.max_image_pixels)
+            encoded = find_image(sample, image_key)
+            decode_image(encoded, channels=config.channels, max_pixels=config.max_image_pixels)
             return
         except BadImageError as error:
             reason = reason or f"{sample.key}: {error}"
@@ -229,6 +234,18 @@ def check_decodable(reader: ShardReader, config: DataConfig) -> None:
         f"{reader.manifest.path_of(shard)} has no image in its first samples ({reason}); expected members such as "
         ".jpg or .png; set data.shards to a folder of image shards"
     )
+
+
+def _report_mixing(config: DataConfig, manifest: Manifest, seed: int, batch_size: int) -> None:
+    mixing = measure_mixing(
+        manifest,
+        num_lanes=config.num_lanes,
+        window=config.shuffle_window,
+        batch_size=batch_size,
+        sampler=config.sampler,
+        seed=seed,
+    )
+    report_mixing(config.shards, config.split, mixing)
 
 
 def _check_consumers(config: DataConfig, manifest: Manifest, world_size: int) -> None:

@@ -143,6 +143,26 @@ class SamplePlan:
         slots = np.arange(first, first + count, dtype=np.int64) * world_size + rank
         return slots % self.num_lanes
 
+    def samples_of_slots(self, first: int, count: int) -> NDArray[np.int64]:
+        """Returns the ids of the samples in slots [first, first + count), as long as no sample is bad."""
+        ids = np.empty(count, dtype=np.int64)
+        for row, slot in enumerate(range(first, first + count)):
+            lane = slot % self.num_lanes
+            epoch, place = self.locate(lane, slot // self.num_lanes)
+            begin, order = self.window_order(lane, epoch, place)
+            start = self.lane_range(lane, epoch)[0] + begin + int(order[place - begin])
+            (segment,) = self.segments(epoch, start, start + 1)
+            ids[row] = self._first_id[segment.shard] + segment.ordinals[0]
+        return ids
+
+    def copies_of_samples(self, epoch: int) -> NDArray[np.int64]:
+        """Returns how often an epoch shows each sample of the tars, by its id."""
+        copies = np.zeros(self._first_id[-1], dtype=np.int64)
+        for shard in range(len(self._selected)):
+            entries = np.asarray(self._entries(epoch, shard), dtype=np.int64)
+            np.add.at(copies, self._first_id[shard] + entries, 1)
+        return copies
+
     def _lay_out_epoch(self, epoch: int) -> EpochLayout:
         order = draw_permutation(hash_key(self.seed, _SHARD_ORDER, epoch), len(self._selected))
         counts = self._selected

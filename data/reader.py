@@ -11,32 +11,42 @@ import errno
 import hashlib
 import logging
 import os
-import re
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from data.local_errors import raise_if_local
+from data.members import split_name
+from data.open_files import FilePool, PooledFile, most_open_files
 from data.remote import ShardCache
 from data.shards import DataError, Manifest, Shard, load_index
 
 logger = logging.getLogger(__name__)
 
-_METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
-
 _GZIP_MAGIC = b"\x1f\x8b"
 _JUMP_SAMPLES = 4  # a gap wider than this is jumped by the index; narrower, reading on is as fast
 
 # What tarfile and webdataset raise on damaged tars, duplicate members and failing disks.
-READ_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, AssertionError, IndexError, TypeError)
+READ_ERRORS = (
+    tarfile.TarError,
+    OSError,
+    EOFError,
+    ValueError,
+    AssertionError,
+    IndexError,
+    TypeError,
+    MemoryError,
+)
 
 # What a shared file system answers while a server fails over. Skipping the sample instead would change the order.
 _TRANSIENT = frozenset(
@@ -51,6 +61,9 @@ _TRANSIENT = frozenset(
     )
 )
 _WAITS_S = (0.5, 1.0, 2.0, 4.0)
+
+
+ReadableFile = BinaryIO | BufferedReader | PooledFile
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,7 @@ class ShardReader:
         self._verify_hash = verify_hash
         self._verified: set[int] = set()
         self._first_ids = manifest.first_ids
+        self._files = FilePool(most_open_files())
         self._index = load_index(manifest)
 
     def read(
@@ -113,12 +127,13 @@ class ShardReader:
             except READ_ERRORS as error:
                 if isinstance(error, DataError):
                     raise
+                raise_if_local(error, self.manifest.path_of(self.manifest.shards[shard_index]))
                 if isinstance(error, OSError) and error.errno in _TRANSIENT and num_waits < len(_WAITS_S):
                     logger.warning("%s: %s; reading again", self.manifest.shards[shard_index].name, error)
                     time.sleep(_WAITS_S[num_waits])
                     num_waits += 1
                     continue
-                reason = f"{type(error).__name__}: {error}"
+                reason = reason_of(error)
             if done == len(wanted) or (not reason and self._index is not None):
                 continue
             shard = self.manifest.shards[shard_index]
@@ -141,7 +156,7 @@ class ShardReader:
         """
         shard = self.manifest.shards[shard_index]
         done = 0
-        with self._open(shard_index, shard) as file:
+        with self._files.open(partial(self._open, shard_index, shard)) as file:
             for ordinal, sample in self._samples_from(file, shard_index, wanted[0]):
                 checked = self._check(shard_index, ordinal, sample) if wanted[done] == ordinal else sample
                 while done < len(wanted) and wanted[done] == ordinal:
@@ -188,7 +203,7 @@ class ShardReader:
         return file
 
     def _samples_from(
-        self, file: BinaryIO, shard_index: int, first: int
+        self, file: ReadableFile, shard_index: int, first: int
     ) -> Iterator[tuple[int, EncodedSample]]:
         shard = self.manifest.shards[shard_index]
         if self._index is not None:
@@ -215,10 +230,24 @@ def checksum_of(sample: EncodedSample) -> int:
     return checksum
 
 
-def iterate_samples(file: BinaryIO, name: str) -> Iterator[EncodedSample]:
-    """Yields the samples of an open tar from its present position, as webdataset groups them."""
+def reason_of(error: Exception) -> str:
+    """Returns what a reading error says, without the file objects that webdataset adds to it."""
+    said = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    return f"{type(error).__name__}: {said.split(' @ <')[0]}"
+
+
+def iterate_samples(
+    file: ReadableFile, name: str, split: Callable[[str], tuple[str, str] | tuple[None, None]] = split_name
+) -> Iterator[EncodedSample]:
+    """Yields the samples of an open tar from its present position, as webdataset groups them.
+
+    Args:
+        file: the tar; compressed ones are read, too.
+        name: of the tar, for messages.
+        split: a member's name to its key and suffix.
+    """
     files = tar_file_expander(iter([{"url": name, "stream": file}]))
-    for sample in group_by_keys(files):
+    for sample in group_by_keys(files, keys=split):
         yield to_encoded(sample)
 
 
@@ -228,7 +257,7 @@ def to_encoded(sample: dict[str, Any]) -> EncodedSample:
     return EncodedSample(sample["__key__"], members)
 
 
-def skip_samples(file: BinaryIO, count: int) -> int:
+def skip_samples(file: ReadableFile, count: int) -> int:
     """Moves an open tar to its sample number `count`, reading headers only; returns the number it stands at.
 
     A compressed tar cannot be skipped: it stays at 0 and its caller reads on.
@@ -249,18 +278,18 @@ def skip_samples(file: BinaryIO, count: int) -> int:
     raise EOFError(f"the tar ended before its sample {count}")
 
 
-def iterate_offsets(file: BinaryIO) -> Iterator[int]:
+def iterate_offsets(file: ReadableFile) -> Iterator[int]:
     """Yields where each sample of an open, uncompressed tar starts, reading headers only.
 
     Raises:
         tarfile.TarError, OSError: not a tar.
     """
-    tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (closing it would close nothing)
+    tar = tarfile.open(fileobj=cast("BinaryIO", file), mode="r:")  # noqa: SIM115  (closing it would close nothing)
     previous_key = None
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-        key = base_plus_ext(member.name)[0] if member.isreg() else None
-        if key is None or _METADATA.match(member.name):
+        key = split_name(member.name)[0] if member.isreg() else None
+        if key is None:
             continue
         if key != previous_key:
             yield member.offset

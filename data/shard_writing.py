@@ -7,9 +7,9 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,65 +20,24 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
+from data.duplicates import CONFLICT_KINDS, DUPLICATE, Content, LabelConflicts, find_duplicates
+from data.local_errors import raise_if_local
+from data.members import LABEL_SUFFIX
 from data.random_numbers import draw_permutation, hash_key
 from data.reader import EncodedSample, checksum_of
 from data.shards import INDEX_DTYPE, DataError, Manifest, Shard, save_index, save_manifest, write_whole
+from data.sources import ImageSource, Rejected, SourceSample
 
 logger = logging.getLogger(__name__)
 
 _RECORDS = ".records"  # one small file a finished shard: what makes a second run resume
-_DUPLICATE = "duplicate"
 _NAME_PATTERN = "%s-%06d.tar"
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SHARD_ORDER = 11  # purpose of the shuffle's random key
 
 
 # Offset, checksum and label, as in `INDEX_DTYPE`.
 IndexEntry = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class SourceSample:
-    """One image to be written: a unique key without dots, its members by suffix, its class index if it has one."""
-
-    key: str
-    members: dict[str, bytes]
-    label: int | None = None
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """An image that is left out, and why: `broken`, `duplicate`, ... with a detail and its number in the source."""
-
-    name: str
-    kind: str
-    detail: str = ""
-    index: int = -1
-
-
-class ImageSource(ABC):
-    """A picklable list of images.
-
-    Attributes:
-        classes: class names in index order; empty without labels.
-        fingerprint: text that changes whenever the images or their treatment do.
-        drops_duplicates: leave out images whose bytes occurred before, and report them.
-    """
-
-    classes: tuple[str, ...] = ()
-    fingerprint: str = ""
-    drops_duplicates: bool = False
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Returns the number of images."""
-
-    @abstractmethod
-    def size(self, index: int) -> int:
-        """Returns an image's approximate size in bytes."""
-
-    @abstractmethod
-    def load(self, index: int) -> SourceSample | Rejected:
-        """Returns an image's bytes; reads it once."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +56,17 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """One shard to write: its number and which images of the source go into it, in which order."""
+    """One shard to write: its number, which images of the source go into it in which order, and which do not.
+
+    `left_out` holds (kind, detail) by number in the source.
+    """
 
     split: str
     number: int
     indices: Sequence[int]
     directory: str
     fingerprint: str
-    duplicates: frozenset[int] = frozenset()
+    left_out: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -124,7 +86,8 @@ def write_split(
 ) -> tuple[Manifest, list[Rejected]]:
     """Returns the manifest of a split after writing its shards, and the images that were left out.
 
-    Finished shards of an earlier run with the same images and options are kept; `manifest.json` is written last.
+    Finished shards of an earlier run with the same images and options are kept; `manifest.json` is written last. Those
+    left out are listed in `SPLIT.left_out.txt`.
 
     Args:
         source: the images.
@@ -136,19 +99,28 @@ def write_split(
         num_processes: processes that write.
 
     Raises:
-        DataError: no images, or all were left out.
+        DataError: no images, all were left out, an impossible name of a split, two classes that claim one image,
+            or a tar in the folder that was not written here.
     """
+    if not _SPLIT_NAME.fullmatch(split):
+        raise DataError(
+            f"--split is {split!r}; expected letters, digits, '_', '-' and '.', as it begins file names; set --split"
+        )
     if len(source) == 0:
         raise DataError(f"split {split!r} has 0 images; expected at least 1; look at the input folder")
     records_dir = Path(directory) / _RECORDS
     records_dir.mkdir(parents=True, exist_ok=True)
     jobs = _list_jobs(source, split, directory, samples_per_shard, max_shard_bytes, seed)
-    records = {job.name: record for job in jobs if (record := _find_record(job)) is not None}
+    for job in jobs:
+        _claim(job)
+    records = {
+        job.name: record for job in jobs if (record := _find_record(job, source.label_conflicts)) is not None
+    }
     missing = [job for job in jobs if job.name not in records]
     logger.info("%s: %d of %d shards are there already", split, len(records), len(jobs))
     records.update(_write_all(source, missing, num_processes, desc=split, done=len(records)))
     if source.drops_duplicates:
-        again = _jobs_with_duplicates(jobs, records)
+        again = _jobs_with_duplicates(source, jobs, records)
         records.update(_write_all(source, again, num_processes, desc=f"{split}, without duplicates"))
     ordered = [records[job.name] for job in jobs]
     manifest = _build_manifest(source, split, directory, ordered)
@@ -156,7 +128,28 @@ def write_split(
     manifest = save_index(manifest, np.array(entries, dtype=INDEX_DTYPE))
     save_manifest(manifest)
     _remove_stale_shards(directory, split, {job.name for job in jobs})
-    return manifest, [rejected for record in ordered for rejected in record.rejected]
+    rejected = [item for record in ordered for item in record.rejected]
+    _list_left_out(Path(directory) / f"{split}.left_out.txt", rejected)
+    return manifest, rejected
+
+
+def _list_left_out(path: Path, rejected: Sequence[Rejected]) -> None:
+    if rejected:
+        lines = sorted(f"{item.kind}\t{item.name}\t{item.detail}\n" for item in rejected)
+        write_whole(path, "".join(lines).encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _claim(job: ShardJob) -> None:
+    """Marks a shard's name as ours before it is written: nothing that others wrote is replaced or removed."""
+    record = Path(job.directory) / _RECORDS / f"{job.name}.json"
+    if not record.exists() and (Path(job.directory) / job.name).exists():
+        raise DataError(
+            f"{Path(job.directory) / job.name} was not written by this program; expected a folder without others' "
+            "shards; set --out to another one"
+        )
+    record.touch()
 
 
 def _list_jobs(
@@ -171,22 +164,37 @@ def _list_jobs(
     ]
 
 
-def _jobs_with_duplicates(jobs: Sequence[ShardJob], records: dict[str, ShardRecord]) -> list[ShardJob]:
+def _jobs_with_duplicates(
+    source: ImageSource, jobs: Sequence[ShardJob], records: dict[str, ShardRecord]
+) -> list[ShardJob]:
     """Returns the jobs whose shards hold an image that occurs earlier in the source, to be written without it.
 
     Hashes are known only once everything was read; reading everything twice would cost more than to write the few
     shards with duplicates again.
     """
-    first_with: dict[str, int] = {}
-    contents = [entry for record in records.values() for entry in record.contents]
-    for index, digest in sorted((index, digest) for index, digest in contents):
-        first_with.setdefault(digest, index)
+    contents = {
+        name: [
+            Content(index, digest, label)
+            for (index, digest), (_, _, label) in zip(record.contents, record.index, strict=True)
+        ]
+        for name, record in records.items()
+    }
+    found = find_duplicates(
+        [content for of_shard in contents.values() for content in of_shard],
+        source.label_conflicts,
+        source.name,
+        lambda label: source.classes[label] if label >= 0 else "no class",
+    )
     again = []
     for job in jobs:
-        duplicates = {index for index, digest in records[job.name].contents if first_with[digest] != index}
-        if duplicates:
-            before = {item.index for item in records[job.name].rejected if item.kind == _DUPLICATE}
-            again.append(replace(job, duplicates=frozenset(duplicates | before)))
+        new = {c.index: found[c.index] for c in contents[job.name] if c.index in found}
+        if new:
+            before = {
+                item.index: (item.kind, item.detail)
+                for item in records[job.name].rejected
+                if item.kind in (DUPLICATE, *CONFLICT_KINDS.values())
+            }
+            again.append(replace(job, left_out=before | new))
     return again
 
 
@@ -266,6 +274,9 @@ def write_shard(source: ImageSource, job: ShardJob) -> ShardRecord:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = temporary.stat().st_size
         temporary.replace(directory / job.name)
+    except OSError as error:
+        raise_if_local(error, str(directory / job.name))
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     record = ShardRecord(job.fingerprint, job.name, len(entries), size, digest, entries, contents, rejected)
@@ -289,17 +300,18 @@ def _write_tar(
         opener=lambda _: temporary.open("wb"),
     ) as writer:
         for index in job.indices:
+            if index in job.left_out:
+                rejected.append(Rejected(source.name(index), *job.left_out[index], index=index))
+                continue
             sample = source.load(index)
-            if isinstance(sample, SourceSample) and index in job.duplicates:
-                sample = Rejected(sample.key, _DUPLICATE, index=index)
             if isinstance(sample, Rejected):
                 rejected.append(sample)
                 continue
             if source.drops_duplicates:
                 contents.append((index, _hash_image(sample)))
             members = dict(sample.members)
-            if sample.label is not None:
-                members["cls"] = str(sample.label).encode()
+            if sample.label is not None and LABEL_SUFFIX not in members:
+                members[LABEL_SUFFIX] = str(sample.label).encode()
             # The writer puts members in the order of their names.
             encoded = EncodedSample(sample.key, {suffix: members[suffix] for suffix in sorted(members)})
             offset = writer.tarstream.tarstream.offset
@@ -314,7 +326,8 @@ def _hash_image(sample: SourceSample) -> str:
     return hashlib.blake2b(image, digest_size=12).hexdigest()
 
 
-def _find_record(job: ShardJob) -> ShardRecord | None:
+def _find_record(job: ShardJob, policy: LabelConflicts) -> ShardRecord | None:
+    """Returns the record of a finished shard of the same images and options; None if it has to be written."""
     path = Path(job.directory) / _RECORDS / f"{job.name}.json"
     try:
         values = json.loads(path.read_bytes())
@@ -324,7 +337,10 @@ def _find_record(job: ShardJob) -> ShardRecord | None:
         size = (Path(job.directory) / job.name).stat().st_size
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return record if record.fingerprint == job.fingerprint and record.bytes == size else None
+    # What another policy left out has to be judged again.
+    others = set(CONFLICT_KINDS.values()) - {CONFLICT_KINDS.get(policy)}
+    judged = all(item.kind not in others for item in rejected)
+    return record if judged and record.fingerprint == job.fingerprint and record.bytes == size else None
 
 
 def _fingerprint(source: ImageSource, split: str, *options: int) -> str:
@@ -353,7 +369,7 @@ def _build_manifest(
         images_per_class=tuple(counts[index] for index in range(len(source.classes))),
         directory=directory,
         index_path=f"{split}.index",
-        notes={"left_out": dict(Counter(item.kind for item in rejected))},
+        notes={"left_out": dict(Counter(item.kind for item in rejected)), "shuffled": True},
     )
 
 
@@ -361,8 +377,9 @@ def _remove_stale_shards(directory: str, split: str, names: set[str]) -> None:
     """Removes what the new manifest does not list: shards of other options, and halves that killed runs left."""
     number = "[0-9]" * 6
     for path in Path(directory).glob(f"{split}-{number}.tar"):
-        if path.name not in names:
+        record = Path(directory) / _RECORDS / f"{path.name}.json"
+        if path.name not in names and record.exists():
             path.unlink()
-            (Path(directory) / _RECORDS / f"{path.name}.json").unlink(missing_ok=True)
+            record.unlink()
     for path in Path(directory).glob(f".{split}-{number}.tar.*.tmp"):
         path.unlink(missing_ok=True)

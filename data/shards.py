@@ -67,6 +67,7 @@ class Manifest:
         index_path: file of `INDEX_DTYPE`, one entry for every sample of the tars, relative to the folder; empty if
             there is none.
         index_sha256: hash of that file in hexadecimal.
+        image_key: which member is a sample's image, where samples hold several; see `data.members.choose_image`.
         notes: how the split was made; for people.
     """
 
@@ -77,6 +78,7 @@ class Manifest:
     directory: str = ""
     index_path: str = ""
     index_sha256: str = ""
+    image_key: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -88,7 +90,8 @@ class Manifest:
     def hash(self) -> str:
         """The first 16 hexadecimal digits of a hash of everything that decides the order of the samples."""
         parts = [(shard.name, shard.samples, shard.sha256, shard.ordinals) for shard in self.shards]
-        canonical = json.dumps([self.split, parts, list(self.classes)], sort_keys=True)
+        rest = [self.image_key] if self.image_key else []
+        canonical = json.dumps([self.split, parts, list(self.classes), *rest], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property
@@ -172,6 +175,7 @@ def _split_from_dict(values: dict[str, Any], directory: str, split: str, where: 
             directory=directory,
             index_path=values.get("index_path", ""),
             index_sha256=values.get("index_sha256", ""),
+            image_key=str(values.get("image_key", "")),
             notes=values.get("notes", {}),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -4,43 +4,32 @@
     python -m data.verify_shards others/shards --write    writes manifest.json and the index from the tars
 
 Checked: sizes, SHA-256, sample counts, every header and the archive's end, each sample's checksum against the index,
-keys that do not pair, decodability of a sample of the images (`--decode all` for every one), and the class histogram.
+one image and at most one label a sample, decodability of a sample of the images (`--decode all` for every one), the
+class histogram, and how well the order of the samples mixes the classes within a batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from data.inspection import Finding, ShardScan, scan_shard
-from data.shards import (
-    INDEX_DTYPE,
-    MANIFEST_NAME,
-    DataError,
-    Manifest,
-    Shard,
-    load_index,
-    load_manifest,
-    save_index,
-    save_manifest,
-    split_names,
-)
+from data.config import DataConfig
+from data.findings import Finding, count, summarise
+from data.foreign_shards import NUM_DECODED, log_passed_over, number_labels, scan_all, write_manifests
+from data.inspection import ShardScan
+from data.labels import number_classes
+from data.mixing import measure_mixing, report_mixing
+from data.shards import DataError, Manifest, Shard, load_index, load_manifest, split_names
 
-_NUM_DECODED = 16
-_CLASSES_NAME = "classes.txt"
+_BATCH_SIZE = 1024  # of the run that is imagined to say how mixed its batches will be
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,23 +44,42 @@ def main(arguments: list[str] | None = None) -> int:
         "--write", action="store_true", help="write manifest.json and the index from the tars"
     )
     parser.add_argument(
-        "--decode", default=str(_NUM_DECODED), help="images to decode in a shard: a number or 'all'"
+        "--decode", default=str(NUM_DECODED), help="images to decode in a shard: a number or 'all'"
+    )
+    parser.add_argument(
+        "--image-key", default="", help="with --write: the image's suffix, where samples hold several images"
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        num_decoded = _parse_decode(options.decode)
-        run = write_manifests if options.write else verify
-        findings = run(options.directory, num_decoded=num_decoded, num_processes=options.processes)
+        common = {"num_decoded": _parse_decode(options.decode), "num_processes": options.processes}
+        if options.write:
+            findings = write_manifests(options.directory, image_key=options.image_key, **common)
+        else:
+            findings = verify(options.directory, **common)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
-    for finding in findings:
-        print(finding)
-    print(
-        f"{options.directory}: {len(findings)} findings" if findings else f"{options.directory}: all is well"
-    )
+    for line in summarise(findings):
+        print(line)
+    if not findings:
+        _report_mixing(options.directory)
+    print(f"{options.directory}: {f'{count(findings):,} findings' if findings else 'all is well'}")
     return 2 if findings else 0
+
+
+def _report_mixing(directory: str) -> None:
+    """Logs how mixed the batches of a run with the default lanes and window are, for every split."""
+    default = DataConfig(shards=directory)
+    for split in split_names(directory):
+        mixing = measure_mixing(
+            load_manifest(directory, split),
+            num_lanes=default.num_lanes,
+            window=default.shuffle_window,
+            batch_size=_BATCH_SIZE,
+        )
+        report_mixing(directory, split, mixing)
 
 
 def _parse_decode(text: str) -> int | None:
@@ -82,9 +90,7 @@ def _parse_decode(text: str) -> int | None:
     return int(text)
 
 
-def verify(
-    directory: str, *, num_decoded: int | None = _NUM_DECODED, num_processes: int = 1
-) -> list[Finding]:
+def verify(directory: str, *, num_decoded: int | None = NUM_DECODED, num_processes: int = 1) -> list[Finding]:
     """Returns everything in which a folder's shards differ from its manifest, or are damaged.
 
     Args:
@@ -104,110 +110,41 @@ def verify(
         elif manifest.index_sha256 not in ("", hashlib.sha256(index.tobytes()).hexdigest()):
             message = f"has another SHA-256 than the manifest says of it; write it again with --write (split {split})"
             findings.append(Finding(manifest.index_path, "", message))
-        paths = [Path(manifest.path_of(shard)) for shard in manifest.shards]
-        scans = _scan_all(paths, num_decoded, num_processes, split)
+        files = [(Path(manifest.path_of(shard)), shard.name) for shard in manifest.shards]
+        scans = list(scan_all(files, num_decoded, num_processes, split, manifest.image_key))
+        log_passed_over(scans)
+        numbers = number_classes(manifest.classes)
         labels: Counter[int] = Counter()
         complete = True
         for number, (shard, scan) in enumerate(zip(manifest.shards, scans, strict=True)):
             start, stop = manifest.first_ids[number : number + 2]
             entries = None if index is None else index[start:stop]
-            findings.extend(_compare(shard, scan, entries))
+            numbered = number_labels(scan, numbers)
+            findings.extend(_compare(shard, scan, numbered, entries))
             complete = complete and len(scan.keys) == shard.samples
             if len(scan.keys) == shard.samples:
                 selected = range(shard.samples) if shard.ordinals is None else shard.ordinals
-                labels.update(scan.labels[ordinal] for ordinal in selected)
+                labels.update(numbered[ordinal] for ordinal in selected)
         if complete:
             findings.extend(_compare_classes(manifest, labels))
     return findings
 
 
-def write_manifests(
-    directory: str, *, num_decoded: int | None = _NUM_DECODED, num_processes: int = 1
-) -> list[Finding]:
-    """Writes `manifest.json` and the indices of the tars in a folder; returns what is wrong with the tars.
-
-    `train-000007.tar` belongs to the split `train`; tars that are numbered only make up the split `train`. Class names
-    come from a file `classes.txt`, one a line in index order, else they are the numbers. Damaged samples are
-    reported; nothing is written while a tar is damaged.
-
-    Raises:
-        DataError: no folder, or no tar in it.
-    """
-    if not Path(directory).is_dir():
-        raise DataError(f"{directory} is no folder; expected one that holds .tar shards; pass its path")
-    splits: dict[str, list[Path]] = {}
-    for path in sorted(Path(directory).glob("*.tar")):
-        match = re.match(r"^(?:(.*?)[-_.]?)(\d+)$", path.stem)
-        splits.setdefault((match.group(1) if match else path.stem) or "train", []).append(path)
-    if not splits:
-        raise DataError(
-            f"{directory} holds no .tar file; expected shards; write some with python -m data.make_shards"
-        )
-    described: list[tuple[Manifest, NDArray[Any]]] = []
-    findings: list[Finding] = []
-    for split, paths in splits.items():
-        scans = list(_scan_all(paths, num_decoded, num_processes, split))
-        findings.extend(finding for scan in scans for finding in scan.findings)
-        described.append(_describe(directory, split, scans))
-    if not findings:
-        (Path(directory) / MANIFEST_NAME).unlink(missing_ok=True)
-        for manifest, index in described:
-            save_manifest(save_index(manifest, index))
-    return findings
-
-
-def _describe(directory: str, split: str, scans: Sequence[ShardScan]) -> tuple[Manifest, NDArray[Any]]:
-    shards = tuple(
-        Shard(name=scan.name, samples=len(scan.keys), bytes=scan.bytes, sha256=scan.sha256) for scan in scans
-    )
-    labels = Counter(label for scan in scans for label in scan.labels)
-    del labels[-1]
-    names_path = Path(directory) / _CLASSES_NAME
-    names = names_path.read_text().split("\n") if names_path.is_file() else []
-    classes = [name.strip() for name in names if name.strip()]
-    if labels and max(labels) >= len(classes):
-        classes.extend(str(number) for number in range(len(classes), max(labels) + 1))
-    manifest = Manifest(
-        split=split,
-        shards=shards,
-        classes=tuple(classes),
-        images_per_class=tuple(labels[number] for number in range(len(classes))),
-        directory=directory,
-        index_path=f"{split}.index",
-    )
-    index = np.empty(manifest.num_samples, INDEX_DTYPE)
-    for name, field in (("offset", "offsets"), ("checksum", "checksums"), ("label", "labels")):
-        index[name] = [value for scan in scans for value in getattr(scan, field)]
-    return manifest, index
-
-
-def _scan_all(
-    paths: Sequence[Path], num_decoded: int | None, num_processes: int, name: str
-) -> Iterator[ShardScan]:
-    scan = partial(scan_shard, num_decoded=num_decoded)
-    progress = partial(tqdm, total=len(paths), desc=name, unit="shard", disable=not sys.stderr.isatty())
-    if num_processes <= 1 or len(paths) <= 1:
-        yield from progress(map(scan, paths))
-        return
-    with ProcessPoolExecutor(min(num_processes, len(paths))) as pool:
-        yield from progress(pool.map(scan, paths))
-
-
-def _compare(shard: Shard, scan: ShardScan, index: NDArray[Any] | None) -> list[Finding]:
+def _compare(shard: Shard, scan: ShardScan, labels: list[int], index: NDArray[Any] | None) -> list[Finding]:
     """Returns a shard's findings: its own, and those beside the manifest and the index."""
     if not scan.bytes:
         return scan.findings or [Finding(shard.name, "", "is empty")]
     if scan.bytes != shard.bytes:
-        scan.find(None, f"has {scan.bytes} bytes; the manifest says {shard.bytes}")
+        scan.find(None, "differs in size from the manifest", f"{scan.bytes} bytes; expected {shard.bytes}")
     if scan.sha256 != shard.sha256:
-        scan.find(None, f"has SHA-256 {scan.sha256[:12]}...; the manifest says {shard.sha256[:12]}...")
+        detail = f"{scan.sha256[:12]}...; expected {shard.sha256[:12]}..."
+        scan.find(None, "differs in SHA-256 from the manifest", detail)
     if len(scan.keys) != shard.samples:
-        scan.find(
-            len(scan.keys), f"the tar yields {len(scan.keys)} samples; the manifest says {shard.samples}"
-        )
+        detail = f"{len(scan.keys)}; expected {shard.samples}"
+        scan.find(len(scan.keys), "differs in its number of samples from the manifest", detail)
     if index is not None:
         expected = zip(index["checksum"].tolist(), index["label"].tolist(), strict=True)
-        found = zip(scan.checksums, scan.labels, strict=True)
+        found = zip(scan.checksums, labels, strict=True)
         for ordinal, (ours, theirs) in enumerate(zip(found, expected, strict=False)):
             if ours != theirs:
                 scan.find(ordinal, "its bytes or its label are not those that the index describes")
@@ -216,17 +153,12 @@ def _compare(shard: Shard, scan: ShardScan, index: NDArray[Any] | None) -> list[
 
 def _compare_classes(manifest: Manifest, labels: Counter[int]) -> list[Finding]:
     found = tuple(labels[number] for number in range(len(manifest.classes)))
-    beyond = sorted(label for label in labels if label >= len(manifest.classes) and label >= 0)
-    findings = []
-    if beyond and manifest.classes:
-        message = f"labels {beyond[:5]} are beyond the {len(manifest.classes)} classes of the manifest"
-        findings.append(Finding(manifest.split, "", message))
-    if found != manifest.images_per_class:
-        pairs = enumerate(zip(found, manifest.images_per_class, strict=False))
-        number, (ours, theirs) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
-        message = f"class {number} ({manifest.classes[number]}) has {ours} images; the manifest says {theirs}"
-        findings.append(Finding(manifest.split, "", message))
-    return findings
+    if found == manifest.images_per_class:
+        return []
+    pairs = enumerate(zip(found, manifest.images_per_class, strict=False))
+    number, (ours, theirs) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
+    detail = f"class {number} ({manifest.classes[number]}) has {ours}; expected {theirs}"
+    return [Finding(manifest.split, "", "differs in its images per class from the manifest", detail)]
 
 
 if __name__ == "__main__":

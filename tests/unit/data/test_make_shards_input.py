@@ -92,8 +92,8 @@ def test_links_to_class_folders_are_followed(tmp_path, image_bytes):
     write_images(tmp_path / "imagenet" / "n01443537", image_bytes, 2, offset=2)
     (tmp_path / "subset").mkdir()
     (tmp_path / "subset" / "n01443537").symlink_to(tmp_path / "imagenet" / "n01443537")
-    files, classes = list_image_folder(str(tmp_path / "subset"))
-    assert len(files) == 2 and classes == ("n01443537",)
+    listing = list_image_folder(str(tmp_path / "subset"))
+    assert len(listing.files) == 2 and listing.classes == ("n01443537",)
 
 
 @pytest.mark.parametrize(
@@ -107,16 +107,16 @@ def test_links_to_class_folders_are_followed(tmp_path, image_bytes):
 def test_class_files_of_flat_folders(tmp_path, image_bytes, lines):
     write_images(tmp_path / "val", image_bytes, 2)
     (tmp_path / "classes.csv").write_text("\n".join(lines))
-    files, classes = list_image_folder(str(tmp_path / "val"), labels_path=str(tmp_path / "classes.csv"))
-    assert classes == ("n01440764", "n01443537")
-    assert [file.label for file in files] == [0, 1]
+    listing = list_image_folder(str(tmp_path / "val"), labels_path=str(tmp_path / "classes.csv"))
+    assert listing.classes == ("n01440764", "n01443537")
+    assert [file.label for file in listing.files] == [0, 1]
 
 
 def test_class_names_of_several_words_stay_whole(tmp_path, image_bytes):
     write_images(tmp_path / "val", image_bytes, 2)
     (tmp_path / "classes.csv").write_text("0.png, red fox\n1.png, red panda\n")
-    _, classes = list_image_folder(str(tmp_path / "val"), labels_path=str(tmp_path / "classes.csv"))
-    assert classes == ("red fox", "red panda")
+    listing = list_image_folder(str(tmp_path / "val"), labels_path=str(tmp_path / "classes.csv"))
+    assert listing.classes == ("red fox", "red panda")
 
 
 MISTAKES = {
@@ -144,7 +144,7 @@ def test_options_that_cannot_work_are_one_line(tmp_path, image_bytes, capsys, mi
     [
         ("path,kind\n0.png\n", "row 2 of .* has another number of columns; expected 2"),
         ("path,kind\n0.png,a\n1.png,b,c\n", "row 3 of .* has another number of columns"),
-        ("path,kind\n", "has no column 'path'"),
+        ("path,kind\n", "split 'train' has 0 images; expected at least 1"),
         ("", "has no column 'path'"),
     ],
 )
