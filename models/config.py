@@ -48,8 +48,9 @@ class ModelConfig:
         drop_path_rate: stochastic depth of the student; the teacher's is 0.
         activation_checkpointing: recompute the backbone's blocks in the backward pass.
         compile_blocks: `torch.compile` each block of a ViT (engines that gather parameters refuse it).
-        init: `random`, or released weights to start from: `timm:NAME`, `hf:NAME` or a path to an exported
-            encoder folder.
+        init: `random`, or weights to start from: `timm:NAME`, `hf:NAME`, the path of an exported encoder folder, or
+            of a run (or checkpoint), whose teacher is taken.
+        init_head: take the projection head and the prototypes of the run that `init` names as well.
         head: the projection head.
     """
 
@@ -67,6 +68,7 @@ class ModelConfig:
     activation_checkpointing: bool = False
     compile_blocks: bool = False
     init: str = "random"
+    init_head: bool = False
     head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
@@ -85,4 +87,8 @@ class ModelConfig:
         if not known:
             raise ValueError(
                 f"model.init is {self.init!r}; expected random, timm:NAME, hf:NAME or a folder's path; set model.init"
+            )
+        if self.init_head and not ("/" in self.init and not self.init.startswith(("timm:", "hf:"))):
+            raise ValueError(
+                f"model.init_head is True with model.init {self.init!r}; expected the path of a run; set model.init"
             )

@@ -27,7 +27,7 @@ class SelfSupervisedNetwork(nn.Module):
     def __init__(self, config: ModelConfig, role: str) -> None:
         super().__init__()
         self.backbone = vit.build_backbone(config, drop_path_rate=None if role == "student" else 0.0)
-        self.projection_head = ProjectionHead(vit.embed_dim(self.backbone), config.head)
+        self.projection_head = ProjectionHead(vit.measure_embed_dim(config, config.image_size), config.head)
         if role == "teacher":
             self.requires_grad_(False)
 

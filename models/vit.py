@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import warnings
+import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -39,10 +40,12 @@ def build_backbone(config: ModelConfig, *, drop_path_rate: float | None = None) 
         arguments["drop_path_rate"] = rate
     try:
         backbone = timm.create_model(config.name, pretrained=False, num_classes=0, **arguments)
-    except TypeError as error:
+    except (
+        Exception
+    ) as error:  # an unknown option is a TypeError, a width that heads do not divide an assertion
         raise ValueError(
-            f"model.name is {config.name!r}, which refuses an option ({error}); "
-            "expected options of that architecture; unset the option under model"
+            f"model.name is {config.name!r}, which refuses an option ({_one_line(error)}); "
+            "expected options of that architecture; set the options under model"
         ) from error
     if config.activation_checkpointing:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -75,9 +78,64 @@ def is_vit(name: str) -> bool:
     return name.startswith(("vit_", "deit_", "deit3_", "eva_", "eva02_"))
 
 
-def embed_dim(backbone: nn.Module) -> int:
-    """Returns D, the width of the embedding."""
-    return int(backbone.num_features)  # type: ignore[arg-type]
+class ImageSizeError(ValueError):
+    """A network that cannot take images of some size; the message is the network's reason, one line."""
+
+
+@functools.cache
+def measure_embed_dim(config: ModelConfig, image_size: int) -> int:
+    """Returns D, the width of the embedding, measured by a forward pass without numbers (meta device).
+
+    Where a network computes with numbers, which the meta device lacks, the pass is a real one on the CPU. Draws
+    nothing from the generators of the process. Not collective.
+
+    Args:
+        config: the backbone's options.
+        image_size: side in pixels of the images of the pass.
+
+    Raises:
+        ImageSizeError: the network cannot take images of this size.
+        ValueError: the network cannot be built, or gives no embedding.
+    """
+    try:
+        embedding = _embed_two_images(config, image_size, "meta")
+    except Exception as error:
+        if not _is_for_want_of_numbers(error):
+            raise
+        embedding = _embed_two_images(config, image_size, "cpu")
+    if embedding.ndim != 2:
+        raise ValueError(
+            f"model.global_pool is {config.global_pool!r}, with which {config.name} gives {embedding.ndim - 1} axes "
+            "per image; expected a pooling that gives one embedding; set model.global_pool"
+        )
+    return int(embedding.shape[1])
+
+
+def _embed_two_images(config: ModelConfig, image_size: int, device: str) -> Tensor:
+    plain = replace(config, activation_checkpointing=False)
+    # Not one image: BatchNorm refuses a batch of one value.
+    shape = (2, config.channels, image_size, image_size)
+    with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
+        backbone = build_backbone(plain, drop_path_rate=0.0)
+        try:
+            embedding: Tensor = backbone(torch.zeros(shape))
+        except Exception as error:
+            if device == "meta" and _is_for_want_of_numbers(error):
+                raise
+            raise ImageSizeError(_one_line(error)) from error
+    return embedding
+
+
+def _is_for_want_of_numbers(error: BaseException | None) -> bool:
+    """Whether an error says that a meta tensor was asked for its numbers; also as another error's cause."""
+    if error is None:
+        return False
+    lacks = isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+    return lacks or _is_for_want_of_numbers(error.__cause__)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def compile_blocks(backbone: nn.Module) -> None:
@@ -146,56 +204,3 @@ class _DrawnDropPath(nn.Module):
             return branch
         assert self._scale is not None
         return branch * self._scale.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
-
-
-def initialise_from(backbone: nn.Module, source: str) -> dict[str, list[str]]:
-    """Copies released weights into the backbone in place and returns which keys were `loaded` and `missing`.
-
-    Position embeddings and patch kernels are resampled by timm where sizes differ. Nothing is skipped in silence:
-    keys of the source that the backbone lacks are returned as `unexpected`.
-
-    Args:
-        backbone: a timm backbone.
-        source: `timm:NAME` or `hf:NAME` (fetched from the hub by timm) or the path of an exported folder.
-
-    Raises:
-        ValueError: the source cannot be read or shares no tensor with the backbone.
-    """
-    if source.startswith("timm:"):
-        name = source.removeprefix("timm:")
-    elif source.startswith("hf:"):
-        name = "hf-hub:" + source.removeprefix("hf:")
-    else:
-        name = f"local-dir:{source}"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            donor = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:
-        raise ValueError(
-            f"model.init is {source!r}, which cannot be loaded ({type(error).__name__}: {error}); "
-            "expected timm:NAME, hf:NAME or an exported folder; set model.init"
-        ) from error
-    own = backbone.state_dict()
-    donor = _resample(donor, backbone)
-    fitting = {key: value for key, value in donor.items() if key in own and own[key].shape == value.shape}
-    if not fitting:
-        raise ValueError(
-            f"model.init is {source!r}, which shares no tensor with the backbone; set model.init"
-        )
-    with torch.no_grad():
-        for key, value in fitting.items():
-            own[key].copy_(value)
-    return {
-        "loaded": sorted(fitting),
-        "missing": sorted(set(own) - set(fitting)),
-        "unexpected": sorted(set(donor) - set(fitting)),
-    }
-
-
-def _resample(donor: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
-    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-
-    if isinstance(backbone, VisionTransformer):
-        return dict(checkpoint_filter_fn(donor, backbone))
-    return donor

@@ -13,7 +13,7 @@ from torch import nn
 from data.augmentations import DeviceAugmentation
 from data.pipeline import TrainingStream
 from models.student_teacher import SelfSupervisedNetwork
-from models.vit import compile_blocks, initialise_from
+from models.vit import compile_blocks
 from prototypes.diagnostics import UsageCounter
 from prototypes.estimator import PrototypeEstimator, build_estimator
 from runtime.config import config_hash
@@ -26,6 +26,12 @@ from training.config import PretrainConfig
 from training.engine import Engine, TrainedNetwork
 from training.evaluation_job import build_evaluation_job
 from training.guards import LossSpikeGuard
+from training.initialisation import (
+    check_crop_sizes,
+    find_source_checkpoint,
+    initialise_estimator,
+    initialise_network,
+)
 from training.snapshot import Progress, RecordPosition, load_progress, load_record_position, restore
 from training.step import TrainingStep
 from training.synchronization import Synchronization
@@ -102,6 +108,7 @@ def _build_stream(config: PretrainConfig, process: Process, checkpoint: Path | N
 def _build_training_step(
     config: PretrainConfig, num_samples: int, process: Process, *, initialise: bool
 ) -> TrainingStep:
+    check_crop_sizes(config)
     synchronization = Synchronization(process.world_size)
     estimator = _build_estimator(config, num_samples, process, synchronization)
     return TrainingStep(
@@ -139,15 +146,15 @@ def _build_estimator(
 def _build_engine(
     config: PretrainConfig, process: Process, estimator: PrototypeEstimator, *, initialise: bool
 ) -> Engine:
-    """Builds student, teacher and engine; `initialise`: from released weights, if any (not where a resume follows)."""
+    """Builds student, teacher and engine; `initialise`: from `model.init` (not where a resume follows)."""
     # The same numbers on every rank: student and teacher start equal everywhere without a broadcast.
     seed_everything(config.run.seed, "initialisation")
     student = _build_network(config, "student", estimator.build_learned())
     teacher = _build_network(config, "teacher", estimator.build_learned())
-    if initialise and config.model.init != "random":
-        _report_initialisation(
-            config.model.init, initialise_from(student.network.backbone, config.model.init)
-        )
+    if initialise:
+        source = find_source_checkpoint(config.model, process)
+        initialise_network(config.model, source, student)
+        initialise_estimator(config.model, source, estimator)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     _synchronise_batch_norm(student, teacher, process)
@@ -168,16 +175,6 @@ def _build_engine(
     from training.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(**arguments, deepspeed_config=config.engine.deepspeed_config)
-
-
-def _report_initialisation(source: str, keys: dict[str, list[str]]) -> None:
-    """Says how many keys were loaded, missing and unexpected, and names the first of what did not fit."""
-    counts = ", ".join(f"{len(names)} {kind}" for kind, names in keys.items())
-    logger.info("initialised from %s: %s", source, counts)
-    for kind in ("missing", "unexpected"):
-        if keys[kind]:
-            shown = ", ".join(keys[kind][:5]) + (", ..." if len(keys[kind]) > 5 else "")
-            logger.warning("initialised from %s: %d %s keys: %s", source, len(keys[kind]), kind, shown)
 
 
 def _build_network(config: PretrainConfig, role: str, learned: nn.Module | None) -> TrainedNetwork:

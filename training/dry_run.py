@@ -25,11 +25,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.shards import DataError, load_manifest
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
-from prototypes.estimator import build_estimator
+from prototypes.estimator import PrototypeEstimator, build_estimator
 from runtime.config import config_to_yaml
 from runtime.distributed import Process
 from training.config import OptimConfig, PretrainConfig
+from training.engine import TrainedNetwork
 from training.engine_table import ENGINES, check_combination
+from training.initialisation import (
+    check_crop_sizes,
+    find_source_checkpoint,
+    initialise_estimator,
+    initialise_network,
+)
 from training.optimizer import MOMENTS_OF, count_parameters
 
 _GIB = 2**30
@@ -103,10 +110,13 @@ def describe_run(config: PretrainConfig, process: Process) -> str:
     """Returns the resolved configuration and the run's cost as text. Not collective; takes no GPU memory.
 
     Raises:
-        ValueError: sizes, an architecture or a combination that cannot be; missing shards are only mentioned.
+        ValueError: sizes, an architecture, a start or a combination that cannot be; missing shards are only
+            mentioned.
     """
     world_size = config.run.dry_run_world_size or process.world_size
     micro_batch = config.batch.micro_batch_size_per_gpu(world_size)
+    check_crop_sizes(config)
+    _try_initialisation(config)
     cost = measure_cost(config)
     lines = [
         "--- configuration",
@@ -126,15 +136,31 @@ def describe_run(config: PretrainConfig, process: Process) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _try_initialisation(config: PretrainConfig) -> None:
+    """Does what a start from `model.init` does but for writing into the network, which has no numbers here."""
+    if config.model.init == "random":
+        return
+    estimator = _build_estimator(config)
+    student = TrainedNetwork(_build_student_on_meta(config), estimator.build_learned())
+    # Asked by one process alone, whatever the launcher: a dry run is not collective.
+    source = find_source_checkpoint(config.model, Process(0, 1, 0, torch.device("cpu")))
+    initialise_network(config.model, source, student)
+    initialise_estimator(config.model, source, estimator)
+
+
+def _build_estimator(config: PretrainConfig) -> PrototypeEstimator:
+    return build_estimator(
+        config.prototypes, seed=config.run.seed, num_observations_per_epoch=10**6, total_steps=1000
+    )
+
+
 def measure_cost(config: PretrainConfig) -> Cost:
     """Returns the cost of one image and the sizes of states, counted on fake tensors.
 
     Raises:
         ValueError: the run's engine cannot train this network with this optimizer.
     """
-    estimator = build_estimator(
-        config.prototypes, seed=config.run.seed, num_observations_per_epoch=10**6, total_steps=1000
-    )
+    estimator = _build_estimator(config)
     state = [value for value in estimator.state_dict().values() if isinstance(value, Tensor)]
     learned = estimator.build_learned()
     network = _build_student_on_meta(config)

@@ -96,7 +96,14 @@ def export_encoder(
         )
     _mend_config(out_dir / "config.json")
     save_tensors(out_dir / PROTOTYPES_NAME, dict(prototypes))
-    card = _model_card(backbone, data_config, prototypes, provenance, license_name)
+    card = _model_card(
+        backbone,
+        vit.measure_embed_dim(model, model.image_size),
+        data_config,
+        prototypes,
+        provenance,
+        license_name,
+    )
     write_atomically(out_dir / CARD_NAME, card)
 
 
@@ -238,6 +245,7 @@ def _mend_config(path: Path) -> None:
 
 def _model_card(
     backbone: nn.Module,
+    embed_dim: int,
     data_config: Mapping[str, Any],
     prototypes: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
@@ -260,7 +268,7 @@ def _model_card(
         "",
         f"# {backbone.pretrained_cfg['architecture']}, pretrained with prototypical self-supervision",  # type: ignore[index]
         "",
-        f"{parameters:,} parameters, embedding of {backbone.num_features} numbers, no classifier. "
+        f"{parameters:,} parameters, embedding of {embed_dim} numbers, no classifier. "
         f"Input: {channels} x {size} x {size}, pixels in [0, 1] normalised with mean {list(data_config['mean'])} "
         f"and standard deviation {list(data_config['std'])}.",
         "",

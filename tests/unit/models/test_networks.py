@@ -3,7 +3,7 @@ import torch
 
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork, update_ema_
-from models.vit import backbone_arguments, build_backbone, initialise_from
+from models.vit import ImageSizeError, backbone_arguments, build_backbone, measure_embed_dim
 
 
 def tiny(**changes):
@@ -98,31 +98,44 @@ def test_average_in_low_precision_is_refused():
         update_ema_([torch.zeros(2, dtype=torch.bfloat16)], [torch.zeros(2)], 0.9)
 
 
-def test_initialise_from_an_exported_folder_counts_every_key(tmp_path):
-    import timm
-
-    donor = build_backbone(tiny())
-    model_args = backbone_arguments(tiny())
-    timm.models.save_for_hf(donor, str(tmp_path / "donor"), model_args=model_args, safe_serialization=True)
-    receiver = build_backbone(tiny())
-    counts = initialise_from(receiver, str(tmp_path / "donor"))
-    assert counts["missing"] == counts["unexpected"] == []
-    for name, value in donor.state_dict().items():
-        assert torch.equal(receiver.state_dict()[name], value), name
+def test_width_is_measured_where_num_features_is_another():
+    config = ModelConfig(name="mobilenetv3_small_100", image_size=64)
+    network = SelfSupervisedNetwork(config, "student").eval()
+    assert network.backbone.num_features == 576 and measure_embed_dim(config, 64) == 1024
+    assert network([torch.randn(2, 3, 64, 64)]).shape == (2, 256)
 
 
-def test_initialise_from_a_smaller_donor_names_what_is_missing(tmp_path):
-    import timm
-
-    donor = build_backbone(tiny(depth=1))
-    arguments = backbone_arguments(tiny(depth=1))
-    timm.models.save_for_hf(donor, str(tmp_path / "donor"), model_args=arguments, safe_serialization=True)
-    receiver = build_backbone(tiny(image_size=14))
-    counts = initialise_from(receiver, str(tmp_path / "donor"))
-    assert len(counts["missing"]) == 12 and all(key.startswith("blocks.1.") for key in counts["missing"])
-    assert counts["unexpected"] == [] and "pos_embed" in counts["loaded"]  # resampled to the smaller grid
+def test_measuring_draws_no_random_numbers():
+    measure_embed_dim.cache_clear()
+    before = torch.get_rng_state()
+    measure_embed_dim(tiny(), 28)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_initialise_from_nothing_is_one_line():
-    with pytest.raises(ValueError, match=r"model.init is '/nowhere/at-all'"):
-        initialise_from(build_backbone(tiny()), "/nowhere/at-all")
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "cait_xxs24_224", "hiera_tiny_224"])
+def test_networks_of_one_size_are_found_without_numbers(name):
+    config = ModelConfig(name=name)
+    assert measure_embed_dim(config, 224) in (768, 192)
+    with pytest.raises(ImageSizeError):
+        measure_embed_dim(config, 96)
+
+
+def test_what_the_meta_device_cannot_do_is_tried_on_numbers(monkeypatch):
+    class Counting(torch.nn.Module):
+        def forward(self, images):
+            return images.mean(dim=(2, 3)) * (1.0 + float(images.sum()))
+
+    monkeypatch.setattr("models.vit.build_backbone", lambda config, drop_path_rate: Counting())
+    measure_embed_dim.cache_clear()
+    assert measure_embed_dim(tiny(channels=3), 28) == 3
+    measure_embed_dim.cache_clear()
+
+
+def test_tokens_without_a_pooling_are_no_embedding():
+    with pytest.raises(ValueError, match=r"model\.global_pool is '', .* 2 axes .*set model\.global_pool"):
+        measure_embed_dim(tiny(global_pool=""), 28)
+
+
+def test_a_width_that_heads_do_not_divide_is_one_line():
+    with pytest.raises(ValueError, match="set the options under model"):
+        build_backbone(tiny(embed_dim=25))

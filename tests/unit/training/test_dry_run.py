@@ -13,9 +13,11 @@ from tests.helpers.digits import DEMO, TINY
 from training.config import PretrainConfig
 from training.dry_run import buffer_bytes, describe_run, measure_cost, state_bytes
 from training.engine_table import ENGINES
+from training.initialisation import check_crop_sizes
 
 RECIPES = sorted(p.stem for p in Path("configs").glob("pretrain_*.yaml"))
 FAST = {"pretrain_vits16_imagenet_full", "pretrain_resnet50_imagenet_joint"}
+SWIN = ("data.global_crop_size=224", "model.image_size=224", "data.local_crop_size=96")
 ALONE = Process(0, 1, 0, torch.device("cpu"))
 
 
@@ -105,6 +107,42 @@ def test_what_the_engine_refuses_the_dry_run_refuses():
     with pytest.raises(ValueError, match="compile_blocks is not supported by zero3"):
         describe_run(tiny(compiled, "engine.deepspeed_config=ds_configs/zero3_fp32.json"), ALONE)
     assert measure_cost(tiny(compiled)).unsupported == ("zero3", "fsdp2")  # BatchNorm in the head
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.local_crop_size=13"],
+            r"data\.local_crop_size is 13, .*multiple of its patch size 14, such as 14; set data\.local_crop_size$",
+        ),
+        (
+            ["data.global_crop_size=30", "model.image_size=30"],
+            r"data\.global_crop_size is 30, .*such as 28; set data\.global_crop_size and model\.image_size",
+        ),
+        (
+            ["model.name=swin_tiny_patch4_window7_224", *SWIN],
+            r"data\.local_crop_size is 96, .*several sizes, or no local crops; .*data\.num_local_crops=0",
+        ),
+        (
+            ["model.name=swin_tiny_patch4_window7_224"],
+            r"data\.global_crop_size is 28, .*such as 224; set data\.global_crop_size and model\.image_size",
+        ),
+    ],
+)
+def test_crops_that_the_network_cannot_take_are_one_line(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        describe_run(tiny(*overrides), ALONE)
+
+
+def test_networks_of_one_size_run_without_local_crops():
+    swin = tiny("model.name=swin_tiny_patch4_window7_224", *SWIN, "data.num_local_crops=0")
+    check_crop_sizes(swin)
+
+
+def test_the_head_is_as_wide_as_the_measured_embedding():
+    cost = measure_cost(tiny("model.name=mobilenetv3_small_100", "data.local_crop_size=16"))
+    assert cost.head_parameters > 1024 * 32
 
 
 @pytest.mark.parametrize(
