@@ -159,6 +159,11 @@ def compile_blocks(backbone: nn.Module) -> None:
         block.forward = _CompiledForward(block)
 
 
+def has_compiled_blocks(network: nn.Module) -> bool:
+    """Returns whether `compile_blocks` was applied to a part of the network."""
+    return any(isinstance(vars(module).get("forward"), _CompiledForward) for module in network.modules())
+
+
 class _CompiledForward:
     """A block's forward, compiled where it trains, with the draws of its drop paths outside of the graph."""
 

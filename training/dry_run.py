@@ -164,7 +164,7 @@ def measure_cost(config: PretrainConfig) -> Cost:
     state = [value for value in estimator.state_dict().values() if isinstance(value, Tensor)]
     learned = estimator.build_learned()
     network = _build_student_on_meta(config)
-    refused = _find_refusals(config, network)
+    refused = _find_refusals(config)
     bf16 = _computes_in_bf16(config)
     fsdp2_network = _build_student_on_meta(config)
     if bf16:
@@ -236,12 +236,13 @@ def own_engine(config: PretrainConfig) -> str:
     return f"zero{int(_mechanics(config).get('zero_optimization', {}).get('stage', 0))}"
 
 
-def _find_refusals(config: PretrainConfig, network: SelfSupervisedNetwork) -> tuple[str, ...]:
+def _find_refusals(config: PretrainConfig) -> tuple[str, ...]:
     """Returns the engines that refuse this run.
 
     Raises:
         ValueError: the run's own engine is among them.
     """
+    network = _build_student_on_meta(config)  # its own: the counts are of eager blocks
     if config.model.compile_blocks:
         compile_blocks(network.backbone)
     check_combination(own_engine(config), config.optim.optimizer, network)
@@ -251,8 +252,6 @@ def _find_refusals(config: PretrainConfig, network: SelfSupervisedNetwork) -> tu
             check_combination(engine, config.optim.optimizer, network)
         except ValueError:
             refused.append(engine)
-    for module in network.modules():  # the counts are of eager blocks
-        module._compiled_call_impl = None
     return tuple(refused)
 
 

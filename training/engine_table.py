@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from models.vit import has_compiled_blocks
+
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
 
 # Feature: {engine: reason why not}. An engine that is absent supports the feature.
@@ -39,7 +41,7 @@ def check_combination(engine: str, optimizer: str, student: nn.Module) -> None:
     features = [f"optimizer {optimizer}"]
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules()):
         features.append("BatchNorm")
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in student.modules()):
+    if has_compiled_blocks(student):
         features.append("compile_blocks")
     for feature in features:
         reason = UNSUPPORTED.get(feature, {}).get(engine)
