@@ -114,6 +114,7 @@ def run_figures(run: Run) -> dict[str, float]:
         figures["angle max/min"] = audited["figures"]["roles"]["teacher"]["angle_density_max_over_min"]
     for column, key in (
         ("used", "prototypes/used"),
+        ("used by logits", "prototypes/used_by_logits"),
         ("usage perplexity", "prototypes/usage_perplexity"),
         ("effective rank", "features/effective_rank"),
     ):

@@ -114,6 +114,7 @@ def draw_usage(runs: Mapping[str, Records]) -> Chart | None:
     for colour, (run, records) in zip(_cycle(), runs.items(), strict=False):
         for key, title, dash, marker in (
             ("used", "used", "-", "o"),
+            ("used_by_logits", "used by logits", ":", "^"),
             ("usage_perplexity", "usage perplexity / K", "--", "s"),
         ):
             steps, values = series(records, f"prototypes/{key}")
@@ -131,7 +132,8 @@ def draw_usage(runs: Mapping[str, Records]) -> Chart | None:
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     caption = (
-        "Used: nearest to at least one teacher view of the epoch. Perplexity: 100 % if all are used equally."
+        "Used: won a teacher view of the epoch in the E-step (learned prototypes: by the logits), before a revival; "
+        "by logits: the argmax of the dot products. Perplexity: 100 % if all are used equally."
     )
     return finish(figure, axes, "usage", "Prototype usage", caption, drawn)
 

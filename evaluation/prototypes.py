@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from evaluation.projections import PROTOTYPES_FILE
-from prototypes.diagnostics import UsageCounter, count_unique, effective_rank, mean_cosine
+from prototypes.diagnostics import UsageCounter, count_unique, effective_rank, find_directions, mean_cosine
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -25,6 +25,15 @@ _COSINE_BINS = 50
 # Rows of one block of image-prototype similarities: 1,024 x 262,144 in fp32 is 1 GiB.
 _IMAGE_BLOCK = 1024
 _LISTED_COUNTS = 1024
+USAGE_FIGURES = (
+    "used",
+    "used_by_mass",
+    "used_by_logits",
+    "dead",
+    "usage_perplexity",
+    "used_ceiling",
+    "usage_rows",
+)
 
 
 class AuditError(ValueError):
@@ -65,17 +74,30 @@ def audit(
         seed: of the random plane and pairs.
 
     Returns:
-        `num_prototypes`, `dim`, `unique` and `unique_fraction` by eps (as text), `angle_density` on a random plane
-        with its maximum / minimum ratio (1 is isotropic; an empty bin counts as one prototype, so K is the most),
-        `cosine_histogram`, `mean_cosine`, `effective_rank`.
+        `num_prototypes`, `dim`, `zero_rows` (which point nowhere and count as none), `unique` and `unique_fraction` by
+        eps (as text), `angle_density` on a random plane with its maximum / minimum ratio (1 is isotropic; an empty bin
+        counts as one prototype, so K is the most), `cosine_histogram`, `mean_cosine`, `effective_rank`.
+
+    Raises:
+        AuditError: a row is not finite, or none points anywhere.
     """
     num_prototypes, dim = prototypes.shape
+    has_direction = find_directions(prototypes)
+    bad = ~prototypes.isfinite().all(dim=1)
+    if bool(bad.any()) or not bool(has_direction.any()):
+        what = (
+            f"prototype {int(bad.nonzero()[0])} is not finite"
+            if bool(bad.any())
+            else "all prototypes are zero"
+        )
+        raise AuditError(f"{what}; expected directions; inspect the checkpoint")
     unique = count_unique(prototypes, thresholds)
-    unit = normalize(prototypes.float(), dim=1)
+    unit = normalize(prototypes[has_direction].float(), dim=1)
     density = _angle_density(unit, seed)
     return {
         "num_prototypes": num_prototypes,
         "dim": dim,
+        "zero_rows": num_prototypes - len(unit),
         "unique": {f"{eps:g}": unique[eps] for eps in thresholds},
         "unique_fraction": {f"{eps:g}": unique[eps] / num_prototypes for eps in thresholds},
         "angle_density": density,
@@ -89,9 +111,10 @@ def audit(
 def count_usage(
     projections: Float[Tensor, "B P"], prototypes: Float[Tensor, "K P"], *, unit: bool = True
 ) -> dict[str, Any]:
-    """Returns which prototypes the projections use: argmax over all K of the dot product.
+    """Returns which prototypes the projections use by the logits: argmax over all K of the dot product.
 
-    `used` is a share of K, `dead` is 1 - used, `usage_perplexity` is exp(entropy of the histogram) / K.
+    `used_by_logits` is a share of K and `used_ceiling` = min(K, images) / K the largest there can be;
+    `usage_perplexity` is exp(entropy of the histogram) / K. A mixture's E-step may use far fewer: see its record.
 
     Args:
         projections: of images.
@@ -102,8 +125,11 @@ def count_usage(
     weights = normalize(prototypes.float(), dim=1) if unit else prototypes.float()
     for block in projections.split(_IMAGE_BLOCK):
         counter.update(block, weights)
-    figures = {key.removeprefix("prototypes/"): value for key, value in counter.metrics().items()}
-    largest = counter.hits.sort(descending=True).values[:_LISTED_COUNTS]
+    counted = counter.metrics(find_directions(prototypes))
+    figures = {
+        key: counted[f"prototypes/{key}"] for key in ("used_by_logits", "used_ceiling", "usage_perplexity")
+    }
+    largest = counter.by_logits.long().sort(descending=True).values[:_LISTED_COUNTS]
     return {"images": len(projections), **figures, "largest_counts": largest.tolist()}
 
 
@@ -118,7 +144,7 @@ def assign(projections: Float[Tensor, "B P"], prototypes: Float[Tensor, "K P"]) 
 def read_training_usage(run_dir: Path, step: int | None) -> dict[str, Any]:
     """Returns the usage figures that training wrote last, at or before `step`; empty where there are none.
 
-    They are over the views of one training epoch, as the method defines them.
+    They are over the views of one training epoch, counted before any revival of the step.
     """
     path = run_dir / "metrics.jsonl"
     found: dict[str, Any] = {}
@@ -131,7 +157,7 @@ def read_training_usage(run_dir: Path, step: int | None) -> dict[str, Any]:
             continue  # the last line of a killed run may be cut
         if step is not None and record.get("step", 0) > step:
             continue
-        for key in ("used", "dead", "usage_perplexity"):
+        for key in USAGE_FIGURES:
             if f"prototypes/{key}" in record:
                 found[key] = record[f"prototypes/{key}"]
                 found["step"] = record["step"]

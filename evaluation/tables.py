@@ -74,7 +74,10 @@ def knn_rows(comparison: KnnComparison) -> list[Row]:
 
 
 def prototype_rows(result: dict[str, Any]) -> list[Row]:
-    """Returns one row for each role: K, unique prototypes at every eps, and usage where it is known."""
+    """Returns a row for each role: K, unique prototypes at every eps, and usage, with one more row where two are known.
+
+    Usage in training is that of the E-step, with the mass and the logits beside it; that of images is by the logits.
+    """
     figures = result["figures"]
     families = figures.get("families", {})
     rows = []
@@ -83,25 +86,34 @@ def prototype_rows(result: dict[str, Any]) -> list[Row]:
         row = {"prototypes": title, "K x dim": f"{audited['num_prototypes']} x {audited['dim']}"}
         for eps, fraction in audited["unique_fraction"].items():
             row[f"unique ε={eps}"] = f"{audited['unique'][eps]} ({100 * fraction:.1f} %)"
-        usage, over = usage_of(figures, role)
-        for key, title in (
-            ("used", "used %"),
-            ("dead", "dead %"),
-            ("usage_perplexity", "perplexity %"),
-        ):
-            row[title] = percent(usage.get(key))
-        row["usage over"] = over
-        rows.append(row)
+        first, *more = usages_of(figures, role) or [({}, "")]
+        rows.append({**row, **_usage_cells(*first)})
+        rows += [{"prototypes": title, **_usage_cells(*usage)} for usage in more]
     return rows
 
 
-def usage_of(figures: dict[str, Any], role: str) -> tuple[dict[str, Any], str]:
-    """Returns a matrix's usage figures and over what they were counted; over test images where both are there."""
+def usages_of(figures: dict[str, Any], role: str) -> list[tuple[dict[str, Any], str]]:
+    """Returns a matrix's usage figures, each with over what it was counted: the training epoch, and test images."""
+    found = []
+    training = figures.get("training_usage", {}) if role == "teacher" else {}
+    if training:
+        rows = f"{training['usage_rows']:,.0f} views, " if "usage_rows" in training else ""
+        found.append((training, f"{rows}epoch up to step {training['step']}"))
     images = figures.get("image_usage", {}).get(role)
     if images:
-        return images, f"{images['images']} test images"
-    training = figures.get("training_usage", {}) if role == "teacher" else {}
-    return (training, f"epoch up to step {training['step']}") if training else ({}, "")
+        found.append((images, f"{images['images']:,} test images"))
+    return found
+
+
+def _usage_cells(usage: dict[str, Any], over: str) -> Row:
+    titles = {
+        "used": "used %",
+        "used_by_mass": "by mass >= 1 %",
+        "used_by_logits": "by logits %",
+        "used_ceiling": "ceiling %",
+        "usage_perplexity": "perplexity %",
+    }
+    return {**{title: percent(usage.get(key)) for key, title in titles.items()}, "usage over": over}
 
 
 def percent(value: float | None) -> str:

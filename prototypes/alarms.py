@@ -26,7 +26,7 @@ def find_alarms(metrics: Metrics, *, step: int, partition_size: int) -> list[Ala
     alarm that a fresh run would raise too waits for 200 steps, the frozen codebook for 1,000.
 
     Args:
-        metrics: names as in the metrics file: `loss/entropy`, `prototypes/dead`, `gmm/...`, `features/...`.
+        metrics: names as in the metrics file: `loss/entropy`, `prototypes/used`, `gmm/...`, `features/...`.
         step: optimizer steps done.
         partition_size: prototypes per block, whose log is the loss of a collapsed run.
     """
@@ -52,22 +52,34 @@ def _uniform_collapse(metrics: Metrics, partition_size: int) -> str | None:
 
 
 def _prototype_death(metrics: Metrics, partition_size: int) -> str | None:
-    dead = metrics["prototypes/dead"]
-    if dead < 0.9:
+    used, ceiling = metrics["prototypes/used"], metrics["prototypes/used_ceiling"]
+    # Few rows cannot use many prototypes, and a mixture that waits for its start uses none of none.
+    if used > 0.1 * ceiling or ceiling == 0:
         return None
     return (
-        f"prototype death: {100 * dead:.0f} % of the prototypes are nearest to no view; try "
-        "prototypes.gmm.init.method=data_spread or revival.method=split"
+        f"prototype death: {100 * used:.1f} % of the prototypes won a view, where {100 * ceiling:.0f} % could have; "
+        "try prototypes.gmm.init.method=data_spread or revival.method=split"
     )
 
 
 def _underflow(metrics: Metrics, partition_size: int) -> str | None:
-    count, zero_norm = metrics["gmm/count_min"], metrics["gmm/zero_norm"]
-    if count > 1e-6 and zero_norm == 0:
+    count = metrics["gmm/count_min"]
+    if count > 1e-6:
         return None
     return (
-        f"underflow of statistics: the smallest count is {count:.1e} and {100 * zero_norm:.0f} % of the means "
-        "have vanished; use prototypes.gmm.forgetting=responsibility"
+        f"underflow of statistics: the smallest count is {count:.1e}; "
+        "use prototypes.gmm.forgetting=responsibility"
+    )
+
+
+def _vanished_means(metrics: Metrics, partition_size: int) -> str | None:
+    vanished = metrics["gmm/zero_norm"]
+    # Not `vanished == 0`: a share that is not a number is no healthy one.
+    if vanished <= 0:
+        return None
+    return (
+        f"vanished means: {100 * vanished:.1f} % of the means have shrunk away and count as dead, neither used nor "
+        "unique; use prototypes.gmm.forgetting=responsibility or prototypes.gmm.revival"
     )
 
 
@@ -103,8 +115,9 @@ def _beta_below_critical(metrics: Metrics, partition_size: int) -> str | None:
 
 _RULES: dict[str, tuple[tuple[str, ...], int, Callable[[Metrics, int], str | None]]] = {
     "uniform_collapse": (("loss/consistency", "loss/entropy"), _GRACE_STEPS, _uniform_collapse),
-    "prototype_death": (("prototypes/dead",), _GRACE_STEPS, _prototype_death),
-    "underflow": (("gmm/count_min", "gmm/zero_norm"), 0, _underflow),
+    "prototype_death": (("prototypes/used", "prototypes/used_ceiling"), _GRACE_STEPS, _prototype_death),
+    "underflow": (("gmm/count_min",), 0, _underflow),
+    "vanished_means": (("gmm/zero_norm",), 0, _vanished_means),
     "frozen_codebook": (("gmm/displacement",), _FROZEN_STEPS, _frozen_codebook),
     "feature_collapse": (
         ("features/mean_cosine", "features/effective_rank"),

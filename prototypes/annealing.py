@@ -28,7 +28,8 @@ def compute_critical_beta(covariance: Float[Tensor, "P P"]) -> float:
 
     Around the merged state mu_k = m + delta_k one EM step gives delta' = beta Cov Sigma^-1 delta; with
     Sigma = diag(Cov) the merged state is stable iff beta lambda_max(Corr) < 1. Computed in fp64 on the CPU;
-    waits for the device. Source: Rose 1998, Ueda & Nakano 1998; derivation ours.
+    waits for the device. Source: Rose 1998, Ueda & Nakano 1998; derivation ours. Where the covariance has
+    overflowed nothing is known: 0, which guards nothing.
 
     Args:
         covariance: running covariance of the observed rows.
@@ -36,6 +37,8 @@ def compute_critical_beta(covariance: Float[Tensor, "P P"]) -> float:
     covariance = covariance.detach().to("cpu", torch.float64)
     scale = covariance.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     correlation = covariance * scale[:, None] * scale[None, :]
+    if not bool(correlation.isfinite().all()):
+        return 0.0
     return 1.0 / max(float(torch.linalg.eigvalsh(correlation)[-1]), 1.0)
 
 

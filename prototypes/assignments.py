@@ -71,6 +71,35 @@ def keep_largest_(responsibilities: Float[Tensor, "N K"], number: int) -> Float[
     return responsibilities.zero_().scatter_(1, index, values)
 
 
+class Assignment(NamedTuple):
+    """How one step's E-step shared out its rows, before any component was revived; a sum over ranks is the total.
+
+    Attributes:
+        hits: [K] rows that each prototype won, the argmax of the responsibilities; this rank's part.
+        mass: [K] summed responsibilities; this rank's part.
+    """
+
+    hits: Tensor
+    mass: Tensor
+
+
+def count_winners_(
+    hits: Float[Tensor, " K"],
+    responsibilities: Float[Tensor, "N K"],
+    weight: Float[Tensor, " N"],
+    across: Collectives | None = None,
+) -> None:
+    """Adds to `hits` the rows, of those with a weight, that each prototype wins: the argmax over all of them.
+
+    Where K is this rank's range only, a row counts on the rank that holds its winner: collective, waited for.
+    """
+    largest, winner = responsibilities.max(dim=1)
+    counted = weight > 0
+    if across is not None:
+        counted &= across.start_gather(largest).wait().argmax(dim=0) == across.rank
+    hits.scatter_add_(0, winner, counted.to(hits.dtype))
+
+
 class AssignmentProbe(NamedTuple):
     """Sums over a few rows that describe how a batch was assigned; see `probe_assignments`."""
 

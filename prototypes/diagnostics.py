@@ -1,10 +1,12 @@
 """What the prototypes are worth beside the loss: uniqueness, usage, spread of the features.
 
-Uniqueness alone is no evidence of a working mixture: random unit vectors are unique. Read it beside usage.
+Uniqueness alone is no evidence of a working mixture: random unit vectors are unique. Read it beside usage. No figure
+ends a run: a row that points nowhere (zero, or not finite) is no unit row and counts as none.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,10 +19,20 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
     from torch import Tensor
 
+    from prototypes.assignments import Assignment
+
 UNIQUE_THRESHOLDS = (0.025, 0.05, 0.1, 0.25, 0.5)
 _BLOCK_ROWS = 1024
 _LEADERS_PER_CHUNK = 8192
 _BORDER = 1e-5
+_SHORTEST_DIRECTION = 1e-12
+"""Length that `normalize` divides by at least: a shorter row does not become a unit row."""
+
+
+def find_directions(rows: Float[Tensor, "N P"]) -> Bool[Tensor, " N"]:
+    """Returns which rows have a direction: a finite length of at least 1e-12 in fp32."""
+    norms = torch.linalg.vector_norm(rows.float(), dim=1)
+    return norms.isfinite() & (norms >= _SHORTEST_DIRECTION)
 
 
 @torch.no_grad()
@@ -35,19 +47,9 @@ def count_unique(
     the threshold are decided in fp64. Not collective.
 
     Args:
-        prototypes: any length but zero.
+        prototypes: any length; a row without a direction (`find_directions`) is never unique.
         thresholds: cosine distances eps.
-
-    Raises:
-        ValueError: a row is zero or not finite.
     """
-    norms = torch.linalg.vector_norm(prototypes.float(), dim=1)
-    bad = ~(norms.isfinite() & (norms > 0))
-    if bool(bad.any()):
-        raise ValueError(
-            f"prototype {int(bad.nonzero()[0])} is zero or not finite; expected a direction; "
-            "inspect the checkpoint"
-        )
     leads = find_leaders(prototypes, tuple(thresholds))
     return dict(zip(thresholds, leads.sum(0).tolist(), strict=True))
 
@@ -69,7 +71,7 @@ def find_leaders(
     block. All thresholds share the products: N * L * P of them for L leaders, and no [N, N] tensor.
 
     Args:
-        rows: any length but zero, any float dtype.
+        rows: any length, any float dtype; a row without a direction leads nowhere.
         thresholds: cosine distances eps.
         leaders: leaders at every threshold that were there before; they count for covering only.
     """
@@ -80,7 +82,7 @@ def find_leaders(
     result = torch.empty(len(rows), len(thresholds), dtype=torch.bool, device=rows.device)
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = _Directions(rows[start : start + _BLOCK_ROWS])
-        covered = torch.zeros(len(block), len(thresholds), dtype=torch.bool, device=rows.device)
+        covered = ~find_directions(block.rows)[:, None].expand(-1, len(thresholds))
         for first in range(0, num_found, _LEADERS_PER_CHUNK):
             chunk = slice(first, min(first + _LEADERS_PER_CHUNK, num_found))
             _mark_covered_(covered, block, found[chunk], leads[chunk], thresholds)
@@ -159,14 +161,20 @@ def _within(cosine: Tensor, rows: _Directions, leaders: _Directions, eps: float)
 
 
 class UsageCounter:
-    """Counts which of all K prototypes is the argmax of the teacher's logits, over an epoch.
+    """Counts which of all K prototypes are used over an epoch; this rank's part of it.
 
-    The same code for every mode. `used` is the share of prototypes hit at least once, `dead` = 1 - used,
-    `usage_perplexity` = exp(entropy of the hits) / K.
+    Two answers: which component wins a row in the mixture's E-step, and which is the argmax of the logits that the
+    encoder's loss sees. A mixture is used where its E-step uses it; learned prototypes have no E-step, their use is
+    that of the logits.
+
+    Attributes:
+        counts: [3, K] fp64, rows won by logits, rows won in the E-step, mass in the E-step; sum it over ranks.
     """
 
     def __init__(self, num_prototypes: int, device: torch.device | str = "cpu") -> None:
-        self.hits = torch.zeros(num_prototypes, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(3, num_prototypes, dtype=torch.float64, device=device)
+        self.by_logits, self.by_assignment, self.mass = self.counts.unbind()
+        self._has_assignments = False
 
     @torch.no_grad()
     def update(self, rows: Float[Tensor, "*batch Q"], prototypes: Float[Tensor, "K Q"]) -> None:
@@ -183,36 +191,72 @@ class UsageCounter:
             values, index = (rows @ prototypes[start : start + _LEADERS_PER_CHUNK].float().T).max(dim=1)
             winner = torch.where(values > best, index + start, winner)
             best = torch.maximum(values, best)
-        self.hits += torch.bincount(winner, minlength=len(self.hits))
+        self.by_logits.scatter_add_(0, winner, torch.ones_like(winner, dtype=torch.float64))
+
+    def add_assignment(self, assignment: Assignment) -> None:
+        """Adds one step's E-step."""
+        self._has_assignments = True
+        self.by_assignment += assignment.hits
+        self.mass += assignment.mass
 
     def reset(self) -> None:
         """Starts a new epoch."""
-        self.hits.zero_()
+        self.counts.zero_()
 
-    def metrics(self) -> dict[str, float]:
-        """Returns `prototypes/{used,dead,usage_perplexity}`; sum `hits` over ranks first."""
-        share = self.hits.double() / self.hits.sum().clamp_min(1)
+    def metrics(self, is_alive: Bool[Tensor, " K"] | None = None) -> dict[str, float]:
+        """Returns `prototypes/...` of the epoch; sum `counts` over ranks first.
+
+        `used` is the share of the K prototypes that won at least one row in the E-step (by the logits where there is
+        none), `dead` = 1 - used, `usage_perplexity` = exp(entropy of the rows won) / K; `used_by_mass` the share with
+        a mass of at least 1, `used_by_logits` that of the logits' argmax. `usage_rows` says over how many rows, and
+        `used_ceiling` = min(K, rows) / K what share they could have reached.
+
+        Args:
+            is_alive: which prototypes point anywhere; the others are dead, whatever they won. None: all.
+        """
+        won = self.by_assignment if self._has_assignments else self.by_logits
+        is_alive = torch.ones_like(won, dtype=torch.bool) if is_alive is None else is_alive.to(won.device)
+        number = float(won.sum())
+        share = won / max(number, 1.0)
         entropy = -torch.special.xlogy(share, share).sum()
-        used = float((self.hits > 0).double().mean())
+
+        def part(used: Tensor) -> float:
+            return float((used & is_alive).double().mean())
+
+        by_mass = {"prototypes/used_by_mass": part(self.mass >= 1)} if self._has_assignments else {}
         return {
-            "prototypes/used": used,
-            "prototypes/dead": 1.0 - used,
-            "prototypes/usage_perplexity": float(entropy.exp()) / len(self.hits),
+            "prototypes/used": part(won > 0),
+            "prototypes/dead": 1.0 - part(won > 0),
+            **by_mass,
+            "prototypes/used_by_logits": part(self.by_logits > 0),
+            "prototypes/usage_perplexity": float(entropy.exp()) / len(won),
+            "prototypes/usage_rows": number,
+            "prototypes/used_ceiling": min(1.0, number / len(won)),
         }
 
 
 @torch.no_grad()
 def effective_rank(features: Float[Tensor, "N P"]) -> float:
-    """Returns exp of the entropy of the normalised singular values of the features (Roy & Vetterli 2007)."""
-    values = torch.linalg.svdvals(features.float())
+    """Returns exp of the entropy of the normalised singular values of the features (Roy & Vetterli 2007).
+
+    Of the rows of finite length; NaN where there is none.
+    """
+    features = features.float()
+    features = features[torch.linalg.vector_norm(features, dim=1).isfinite()]
+    if len(features) == 0:
+        return math.nan
+    values = torch.linalg.svdvals(features)
     share = values / values.sum().clamp_min(1e-30)
     return float((-torch.special.xlogy(share, share).sum()).exp())
 
 
 @torch.no_grad()
 def mean_cosine(features: Float[Tensor, "N P"]) -> float:
-    """Returns the mean cosine over all pairs of different rows: near 1 when the features have collapsed."""
-    unit = nn.functional.normalize(features.float(), dim=1)
+    """Returns the mean cosine over all pairs of different rows: near 1 when the features have collapsed.
+
+    Of the rows with a direction; 1 where there are no two.
+    """
+    unit = nn.functional.normalize(features[find_directions(features)].float(), dim=1)
     number = len(unit)
     if number < 2:
         return 1.0

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prototypes.assignments import Assignment
 from prototypes.config import PrototypesConfig
 from prototypes.statistics import Collectives, Gather, Handle, ReduceSum
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
+    from jaxtyping import Bool, Float, Int64
 
 Role = Literal["student", "teacher"]
 LogitKind = Literal["dot", "cosine", "posterior"]
@@ -176,8 +177,22 @@ class PrototypeEstimator(nn.Module, ABC):
         del learned, partition
         return None
 
+    def assignment(self) -> Assignment | None:
+        """Returns how the E-step of the last step shared out its rows; None where there is none, as of learned ones.
+
+        This rank's part; valid after `accept` and until the next `observe`.
+        """
+        return None
+
+    def find_vanished(self) -> Bool[Tensor, " K"]:
+        """Returns which of the published prototypes have shrunk away and point nowhere."""
+        return torch.zeros(self.num_prototypes, dtype=torch.bool)
+
     def reseed(self, step: int) -> int:
-        """Revives starved components, alike on every rank; returns how many. Off unless configured."""
+        """Revives starved components, alike on every rank; returns how many. Off unless configured.
+
+        The step's figures are taken before: what a revival has just repaired is no measure of the mixture.
+        """
         del step
         return 0
 

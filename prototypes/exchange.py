@@ -31,6 +31,7 @@ class Exchange:
     Attributes:
         method: "all_reduce", "all_gather" or "sharded".
         own: range of prototypes whose responsibilities this rank computes.
+        counts_rows: whether this rank counts the rows it computes: where every rank computes all, the first does.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Exchange:
         self.num_prototypes = num_prototypes
         is_alone = collectives.world_size == 1 and config.reduction != "fixed_order"
         self.method = "all_reduce" if is_alone else method
+        self.counts_rows = self.method != "all_gather" or collectives.rank == 0
         self.own = slice(0, num_prototypes)
         if self.method == "sharded":
             share, remainder = divmod(num_prototypes, collectives.world_size)

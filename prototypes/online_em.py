@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prototypes import initialisation, moments
 from prototypes.annealing import CRITICAL_REFRESH_STEPS, Annealing, compute_critical_beta
-from prototypes.assignments import probe_assignments
+from prototypes.assignments import Assignment, count_winners_, probe_assignments
 from prototypes.candidate import CandidateTables
 from prototypes.config import PrototypesConfig
 from prototypes.coupling import couple
@@ -25,16 +25,16 @@ from prototypes.initialisation import Collected
 from prototypes.learned import LearnedPrototypes, require_learned
 from prototypes.mixing import compute_rates, update_mixing_weights, update_usage
 from prototypes.mixture import Mixture, iterate_chunks
-from prototypes.revival import find_starved, revive_
+from prototypes.mixture_figures import STEP_SUMS, describe_step, describe_tables, find_vanished, traced
+from prototypes.revival import revive_
 from prototypes.statistics import Collectives, FlatStatistics, drop_non_finite, full_precision
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
+    from jaxtyping import Bool, Float, Int64
 
 LOGITS_BYTES = 256 * 2**20
 _PROBED_ROWS = 16
-_TRACED_COMPONENTS = 1024
-_ZERO_NORM = 1e-3
+_SHORTEST_DIRECTION = 1e-12
 
 
 class OnlineMixture(Mixture):
@@ -50,7 +50,7 @@ class OnlineMixture(Mixture):
         super().__init__(config, context)
         self.is_initialised = False
         self.collected = Collected()
-        self.register_buffer("traced_means", self._traced(self.means).clone())
+        self.register_buffer("traced_means", traced(self.means).clone())
         self._use_method(
             choose_method(
                 self.gmm.synchronization,
@@ -68,7 +68,10 @@ class OnlineMixture(Mixture):
         self._statistics: FlatStatistics | None = None
         self._logits: Tensor | None = None
         self._published: Tensor | None = None
+        self._vanished: Tensor | None = None
         self._is_published = False
+        self._hits: Tensor | None = None
+        self._before_revival: dict[str, Tensor] | None = None
         self._last: dict[str, Tensor] = {}
         self._last_rows: Tensor | None = None
 
@@ -105,6 +108,9 @@ class OnlineMixture(Mixture):
             self._initialise_moments(inputs, weight)
         rows = self.preprocess(inputs)
         statistics = self._make_room(len(rows))
+        assert self._hits is not None
+        self._hits.zero_()
+        self._before_revival = None
         init = self.gmm.init
         is_standing = initialisation.is_standing(init, self.num_prototypes, self.collected)
         is_collecting = is_standing and initialisation.is_collecting(
@@ -138,8 +144,7 @@ class OnlineMixture(Mixture):
             if observation.rows is not None:
                 self._place(observation.rows)
             self._publish(self._candidate["means"])
-        names = ("sum_weight", "num_bad", "num_probed", "log_likelihood", "log_perplexity")
-        self._last = {name: sums[name].clone() for name in names}
+        self._last = {name: sums[name].clone() for name in STEP_SUMS}
 
     def accept(self) -> None:
         """Swaps candidate and state, and advances beta."""
@@ -184,40 +189,38 @@ class OnlineMixture(Mixture):
         mixed = couple(require_learned(learned), self._published, self.config.coupling.strength)
         return mixed.detach() if role == "teacher" else mixed
 
+    def assignment(self) -> Assignment | None:
+        """Returns rows won and mass of the last E-step; see the base class."""
+        assert self._hits is not None and self._statistics is not None, "assignment() without observe()"
+        is_first = self.context.collectives.rank == 0
+        return Assignment(self._hits * self.exchange.counts_rows, self._statistics.mass * is_first)
+
+    def find_vanished(self) -> Bool[Tensor, " K"]:
+        """Returns which published means have shrunk away; see `mixture_figures.find_vanished`."""
+        assert self._vanished is not None, "find_vanished() without prototypes()"
+        return self._vanished
+
     @torch.no_grad()
     def reseed(self, step: int) -> int:
         """Revives starved and duplicate components every `revival.interval_steps`; see `revival.py`.
 
-        Alike on every rank; collective with `method: reseed`, which gathers the last rows. Call after
-        `accept`.
+        Alike on every rank; collective with `method: reseed`, which gathers rows. Call after `accept`.
         """
         config = self.gmm.revival
         if config.method == "off" or step == 0 or step % config.interval_steps:
             return 0
         rows = None if self._last_rows is None else self._gather_if_local(self._last_rows)
+        self._before_revival = describe_tables(self, self.traced_means)
         self._is_published = False
         return revive_(self, rows, config, seed=self.context.seed, step=step)
 
     def metrics(self) -> dict[str, float]:
-        """Returns `gmm/...` of the last committed step; waits for the device."""
+        """Returns `gmm/...` of the last committed step, before its revival; waits for the device."""
         values = {"gmm/beta": self.annealing.beta, "gmm/beta_critical": self.annealing.beta_critical}
         if not self._last:
             return values
-        last = {name: float(value) for name, value in self._last.items()}
-        probed = max(last["num_probed"], 1.0)
-        moved = 1 - nn.functional.cosine_similarity(self.traced_means, self._traced(self.means), dim=1)
-        norms = torch.linalg.vector_norm(self.means, dim=1)
-        return {
-            **values,
-            "gmm/bad_rows": last["num_bad"],
-            "gmm/log_likelihood": last["log_likelihood"] / probed,
-            "gmm/responsibility_perplexity": float(torch.tensor(last["log_perplexity"] / probed).exp()),
-            "gmm/starved": float(find_starved(self.usage).float().mean()),
-            "gmm/displacement": float(moved.mean()),
-            "gmm/count_min": float(self.counts.min()),
-            "gmm/count_median": float(self.counts.median()),
-            "gmm/zero_norm": float((norms < _ZERO_NORM).float().mean()),
-        }
+        tables = self._before_revival or describe_tables(self, self.traced_means)
+        return {**values, **describe_step(self._last), **{name: float(v) for name, v in tables.items()}}
 
     # ---------------------------------------------------------------- state
 
@@ -248,9 +251,6 @@ class OnlineMixture(Mixture):
             self.gmm.synchronization, self.context.collectives, self.num_prototypes, method
         )
 
-    def _traced(self, means: Float[Tensor, "K P"]) -> Float[Tensor, "k P"]:
-        return means[:: max(1, self.num_prototypes // _TRACED_COMPONENTS)]
-
     def _make_room(self, num_rows: int) -> FlatStatistics:
         """Returns the statistics' buffer, allocated once, and makes room for the logits."""
         own = self.exchange.own.stop - self.exchange.own.start
@@ -261,6 +261,7 @@ class OnlineMixture(Mixture):
             self._statistics = FlatStatistics(
                 self.num_prototypes, self.num_statistics, self.dim, self.means.device
             )
+            self._hits = torch.zeros(self.num_prototypes, device=self.means.device)
         return self._statistics
 
     # ---------------------------------------------------------------- E-step
@@ -269,7 +270,7 @@ class OnlineMixture(Mixture):
         self, rows: Float[Tensor, "N P"], weight: Float[Tensor, " N"], statistics: FlatStatistics
     ) -> None:
         """E-step and statistics w_k = sum_i gamma_ik, S_k = sum_i gamma_ik s(h_i - m), then centred."""
-        assert self._logits is not None
+        assert self._logits is not None and self._hits is not None
         own, across = self.exchange.own, self.exchange.reduce_over_prototypes()
         mass, sums = statistics.mass[own].zero_(), statistics.moments[own]
         statistics.tail.zero_()
@@ -286,6 +287,7 @@ class OnlineMixture(Mixture):
                 self._probe(log_joint[:_PROBED_ROWS], statistics, penalty, across)
             gamma = self.assign_(log_joint, penalty, across)
             own_rows = slice(start, start + len(part))
+            count_winners_(self._hits[own], gamma, weight[own_rows], across)
             mass.addmv_(gamma.T, weight[own_rows])
             torch.addmm(sums, gamma.T, observed[own_rows], beta=0 if start == 0 else 1, out=sums)
         for chunk in iterate_chunks(own, self.means.device):
@@ -371,15 +373,18 @@ class OnlineMixture(Mixture):
 
     def _begin_from_rows(self) -> None:
         """Once all rows are placed every component starts afresh, as wide as the rows are now."""
-        self.traced_means.copy_(self._traced(self.means))
+        self.traced_means.copy_(traced(self.means))
         if self.collected.seen == self.num_prototypes:
             self.reset_components()
 
     def _publish(self, means: Float[Tensor, "K P"]) -> None:
         if self._published is None:
             self._published = torch.empty_like(self.means)
-        norms = torch.linalg.vector_norm(means, dim=1, keepdim=True).clamp_min_(1e-12)
-        torch.div(means, norms, out=self._published)
+        norms = torch.linalg.vector_norm(means, dim=1)
+        self._vanished = find_vanished(norms, self)
+        # A row that is too short for a direction is published as zeros: it is no unit row.
+        lengths = torch.where(norms >= _SHORTEST_DIRECTION, norms, torch.inf)
+        torch.div(means, lengths[:, None], out=self._published)
         self._is_published = True
 
     # ---------------------------------------------------------------- after the step

@@ -123,7 +123,7 @@ class Snapshot:
         parts = process.all_gather_object(progress.position)
         self._progress = {
             "progress": asdict(replace(progress, position=merge_positions([part for part in parts if part]))),
-            "usage_hits": self._sum_over_ranks(training_step.usage.hits),
+            "usage_counts": self._sum_over_ranks(training_step.usage.counts),
             "spike_guard": training_step.spike_guard.state_dict(),
         }
         self._estimator = {
@@ -166,9 +166,9 @@ class Snapshot:
                     self._learned[role] = tensor.detach().to("cpu", copy=True)
             yield name, tensor
 
-    def _sum_over_ranks(self, hits: Tensor) -> Tensor:
+    def _sum_over_ranks(self, counts: Tensor) -> Tensor:
         """The epoch's usage so far. A copy: the counters themselves go on per rank."""
-        return torch.stack(self._process.all_gather_object(hits.cpu())).sum(0)
+        return torch.stack(self._process.all_gather_object(counts.cpu())).sum(0)
 
 
 def _exported_prototypes(
@@ -211,7 +211,7 @@ def restore(checkpoint: Path, training_step: TrainingStep, process: Process) -> 
     training_step.estimator.load_state_dict(load_tree(checkpoint, "estimator"))
     saved = load_tree(checkpoint, "progress")
     # Usage counts were summed over ranks: one rank takes them over and the others start from zero.
-    training_step.usage.hits.copy_(saved["usage_hits"] * int(process.is_main))
+    training_step.usage.counts.copy_(saved["usage_counts"] * int(process.is_main))
     training_step.spike_guard.load_state_dict(saved["spike_guard"])
     if (checkpoint / f"{_rng_name(process)}.json").exists():
         restore_rng_state(load_tree(checkpoint, _rng_name(process)))

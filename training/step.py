@@ -35,7 +35,8 @@ class StepOutcome:
         loss: means over micro-batches and ranks: total, consistency, entropy, and the auxiliary loss if there is one.
         grad_norm: 2-norm of the gradient before clipping; 0 where the step was not applied.
         projections: [views * B, P] the teacher's projections of the last micro-batch, for diagnostics.
-        prototypes: [K, P] the teacher's prototypes of this step, C^t.
+        prototypes: [K, P] the teacher's prototypes of this step, C^t, before any of them was revived.
+        vanished: [K] which of them have shrunk away and point nowhere.
     """
 
     applied: bool
@@ -43,6 +44,7 @@ class StepOutcome:
     grad_norm: float
     projections: Tensor
     prototypes: Tensor
+    vanished: Tensor
 
 
 class TrainingStep:
@@ -106,10 +108,13 @@ class TrainingStep:
         applied, grad_norm = self._apply(float(mean_loss["total"]), schedule)
         reach("update", step)
         if applied:
-            self.estimator.reseed(step + 1)
             self._count_usage(teacher)
         prototypes = self.estimator.prototypes("teacher", teacher[-1].learned_prototypes).detach()
-        return StepOutcome(applied, mean_loss, grad_norm, teacher[-1].projections, prototypes)
+        vanished = self.estimator.find_vanished()
+        if applied:
+            # Last: figures taken after a repair, on the rows that the repair has seen, would praise the repair.
+            self.estimator.reseed(step + 1)
+        return StepOutcome(applied, mean_loss, grad_norm, teacher[-1].projections, prototypes, vanished)
 
     @property
     def reduce_sum(self) -> Callable[[Tensor], Handle]:
@@ -192,6 +197,9 @@ class TrainingStep:
     def _count_usage(self, teacher: Sequence[NetworkOutput]) -> None:
         for output in teacher:
             self.usage.update(*self._logit_operands(output, "teacher"))
+        assignment = self.estimator.assignment()
+        if assignment is not None:
+            self.usage.add_assignment(assignment)
 
 
 def _teacher_views(crops: Crops) -> list[Tensor]:

@@ -160,13 +160,13 @@ class Trainer:
         values: dict[str, float] = {}
         # Usage is a figure of one whole epoch; a run shorter than that reports what it has.
         if step % self._steps_per_epoch == 0 or step == self._num_steps < self._steps_per_epoch:
-            values |= self._close_epoch()
+            values |= self._close_epoch(~outcome.vanished)
         if (
             step % self._steps_per_epoch == 0
             or step in logging_config.unique_early_steps
             or step == self._num_steps
         ):
-            values |= self._count_unique(outcome.prototypes)
+            values |= self._count_unique(outcome.prototypes[~outcome.vanished])
         probe_every = self.config.evaluation.knn_every_steps
         if self._probe is not None and probe_every and (step % probe_every == 0 or step == self._num_steps):
             values |= self._probe(self.training_step.engine.teacher_network().backbone)
@@ -229,20 +229,25 @@ class Trainer:
                 self._alarms_raised.add(alarm.name)
                 logger.warning("ALARM at step %d: %s", self.progress.step, alarm.message)
 
-    def _close_epoch(self) -> dict[str, float]:
+    def _close_epoch(self, is_alive: Tensor) -> dict[str, float]:
         """Returns the usage of the epoch that ends here and starts the next count. Collective."""
         usage = self.training_step.usage
-        self.training_step.reduce_sum(usage.hits).wait()
-        values = usage.metrics()
+        self.training_step.reduce_sum(usage.counts).wait()
+        values = usage.metrics(is_alive)
         usage.reset()
         return values
 
     def _count_unique(self, prototypes: Tensor) -> dict[str, float]:
-        """Returns the share of unique prototypes per threshold; rank 0 counts, nobody waits for it."""
+        """Returns the unique prototypes per threshold as shares of K; rank 0 counts, nobody waits for it.
+
+        Args:
+            prototypes: those of the K that have not vanished.
+        """
+        num_prototypes = self.config.prototypes.num_prototypes
         if not self.process.is_main:
             return {f"prototypes/unique_{threshold:g}": 0.0 for threshold in UNIQUE_THRESHOLDS}
         counts = count_unique(prototypes, UNIQUE_THRESHOLDS)
-        return {f"prototypes/unique_{t:g}": counts[t] / prototypes.shape[0] for t in UNIQUE_THRESHOLDS}
+        return {f"prototypes/unique_{t:g}": counts[t] / num_prototypes for t in UNIQUE_THRESHOLDS}
 
     def _log_initial_prototypes(self) -> None:
         if 0 in self.config.logging.unique_early_steps:

@@ -31,12 +31,17 @@ def main(stream_path: str, out_dir: str) -> None:
             reduce_sum=synchronization.reduce_sum,
             gather=synchronization.gather if case["gather"] else None,
         )
+        used = {"hits": torch.zeros(estimator.num_prototypes), "mass": torch.zeros(estimator.num_prototypes)}
         for rows, splits in zip(case["steps"], case["splits"], strict=True):
             own = rows.split(splits)[process.rank]
             estimator.commit(estimator.observe(own))
             estimator.accept()
+            assignment = estimator.assignment()
+            if assignment is not None:
+                used["hits"] += assignment.hits
+                used["mass"] += assignment.mass
             estimator.reseed(estimator.step)
-        states[name] = estimator.state_dict()
+        states[name] = estimator.state_dict() | {"used": used}
     torch.save(states, Path(out_dir) / f"state-{process.rank}.pt")
     stop()
 

@@ -76,9 +76,18 @@ def test_ranks_equal_one_rank_on_the_concatenation(world_size, tmp_path):
     ranks = [torch.load(tmp_path / f"state-{rank}.pt", weights_only=False) for rank in range(world_size)]
     for name, (config, _, _) in cases.items():
         single = build_estimator(config, seed=0, num_observations_per_epoch=1000, total_steps=100)
+        hits, mass = torch.zeros(24), torch.zeros(24)
         for rows in steps:
             take_step(single, rows)
+            if single.assignment() is not None:
+                hits += single.assignment().hits
+                mass += single.assignment().mass
             single.reseed(single.step)
+        # Counts are parts of ranks, whatever the exchange; a row between two components may fall to either.
+        total = {key: sum(rank[name]["used"][key] for rank in ranks) for key in ("hits", "mass")}
+        assert total["hits"].sum() == hits.sum(), name
+        assert float((total["hits"] - hits).abs().sum()) <= 0.02 * float(hits.sum()), name
+        torch.testing.assert_close(total["mass"], mass, rtol=1e-3, atol=1e-3)
         for key, expected in single.state_dict().items():
             first = ranks[0][name][key]
             if not isinstance(expected, torch.Tensor):

@@ -10,6 +10,7 @@ import torch
 
 import evaluate as program
 from evaluation import report
+from evaluation.tables import prototype_rows
 from runtime.program import run_program
 from tests.unit.evaluation.conftest import write_run
 
@@ -52,7 +53,25 @@ def test_every_result_says_what_it_was_made_from(evaluated):
 
 def test_usage_comes_from_training_and_from_images(evaluated):
     figures = result(evaluated, "first", "prototypes")["figures"]
-    assert figures["training_usage"] == {"used": 0.5, "dead": 0.5, "usage_perplexity": 0.25, "step": 10}
+    assert figures["training_usage"] == {
+        "used": 0.5,
+        "used_by_mass": 0.4,
+        "used_by_logits": 0.9,
+        "dead": 0.5,
+        "usage_perplexity": 0.25,
+        "used_ceiling": 1.0,
+        "usage_rows": 640,
+        "step": 10,
+    }
+    images = figures["image_usage"]["teacher"]
+    assert "used" not in images and images["used_by_logits"] <= images["used_ceiling"] == min(
+        1, images["images"] / 64
+    )
+    training, tested = prototype_rows(result(evaluated, "first", "prototypes"))
+    assert training["used %"] == "50.00" and training["by mass >= 1 %"] == "40.00"
+    assert training["by logits %"] == "90.00" and training["ceiling %"] == "100.00"
+    assert training["usage over"] == "640 views, epoch up to step 10"
+    assert tested["used %"] == "" and tested["usage over"] == f"{images['images']:,} test images"
     assert figures["roles"]["teacher"]["num_prototypes"] == 64
 
 

@@ -293,4 +293,7 @@ def test_usage_of_a_head_beside_its_backbone(tmp_path, run_dir, digits):
     assert evaluate(tmp_path, *arguments) == 0
     usage = json.loads((tmp_path / "out" / "prototypes.json").read_text())["figures"]["image_usage"]
     assert usage["teacher"]["images"] == 96 and usage["teacher"]["feature"] == "cls"
-    assert 0 < usage["teacher"]["used"] <= 1 and sum(usage["teacher"]["largest_counts"]) == 96
+    assert (
+        0 < usage["teacher"]["used_by_logits"] <= usage["teacher"]["used_ceiling"] == 1
+        and sum(usage["teacher"]["largest_counts"]) == 96
+    )

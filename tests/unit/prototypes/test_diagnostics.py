@@ -1,11 +1,22 @@
 """Uniqueness, usage, ranks and alarms."""
 
+import math
+
 import pytest
 import torch
 
 from prototypes.alarms import find_alarms
-from prototypes.diagnostics import UsageCounter, count_unique, effective_rank, mean_cosine
+from prototypes.annealing import compute_critical_beta
+from prototypes.assignments import Assignment
+from prototypes.diagnostics import (
+    UsageCounter,
+    count_unique,
+    effective_rank,
+    find_directions,
+    mean_cosine,
+)
 from prototypes.gmm_config import AnnealingConfig
+from prototypes.revival import find_duplicates
 from tests.unit.prototypes import oracle
 from tests.unit.prototypes.building import build, clustered_rows, exact_gmm, make_config, take_step
 
@@ -33,11 +44,28 @@ def test_unique_prototypes_are_exact_at_the_threshold():
         assert count_unique(pair, (0.1,))[0.1] == expected
 
 
-def test_unique_refuses_a_row_without_direction():
-    rows = torch.randn(5, 4)
-    rows[3] = 0
-    with pytest.raises(ValueError, match="prototype 3 is zero or not finite"):
-        count_unique(rows)
+@pytest.mark.parametrize("bad", [0.0, 1e-14, 1e-30, torch.nan, torch.inf])
+def test_a_row_without_direction_is_no_prototype(bad):
+    rows = torch.eye(6, 8)
+    rows[3] = bad
+    assert find_directions(rows).tolist() == [True, True, True, False, True, True]
+    assert set(count_unique(rows).values()) == {5}
+    assert set(count_unique(rows[3:4].repeat(1100, 1)).values()) == {0}
+    assert mean_cosine(rows) == pytest.approx(0, abs=1e-6)
+    if bad not in (torch.nan, torch.inf):
+        assert (
+            find_duplicates(rows, torch.full((6,), 1 / 6), 0.025).tolist()
+            == [False] * 3 + [True] + [False] * 2
+        )
+    expected = effective_rank(rows[find_directions(rows)])
+    assert effective_rank(rows) == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_figure_of_nothing_ends_a_run():
+    nothing = torch.full((3, 4), torch.nan)
+    assert math.isnan(effective_rank(nothing)) and mean_cosine(nothing) == 1.0
+    assert set(count_unique(nothing).values()) == {0}
+    assert compute_critical_beta(torch.full((4, 4), torch.inf)) == 0.0
 
 
 def test_usage_counts_the_argmax_over_all_prototypes():
@@ -47,13 +75,68 @@ def test_usage_counts_the_argmax_over_all_prototypes():
     counter.update(rows[:1], prototypes)
     counter.update(rows[1:], prototypes)
     expected = torch.bincount((rows.flatten(0, 1) @ prototypes.T).argmax(1), minlength=50)
-    assert torch.equal(counter.hits, expected)
+    assert torch.equal(counter.by_logits, expected.double())
     values = counter.metrics()
     assert values["prototypes/used"] == pytest.approx(float((expected > 0).float().mean()))
     assert values["prototypes/dead"] == pytest.approx(1 - values["prototypes/used"])
+    assert values["prototypes/used_by_logits"] == values["prototypes/used"]
+    assert values["prototypes/usage_rows"] == 60 and values["prototypes/used_ceiling"] == 1
+    assert "prototypes/used_by_mass" not in values
     counter.reset()
-    counter.hits += 3
+    counter.by_logits += 3
     assert counter.metrics()["prototypes/usage_perplexity"] == pytest.approx(1.0)
+
+
+def test_a_mixture_is_used_where_its_e_step_uses_it():
+    """Logits name one component of four, the E-step another two, one of which has vanished."""
+    counter = UsageCounter(4)
+    counter.update(torch.eye(4)[:1].repeat(3, 1), torch.eye(4))
+    hits, mass = torch.tensor([0.0, 2.0, 1.0, 0.0]), torch.tensor([0.1, 1.5, 1.0, 0.4])
+    counter.add_assignment(Assignment(hits, mass))
+    is_alive = torch.tensor([True, True, False, True])
+    values = {name.removeprefix("prototypes/"): value for name, value in counter.metrics(is_alive).items()}
+    entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    assert values == pytest.approx(
+        {
+            "used": 0.25,
+            "dead": 0.75,
+            "used_by_mass": 0.25,
+            "used_by_logits": 0.25,
+            "usage_perplexity": math.exp(entropy) / 4,
+            "usage_rows": 3,
+            "used_ceiling": 0.75,
+        }
+    )
+    assert counter.metrics()["prototypes/used"] == 0.5
+
+
+def test_uniform_forgetting_shrinks_means_away_and_the_record_says_so():
+    """Three clusters, sixteen components: thirteen are never visited, and shrink to exactly zero."""
+    estimator = build(make_config(16, 64, **exact_gmm(forgetting="uniform", uniform_rate=0.1, input="l2")))
+    counter, seen = UsageCounter(16), []
+    for step in range(1000):
+        rows = clustered_rows(16, 64, num_clusters=3, spread=0.05, seed=0)
+        take_step(estimator, rows)
+        counter.add_assignment(estimator.assignment())
+        if step % 50 == 49:
+            prototypes = estimator.prototypes("teacher")
+            vanished = estimator.find_vanished()
+            lengths = torch.linalg.vector_norm(prototypes, dim=1)
+            assert bool((((lengths - 1).abs() < 1e-5) | (lengths == 0)).all())
+            seen.append((count_unique(prototypes[~vanished])[0.5], int(vanished.sum()), estimator.metrics()))
+    assert bool((estimator.means == 0).all(dim=1).any())
+    unique, num_vanished, metrics = seen[-1]
+    assert num_vanished >= 10 and unique == 16 - num_vanished
+    assert count_unique(prototypes)[0.5] == unique
+    assert counter.metrics(~vanished)["prototypes/used"] <= unique / 16
+    assert metrics["gmm/zero_norm"] == num_vanished / 16
+    alarms = [alarm.name for alarm in find_alarms(metrics, step=2000, partition_size=4)]
+    assert {"underflow", "vanished_means"} <= set(alarms)
+    # It is named as soon as a mean has gone, not when its last bit has.
+    for unique, num_vanished, metrics in seen:
+        named = [alarm.name for alarm in find_alarms(metrics, step=0, partition_size=4)]
+        assert ("vanished_means" in named) == (num_vanished > 0)
+        assert unique <= 16 - num_vanished
 
 
 def test_rank_and_cosine_of_known_features():
@@ -66,7 +149,8 @@ def test_rank_and_cosine_of_known_features():
 HEALTHY = {
     "loss/consistency": 2.9,
     "loss/entropy": 0.2,
-    "prototypes/dead": 0.2,
+    "prototypes/used": 0.8,
+    "prototypes/used_ceiling": 1.0,
     "gmm/count_min": 1.0,
     "gmm/zero_norm": 0.0,
     "gmm/displacement": 0.3,
@@ -82,9 +166,10 @@ HEALTHY = {
     [
         ("uniform_collapse", {"loss/consistency": 6.20, "loss/entropy": 0.0}),
         ("uniform_collapse", {"loss/consistency": 0.02, "loss/entropy": 6.20}),
-        ("prototype_death", {"prototypes/dead": 0.97}),
+        ("prototype_death", {"prototypes/used": 0.03}),
+        ("prototype_death", {"prototypes/used": 0.001, "prototypes/used_ceiling": 0.05}),
         ("underflow", {"gmm/count_min": 1e-12}),
-        ("underflow", {"gmm/zero_norm": 0.4}),
+        ("vanished_means", {"gmm/zero_norm": 0.4}),
         ("frozen_codebook", {"gmm/displacement": 1e-5}),
         ("feature_collapse", {"features/mean_cosine": 0.999}),
         ("feature_collapse", {"features/effective_rank": 1.2}),
@@ -100,7 +185,11 @@ def test_each_alarm_fires_alone_on_its_case(name, change):
 def test_no_alarm_on_healthy_or_missing_values():
     assert find_alarms(HEALTHY, step=5000, partition_size=512) == []
     assert find_alarms({}, step=5000, partition_size=512) == []
-    fresh = {**HEALTHY, "loss/consistency": 6.24, "prototypes/dead": 1.0, "gmm/displacement": 0.0}
+    few_rows = {**HEALTHY, "prototypes/used": 0.04, "prototypes/used_ceiling": 0.05}
+    assert find_alarms(few_rows, step=5000, partition_size=512) == []
+    standing = {**HEALTHY, "prototypes/used": 0.0, "prototypes/used_ceiling": 0.0}
+    assert find_alarms(standing, step=5000, partition_size=512) == []
+    fresh = {**HEALTHY, "loss/consistency": 6.24, "prototypes/used": 0.0, "gmm/displacement": 0.0}
     assert find_alarms(fresh, step=0, partition_size=512) == []
 
 
@@ -124,6 +213,6 @@ def test_alarms_on_planted_estimators():
     for step in range(40):
         take_step(uniform, clustered_rows(32, 8, seed=step))
     underflow = find_alarms(uniform.metrics(), step=40, partition_size=4)
-    assert [alarm.name for alarm in underflow] == ["underflow"]
+    assert [alarm.name for alarm in underflow] == ["underflow", "vanished_means"]
     cold = run_for_alarms(num_steps=5, beta=AnnealingConfig(schedule="constant", end=0.05, guard=None))
     assert "beta_below_critical" in [alarm.name for alarm in find_alarms(cold, step=2000, partition_size=4)]

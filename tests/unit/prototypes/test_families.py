@@ -168,8 +168,8 @@ def test_mixing_weights_usage_and_their_rates():
 
 def test_usage_perplexity():
     counter = UsageCounter(7)
-    counter.hits += torch.tensor([5, 0, 1, 1, 0, 9, 2])
-    expected = oracle.perplexity(counter.hits.numpy()) / 7
+    counter.by_logits += torch.tensor([5, 0, 1, 1, 0, 9, 2])
+    expected = oracle.perplexity(counter.by_logits.numpy()) / 7
     assert counter.metrics()["prototypes/usage_perplexity"] == pytest.approx(expected)
 
 
