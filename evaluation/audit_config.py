@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from evaluation.config import PROBES
 from evaluation.probe_config import refuse_unless
@@ -38,11 +39,11 @@ class AuditConfig:
     overrides: tuple[str, ...] = ()
     evaluate_overrides: tuple[str, ...] = ()
     probes: tuple[str, ...] = ("prototypes", "knn", "linear")
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Annotated[int, "[0, 4294967295]"], ...] = (0, 1, 2)
     arms: dict[str, tuple[str, ...]] = field(default_factory=dict)
     only: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
-    processes: int = 2
+    processes: Annotated[int, "[1, 1024]"] = 2
 
     def __post_init__(self) -> None:
         """Refuses an audit of nothing, names that are no directories and arms that are not there."""
@@ -53,7 +54,6 @@ class AuditConfig:
             list(self.seeds),
             "at least one, each once",
         )
-        refuse_unless(self.processes >= 1, "processes", self.processes, "at least 1")
         for name in (self.name, *self.arms):
             refuse_unless(_NAME.fullmatch(name) is not None, "name", repr(name), "a plain directory name")
         for key in ("only", "references"):

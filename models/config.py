@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,18 +17,10 @@ class HeadConfig:
         use_bn: BatchNorm after each hidden layer, as CARP's ResNet recipe has it; ViT recipes leave it out.
     """
 
-    num_layers: int = 3
-    hidden_dim: int = 2048
-    projection_dim: int = 256
+    num_layers: Annotated[int, "[1, 100]"] = 3
+    hidden_dim: Annotated[int, "[1, 1e6]"] = 2048
+    projection_dim: Annotated[int, "[1, 1e6]"] = 256
     use_bn: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses sizes that are no sizes."""
-        for name in ("num_layers", "hidden_dim", "projection_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"model.head.{name} is {getattr(self, name)}; expected at least 1; set model.head.{name}"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +48,16 @@ class ModelConfig:
     """
 
     name: str = "vit_small_patch16_224"
-    image_size: int = 224
-    patch_size: int | None = None
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    channels: int = 3
-    init_values: float | None = None
-    num_registers: int | None = None
+    image_size: Annotated[int, "[1, 1e4]"] = 224
+    patch_size: Annotated[int, "[1, 1e4]"] | None = None
+    embed_dim: Annotated[int, "[1, 1e6]"] | None = None
+    depth: Annotated[int, "[1, 1000]"] | None = None
+    num_heads: Annotated[int, "[1, 1e4]"] | None = None
+    channels: Literal[1, 3] = 3
+    init_values: Annotated[float, "[0, 10]"] | None = None
+    num_registers: Annotated[int, "[0, 1000]"] | None = None
     global_pool: str | None = None
-    drop_path_rate: float = 0.0
+    drop_path_rate: Annotated[float, "[0, 1)"] = 0.0
     activation_checkpointing: bool = False
     compile_blocks: bool = False
     init: str = "random"
@@ -72,17 +65,7 @@ class ModelConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
-        """Refuses what no architecture accepts."""
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ValueError(
-                f"model.drop_path_rate is {self.drop_path_rate}; expected 0 <= rate < 1; set model.drop_path_rate"
-            )
-        if self.channels not in (1, 3):
-            raise ValueError(f"model.channels is {self.channels}; expected 1 or 3; set model.channels")
-        if self.image_size < 1:
-            raise ValueError(
-                f"model.image_size is {self.image_size}; expected at least 1; set model.image_size"
-            )
+        """Refuses an origin of weights that is none."""
         known = self.init == "random" or self.init.startswith(("timm:", "hf:")) or "/" in self.init
         if not known:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from prototypes.gmm_config import GmmConfig, require
 
@@ -29,17 +29,8 @@ class PartitionConfig:
         blocks_per_chunk: blocks whose logits exist at once; lower needs less memory, the result is the same.
     """
 
-    size: int = 512
-    blocks_per_chunk: int = 8
-
-    def __post_init__(self) -> None:
-        require(self.size >= 2, "prototypes.partition.size", self.size, "at least 2")
-        require(
-            self.blocks_per_chunk >= 1,
-            "prototypes.partition.blocks_per_chunk",
-            self.blocks_per_chunk,
-            "at least 1",
-        )
+    size: Annotated[int, "[2, 1e8]"] = 512
+    blocks_per_chunk: Annotated[int, "[1, 1e6]"] = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,35 +48,14 @@ class ClusteringConfig:
         cosine_end: share of the half cosine that the decay runs through.
     """
 
-    target_temperature: float = 0.06
-    prediction_temperature: float = 0.12
-    sinkhorn_iterations: int = 3
-    learning_rate: float = 5e-4
-    betas: tuple[float, ...] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    warmup_fraction: float = 0.1
-    cosine_end: float = 0.8
-
-    def __post_init__(self) -> None:
-        for name in ("target_temperature", "prediction_temperature", "learning_rate"):
-            value = getattr(self, name)
-            require(value > 0, f"prototypes.clustering.{name}", value, "more than 0")
-        require(
-            self.sinkhorn_iterations >= 1,
-            "prototypes.clustering.sinkhorn_iterations",
-            self.sinkhorn_iterations,
-            "at least 1",
-        )
-        require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "prototypes.clustering.betas",
-            self.betas,
-            "two numbers from 0 to below 1",
-        )
-        require(self.weight_decay >= 0, "prototypes.clustering.weight_decay", self.weight_decay, "at least 0")
-        for name in ("warmup_fraction", "cosine_end"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"prototypes.clustering.{name}", value, "0 to 1")
+    target_temperature: Annotated[float, "[1e-3, 100]"] = 0.06
+    prediction_temperature: Annotated[float, "[1e-3, 100]"] = 0.12
+    sinkhorn_iterations: Annotated[int, "[1, 1000]"] = 3
+    learning_rate: Annotated[float, "(0, 100]"] = 5e-4
+    betas: tuple[Annotated[float, "[0, 1)"], Annotated[float, "[0, 1)"]] = (0.9, 0.95)
+    weight_decay: Annotated[float, "[0, 10]"] = 0.0
+    warmup_fraction: Annotated[float, "[0, 1]"] = 0.1
+    cosine_end: Annotated[float, "[0, 1]"] = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +67,8 @@ class CouplingConfig:
         tie: weight of |C_student - sg(C_teacher)|^2 per prototype; mode `partial`.
     """
 
-    strength: float = 0.0
-    tie: float = 0.0
-
-    def __post_init__(self) -> None:
-        require(0 <= self.strength <= 1, "prototypes.coupling.strength", self.strength, "0 to 1")
-        require(self.tie >= 0, "prototypes.coupling.tie", self.tie, "at least 0")
+    strength: Annotated[float, "[0, 1]"] = 0.0
+    tie: Annotated[float, "[0, 1e6]"] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +92,15 @@ class PrototypesConfig:
 
     mode: Mode = "full"
     estimator: EstimatorName = "gmm_diag"
-    num_prototypes: int = 65536
-    dim: int = 256
+    num_prototypes: Annotated[int, "[2, 1e8]"] = 65536
+    dim: Annotated[int, "[2, 1e6]"] = 256
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     gmm: GmmConfig = field(default_factory=GmmConfig)
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     coupling: CouplingConfig = field(default_factory=CouplingConfig)
-    koleo_weight: float = 0.1
+    koleo_weight: Annotated[float, "[0, 1e6]"] = 0.1
 
     def __post_init__(self) -> None:
-        require(self.num_prototypes >= 2, "prototypes.num_prototypes", self.num_prototypes, "at least 2")
-        require(self.dim >= 2, "prototypes.dim", self.dim, "at least 2")
         require(
             self.num_prototypes % self.partition.size == 0,
             "prototypes.partition.size",
@@ -173,7 +137,6 @@ class PrototypesConfig:
             self.coupling.tie,
             "0 unless prototypes.mode is partial",
         )
-        require(self.koleo_weight >= 0, "prototypes.koleo_weight", self.koleo_weight, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +152,6 @@ class ObjectiveConfig:
     """
 
     logits: Literal["dot", "cosine", "posterior"] = "dot"
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.1
-    entropy_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("student_temperature", "teacher_temperature"):
-            require(getattr(self, name) > 0, f"objective.{name}", getattr(self, name), "more than 0")
-        require(self.entropy_weight >= 0, "objective.entropy_weight", self.entropy_weight, "at least 0")
+    student_temperature: Annotated[float, "[1e-3, 100]"] = 0.1
+    teacher_temperature: Annotated[float, "[1e-3, 100]"] = 0.1
+    entropy_weight: Annotated[float, "[0, 1e6]"] = 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 
 def require(holds: bool, key: str, value: object, rule: str) -> None:
@@ -23,20 +23,17 @@ class MemoryConfig:
         maximum: upper bound of the derived M.
     """
 
-    samples: float | None = None
-    epochs: float = 0.5
-    minimum: float = 4.0
-    maximum: float = 200.0
+    samples: Annotated[float, "(1, 1e9]"] | None = None
+    epochs: Annotated[float, "(0, 1e6]"] = 0.5
+    minimum: Annotated[float, "(1, 1e9]"] = 4.0
+    maximum: Annotated[float, "(1, 1e9]"] = 200.0
 
     def __post_init__(self) -> None:
-        if self.samples is not None:
-            require(self.samples > 1, "prototypes.gmm.memory.samples", self.samples, "more than 1, or null")
-        require(self.epochs > 0, "prototypes.gmm.memory.epochs", self.epochs, "more than 0")
         require(
-            1 < self.minimum <= self.maximum,
+            self.minimum <= self.maximum,
             "prototypes.gmm.memory.minimum",
             self.minimum,
-            "more than 1 and at most maximum",
+            f"at most maximum ({self.maximum})",
         )
 
 
@@ -58,22 +55,12 @@ class AnnealingConfig:
     """
 
     schedule: Literal["constant", "geometric", "perplexity"] = "geometric"
-    start: float | None = None
-    end: float = 1.0
-    fraction: float = 0.1
+    start: Annotated[float, "[1e-4, 100]"] | None = None
+    end: Annotated[float, "[1e-4, 100]"] = 1.0
+    fraction: Annotated[float, "[0, 1]"] = 0.1
     guard: Literal["critical"] | None = "critical"
-    perplexity_start: float = 8.0
-    perplexity_end: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.start is not None:
-            require(self.start > 0, "prototypes.gmm.beta.start", self.start, "more than 0, or null")
-        require(self.end > 0, "prototypes.gmm.beta.end", self.end, "more than 0")
-        require(0 <= self.fraction <= 1, "prototypes.gmm.beta.fraction", self.fraction, "0 to 1")
-        for name in ("perplexity_start", "perplexity_end"):
-            require(
-                getattr(self, name) > 1, f"prototypes.gmm.beta.{name}", getattr(self, name), "more than 1"
-            )
+    perplexity_start: Annotated[float, "(1, 1e6]"] = 8.0
+    perplexity_end: Annotated[float, "(1, 1e6]"] = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +74,7 @@ class MixingWeightsConfig:
     """
 
     mode: Literal["tracked", "uniform", "from_counts"] = "tracked"
-    floor: float = 0.1
-
-    def __post_init__(self) -> None:
-        require(0 < self.floor < 1, "prototypes.gmm.mixing_weights.floor", self.floor, "between 0 and 1")
+    floor: Annotated[float, "[1e-9, 1)"] = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +88,8 @@ class VarianceConfig:
             for variances that all components share.
     """
 
-    floor: float = 0.05
-    shrinkage: float = 0.25
-
-    def __post_init__(self) -> None:
-        require(0 < self.floor <= 1, "prototypes.gmm.variance.floor", self.floor, "above 0 and at most 1")
-        require(self.shrinkage >= 0, "prototypes.gmm.variance.shrinkage", self.shrinkage, "at least 0")
+    floor: Annotated[float, "[1e-6, 1]"] = 0.05
+    shrinkage: Annotated[float, "[0, 1e6]"] = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,22 +105,8 @@ class InitialisationConfig:
     """
 
     method: Literal["sphere", "data", "data_spread"] = "sphere"
-    spread_distance: float = 0.1
-    warmup_fraction: float = 0.01
-
-    def __post_init__(self) -> None:
-        require(
-            0 < self.spread_distance < 2,
-            "prototypes.gmm.init.spread_distance",
-            self.spread_distance,
-            "between 0 and 2",
-        )
-        require(
-            0 <= self.warmup_fraction < 1,
-            "prototypes.gmm.init.warmup_fraction",
-            self.warmup_fraction,
-            "at least 0 and below 1",
-        )
+    spread_distance: Annotated[float, "(0, 2)"] = 0.1
+    warmup_fraction: Annotated[float, "[0, 1)"] = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +125,8 @@ class SynchronizationConfig:
 
     method: Literal["all_reduce", "all_gather", "sharded", "auto"] = "all_reduce"
     reduction: Literal["fp32", "fp64", "fixed_order"] = "fp32"
-    bandwidth_gb_per_s: float = 46.0
-    overlap_ms: float = 50.0
+    bandwidth_gb_per_s: Annotated[float, "(0, 1e6]"] = 46.0
+    overlap_ms: Annotated[float, "[0, 1e6]"] = 50.0
 
     def __post_init__(self) -> None:
         key = "prototypes.gmm.synchronization"
@@ -176,8 +142,6 @@ class SynchronizationConfig:
             self.method,
             "all_reduce with reduction=fp64",
         )
-        require(self.bandwidth_gb_per_s > 0, f"{key}.bandwidth_gb_per_s", self.bandwidth_gb_per_s, "above 0")
-        require(self.overlap_ms >= 0, f"{key}.overlap_ms", self.overlap_ms, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,20 +160,14 @@ class RevivalConfig:
     """
 
     method: Literal["off", "split", "reseed"] = "off"
-    interval_steps: int = 500
-    max_share: float = 0.01
-    duplicate_distance: float = 0.025
-    row_distance: float = 0.1
+    interval_steps: Annotated[int, "[1, 1e9]"] = 500
+    max_share: Annotated[float, "(0, 1]"] = 0.01
+    duplicate_distance: Annotated[float, "[0, 2)"] = 0.025
+    row_distance: Annotated[float, "(0, 2)"] = 0.1
     surplus: Literal["stay", "spare"] = "stay"
 
     def __post_init__(self) -> None:
         key = "prototypes.gmm.revival"
-        require(self.interval_steps >= 1, f"{key}.interval_steps", self.interval_steps, "at least 1")
-        require(0 < self.max_share <= 1, f"{key}.max_share", self.max_share, "above 0 and at most 1")
-        require(
-            0 <= self.duplicate_distance < 2, f"{key}.duplicate_distance", self.duplicate_distance, "0 to 2"
-        )
-        require(0 < self.row_distance < 2, f"{key}.row_distance", self.row_distance, "between 0 and 2")
         require(
             self.surplus == "stay" or (self.method == "reseed" and self.duplicate_distance > 0),
             f"{key}.surplus",
@@ -227,13 +185,8 @@ class VariationalConfig:
         mean_strength: kappa0, samples that the prior on a mean counts for.
     """
 
-    weight_concentration: float = 0.1
-    mean_strength: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name in ("weight_concentration", "mean_strength"):
-            value = getattr(self, name)
-            require(value > 0, f"prototypes.gmm.variational.{name}", value, "more than 0")
+    weight_concentration: Annotated[float, "[1e-6, 1e6]"] = 0.1
+    mean_strength: Annotated[float, "[1e-6, 1e6]"] = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +221,7 @@ class GmmConfig:
     center: bool = False
     standardise: bool = False
     forgetting: Literal["responsibility", "uniform"] = "responsibility"
-    uniform_rate: float = 0.05
+    uniform_rate: Annotated[float, "(0, 1)"] = 0.05
     responsibility_scale: Literal["sum", "mean"] = "sum"
     gain: Literal["omega", "simple"] = "omega"
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -276,10 +229,10 @@ class GmmConfig:
     mixing_weights: MixingWeightsConfig = field(default_factory=MixingWeightsConfig)
     variance: VarianceConfig = field(default_factory=VarianceConfig)
     init: InitialisationConfig = field(default_factory=InitialisationConfig)
-    balance: float = 0.0
-    largest: int = 0
+    balance: Annotated[float, "[0, 1000]"] = 0.0
+    largest: Annotated[int, "[0, 1e8]"] = 0
     tied_concentration: bool = False
-    kmeans_temperature: float = 0.1
+    kmeans_temperature: Annotated[float, "[1e-3, 100]"] = 0.1
     kmeans_hard: bool = False
     variational: VariationalConfig = field(default_factory=VariationalConfig)
     synchronization: SynchronizationConfig = field(default_factory=SynchronizationConfig)
@@ -287,19 +240,8 @@ class GmmConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.kmeans_temperature > 0,
-            "prototypes.gmm.kmeans_temperature",
-            self.kmeans_temperature,
-            "more than 0",
-        )
-        require(self.largest >= 0, "prototypes.gmm.largest", self.largest, "at least 0")
-        require(
             self.largest == 0 or self.synchronization.method in ("all_reduce", "all_gather"),
             "prototypes.gmm.largest",
             self.largest,
             "0 with synchronization.method sharded or auto",
         )
-        require(
-            0 < self.uniform_rate < 1, "prototypes.gmm.uniform_rate", self.uniform_rate, "between 0 and 1"
-        )
-        require(self.balance >= 0, "prototypes.gmm.balance", self.balance, "at least 0")

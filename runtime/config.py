@@ -1,7 +1,8 @@
 """YAML files and dotted overrides to frozen dataclasses.
 
 The only module that knows OmegaConf. It imports no torch, so that a typo in a configuration is reported
-before torch is loaded.
+before torch is loaded. Numbers are checked here and nowhere else: finite, and inside the range that the option's
+annotation declares (`runtime/ranges.py`); a class's `__post_init__` checks only what concerns several options.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +21,13 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
+from runtime.ranges import parse_range
+
 ConfigT = TypeVar("ConfigT")
+
+# Text that would not survive being written into paths, batch scripts, logs and YAML files: line ends and other control
+# characters, bytes that are no UTF-8 (surrogates), and OmegaConf's mark of a reference.
+_NOT_PLAIN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\$\\{")
 
 
 class ConfigError(ValueError):
@@ -36,17 +45,17 @@ def load_config(config_class: type[ConfigT], yaml_path: str, overrides: Sequence
         overrides: dotted assignments; values are parsed as YAML.
 
     Raises:
-        ConfigError: unreadable file, unknown key (with the nearest known one), wrong type or a value that the
-            dataclass refuses. The message names key, value and remedy in one line.
+        ConfigError: unreadable file, unknown key (with the nearest known one), wrong type, a number outside its
+            range or a value that the dataclass refuses. The message names key, value and remedy in one line.
     """
     return build_config(config_class, read_yaml(yaml_path, overrides))
 
 
 def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the mapping in a YAML file with dotted overrides applied; see `load_config`."""
-    if not Path(yaml_path).is_file():
+    if not _is_file(yaml_path):
         raise ConfigError(
-            f"configuration file is {yaml_path!r}; expected an existing YAML file; pass its path"
+            f"configuration file is {_shown(yaml_path)}; expected an existing YAML file; pass its path"
         )
     for override in overrides:
         if "=" not in override or override.startswith("="):
@@ -65,7 +74,7 @@ def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def build_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Returns `config_class` built from nested plain values, checking every key and type."""
+    """Returns `config_class` built from nested plain values, checking every key, type and range."""
     known = set(iterate_keys(config_class))
     return typing.cast(ConfigT, _build_section(config_class, values, prefix="", known_keys=known))
 
@@ -88,7 +97,7 @@ def config_hash(config: Any) -> str:
 
 def iterate_keys(config_class: type, prefix: str = "") -> Iterator[str]:
     """Yields every dotted leaf key of a configuration class."""
-    hints = typing.get_type_hints(config_class)
+    hints = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         section = _section_class(hints[field.name])
         if section is None:
@@ -100,8 +109,10 @@ def iterate_keys(config_class: type, prefix: str = "") -> Iterator[str]:
 def _build_section(config_class: type, values: Any, prefix: str, known_keys: set[str]) -> Any:
     if not isinstance(values, Mapping):
         where = prefix.rstrip(".") or "the configuration"
-        raise ConfigError(f"{where} is {values!r}; expected a section of key: value lines; set {prefix}<key>")
-    hints = typing.get_type_hints(config_class)
+        raise ConfigError(
+            f"{where} is {_shown(values)}; expected a section of key: value lines; set {prefix}<key>"
+        )
+    hints = typing.get_type_hints(config_class, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for name in values:
         if name not in fields:
@@ -138,6 +149,12 @@ def _unknown_key_message(key: str, siblings: list[str], prefix: str, known_keys:
 def _convert(annotation: Any, value: Any, key: str) -> Any:
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
+    if origin is typing.Annotated:
+        number, allowed = _convert(arguments[0], value, key), parse_range(arguments[1])
+        if number in allowed:
+            return number
+        rule = allowed.describe(key.rsplit(".", 1)[-1])
+        raise ConfigError(f"{key} is {_shown(number)}; expected {rule}; set {_settable(key)}")
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
@@ -150,7 +167,7 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
         near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         expected = "one of " + ", ".join(str(a) for a in arguments)
-        raise ConfigError(f"{key} is {value!r}; expected {expected}; set {key}{hint}")
+        raise ConfigError(f"{key} is {_shown(value)}; expected {expected}; set {_settable(key)}{hint}")
     if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
@@ -160,11 +177,53 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
     elif origin is dict and isinstance(value, Mapping):
         return {str(k): _convert(arguments[1], item, f"{key}.{k}") for k, item in value.items()}
     elif annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif annotation in (bool, str, int) and type(value) is annotation:  # a bool is no int here
+        return _finite(value, key)
+    elif annotation is str and isinstance(value, str):
+        return _plain(value, key)
+    elif annotation in (bool, int) and type(value) is annotation:  # a bool is no int here
         return value
     expected = _type_name(annotation)
-    raise ConfigError(f"{key} is {value!r} ({type(value).__name__}); expected {expected}; set {key}")
+    raise ConfigError(
+        f"{key} is {_shown(value)} ({type(value).__name__}); expected {expected}; set {_settable(key)}"
+    )
+
+
+def _finite(value: float, key: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the largest float
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{key} is {_shown(value)}; expected a finite number; set {_settable(key)}")
+    return number
+
+
+def _plain(value: str, key: str) -> str:
+    if _NOT_PLAIN.search(value):
+        rule = "one line of text without control characters and ${"
+        raise ConfigError(f"{key} is {_shown(value)}; expected {rule}; set {_settable(key)}")
+    return value
+
+
+def _settable(key: str) -> str:
+    """Returns the key that a user sets: an element of a list is set with its list."""
+    return key.partition("[")[0]
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as messages show it: a line of bounded length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name that is too long, or one with a NUL
+        return False
 
 
 def _section_class(annotation: Any) -> type | None:
@@ -176,6 +235,8 @@ def _has_no_default(field: dataclasses.Field) -> bool:
 
 
 def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _type_name(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return " or ".join(_type_name(a) for a in typing.get_args(annotation))
     if annotation is type(None):

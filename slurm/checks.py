@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from runtime.config import config_to_dict, read_yaml
 from runtime.program import UserError
-from slurm.config import ClusterConfig
+from slurm.config import ClusterConfig, parse_time_limit
 from slurm.jobs import CHECKOUT, JOB_RECORD, Arm
 from training.config_difference import describe_difference
 
@@ -54,23 +55,42 @@ def check_arm(arm: Arm, cluster: ClusterConfig) -> None:
     _check_run_directory(arm)
 
 
+def scheduler_answers() -> bool:
+    """Whether this machine has a Slurm whose controller can be asked."""
+    if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
+        return False
+    return subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True).returncode == 0
+
+
 def check_scheduler(cluster: ClusterConfig) -> None:
-    """Refuses a machine without Slurm, and a partition that the cluster does not have."""
+    """Refuses a machine without Slurm, a partition that it does not have, and more time than the partition gives."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH; expected a login node of a SLURM cluster; or pass --dry-run")
-    if cluster.partition is None:
-        return
-    done = subprocess.run(["sinfo", "-h", "-a", "-o", "%R"], capture_output=True, text=True)
+    # %P marks the default partition with a star; %l is the partition's MaxTime.
+    done = subprocess.run(["sinfo", "-h", "-a", "-o", "%P %l"], capture_output=True, text=True)
     if done.returncode != 0:
         message = " ".join(done.stderr.split())
         raise UserError(f"sinfo failed: {message}; expected a reachable SLURM controller; try again")
-    known = sorted(set(done.stdout.split()))
-    missing = [name for name in cluster.partition.split(",") if name not in known]
-    if missing:
+    rows = [line.split() for line in done.stdout.splitlines()]
+    limits = {row[0].removesuffix("*"): row[1] for row in rows if len(row) == 2}
+    defaults = [row[0].removesuffix("*") for row in rows if row and row[0].endswith("*")]
+    asked = cluster.partition.split(",") if cluster.partition else defaults
+    missing = [name for name in asked if name not in limits]
+    if missing and cluster.partition:
+        known = sorted(limits)
         near = difflib.get_close_matches(missing[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
             f"partition is {missing[0]!r}; expected one of {', '.join(known)}; set --partition{hint}"
+        )
+    # Beyond MaxTime Slurm takes the job and lets it wait for ever. A job for several partitions starts in any of them.
+    wanted_s = parse_time_limit(cluster.time) or 0
+    given_s = [parse_time_limit(limits[name]) or math.inf for name in asked if name in limits]
+    if given_s and wanted_s > max(given_s):
+        names = ", ".join(f"{name} {limits[name]}" for name in asked)
+        raise UserError(
+            f"time is {cluster.time}; expected at most the partition's MaxTime ({names}), beyond which a job never "
+            "starts; set --time: a run that is stopped saves, requeues and goes on"
         )
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+# What Slurm's own names are made of; commas separate several.
+_NAMES = r"[^\s'\"\\#=,]+(,[^\s'\"\\#=,]+)*"
+_OPTION = r"--?[A-Za-z][\w-]*(=.*)?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +26,7 @@ class ClusterConfig:
         cpus_per_task: CPU cores a process: the loader's workers (`data.num_workers`) and 2 more.
         memory_per_cpu: such as `4G`.
         gpu_option: how the site counts GPUs: `gpus-per-node` (`--gpus-per-node=N`) or `gres` (`--gres=gpu:N`).
-        time: default of `--time`, as D-HH:MM:SS, HH:MM:SS or minutes.
+        time: default of `--time`, as D-HH:MM:SS, HH:MM:SS or minutes. Not 0, which Slurm takes for no limit at all.
         signal: what warns of the time limit.
         warn_before_end_s: seconds from the warning to the time limit: at least what one save takes. Slurm's
             clock for this is coarse: the warning may come 60 s earlier.
@@ -36,17 +42,17 @@ class ClusterConfig:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    nodes: int = 1
-    gpus_per_node: int = 4
-    tasks_per_node: int = 1
-    cpus_per_task: int = 10
+    nodes: Annotated[int, "[1, 1e6]"] = 1
+    gpus_per_node: Annotated[int, "[0, 1024]"] = 4
+    tasks_per_node: Annotated[int, "[1, 1024]"] = 1
+    cpus_per_task: Annotated[int, "[1, 1e4]"] = 10
     memory_per_cpu: str | None = None
-    gpu_option: str = "gpus-per-node"
+    gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     time: str = "24:00:00"
-    signal: str = "USR2"
-    warn_before_end_s: int = 300
-    max_restarts: int = 100
-    min_uptime_s: int = 120
+    signal: Literal["USR2", "USR1"] = "USR2"
+    warn_before_end_s: Annotated[int, "[1, 65535]"] = 300
+    max_restarts: Annotated[int, "[0, 1e6]"] = 100
+    min_uptime_s: Annotated[int, "[0, 1e6]"] = 120
     sbatch_options: tuple[str, ...] = ()
     srun_options: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
@@ -55,29 +61,26 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         """Refuses what sbatch would refuse later, or take and misread."""
-        for name in ("nodes", "tasks_per_node", "cpus_per_task", "warn_before_end_s"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("gpus_per_node", "max_restarts", "min_uptime_s"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("partition", "account", "qos"):
+            value = getattr(self, name)
+            _require(value is None or re.fullmatch(_NAMES, value), name, value, "a name as Slurm lists it")
+        memory = self.memory_per_cpu
         _require(
-            self.gpu_option in ("gpus-per-node", "gres"),
-            "gpu_option",
-            self.gpu_option,
-            "gpus-per-node or gres",
+            memory is None or re.fullmatch(r"[1-9]\d*[KMGT]?", memory), "memory_per_cpu", memory, "such as 4G"
         )
-        _require(self.signal in ("USR1", "USR2"), "signal", self.signal, "USR2 or USR1")
+        limit_s = parse_time_limit(self.time)
         _require(
-            re.fullmatch(r"\d+|(\d+-)?\d+(:\d+){1,2}", self.time) is not None,
+            limit_s is not None and self.warn_before_end_s < limit_s < math.inf,
             "time",
             self.time,
-            "minutes, HH:MM:SS or D-HH:MM:SS",
+            "minutes, HH:MM:SS or D-HH:MM:SS, "
+            f"longer than warn_before_end_s {self.warn_before_end_s} and not 0, which Slurm takes for unlimited",
         )
-        for option in self.sbatch_options + self.srun_options:
-            _require(
-                option.startswith("-"), "sbatch_options and srun_options", option, "options such as --x=y"
-            )
+        for name in ("sbatch_options", "srun_options"):
+            for option in getattr(self, name):
+                _require(re.fullmatch(_OPTION, option), name, option, "one option an item, such as --x=y")
         for name in self.environment:
-            _require(re.fullmatch(r"[A-Za-z_]\w*", name) is not None, "environment", name, "variable names")
+            _require(re.fullmatch(r"[A-Za-z_]\w*", name), "environment", name, "variable names")
 
     @property
     def processes_per_node(self) -> int:
@@ -90,6 +93,24 @@ class ClusterConfig:
         return self.nodes * self.processes_per_node
 
 
-def _require(holds: bool, name: str, value: object, rule: str) -> None:
+def parse_time_limit(text: str) -> float | None:
+    """Returns the seconds of a time limit as Slurm writes and reads it, infinity for none; None for other text.
+
+    Forms: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS, `infinite`, `UNLIMITED`.
+    """
+    if text.lower() in ("infinite", "unlimited"):
+        return math.inf
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", text, re.ASCII)
+    if match is None:
+        return None
+    days, *given = (None if part is None else int(part) for part in match.groups())
+    numbers = [number for number in given if number is not None]
+    if days is None and len(numbers) < 3:  # minutes, or minutes and seconds
+        numbers.insert(0, 0)
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return ((days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
+
+
+def _require(holds: object, name: str, value: object, rule: str) -> None:
     if not holds:
-        raise ValueError(f"cluster {name} is {value}; expected {rule}; set {name}")
+        raise ValueError(f"cluster {name} is {value!r}; expected {rule}; set {name}")

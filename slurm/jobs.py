@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from evaluation.config import EvaluationConfig
 from runtime.config import ConfigError
 from runtime.provenance import find_commit
 from slurm.config import ClusterConfig
+from slurm.quoting import directive, log_pattern, quote, quote_all
 from training.config import PretrainConfig
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -198,31 +198,36 @@ def _resources(cluster: ClusterConfig, *, nodes: int, tasks: int, gpus: int) -> 
 
 def _bookkeeping(arms: Sequence[Arm], submission: Path, name: str) -> list[str]:
     log = "%j.log" if len(arms) == 1 else "%A_%a.log"
-    options = [f"--job-name={name}", "--requeue", "--open-mode=append", f"--output={submission}/{log}"]
+    options = [
+        f"--job-name={name}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={log_pattern(submission, log)}",
+    ]
     return options if len(arms) == 1 else [*options, f"--array=0-{len(arms) - 1}"]
 
 
 def _site(cluster: ClusterConfig) -> list[str]:
     lines = list(cluster.setup)
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    lines += [f"export {name}={quote(value)}" for name, value in cluster.environment.items()]
     if cluster.srun_options:
-        lines.append(f"srun_options=({shlex.join(cluster.srun_options)})")
-    return [*lines, f"export PYTHON={shlex.quote(str(cluster.python))}"]
+        lines.append(f"srun_options=({quote_all(cluster.srun_options)})")
+    return [*lines, f"export PYTHON={quote(str(cluster.python))}"]
 
 
 def _arguments(submission: Path, calls: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"cd {shlex.quote(str(submission / 'code'))} || exit 1"]
+    lines = [f"cd {quote(str(submission / 'code'))} || exit 1"]
     if len(calls) == 1:
-        return [*lines, f"set -- {shlex.join(calls[0])}"]
+        return [*lines, f"set -- {quote_all(calls[0])}"]
     lines.append("case $SLURM_ARRAY_TASK_ID in")
-    lines += [f"    {index}) set -- {shlex.join(call)} ;;" for index, call in enumerate(calls)]
+    lines += [f"    {index}) set -- {quote_all(call)} ;;" for index, call in enumerate(calls)]
     return [*lines, "esac"]
 
 
 def _fill(template: str, options: Sequence[str], site: Sequence[str], arguments: Sequence[str]) -> str:
     text = (CHECKOUT / "slurm" / template).read_text()
     blocks = {
-        "options": [f"#SBATCH {option}" for option in options],
+        "options": [directive(option) for option in options],
         "site": site,
         "arguments": arguments,
     }

@@ -5,13 +5,15 @@
         [--dry-run]
 
 Everything that can be refused is refused here, in one line and before a queue: configuration, data, batch and
-world size, run directory, partition. `--dry-run` prints the batch scripts and changes nothing.
+world size, run directory, partition and its time limit. `--dry-run` prints the batch scripts and changes nothing; where
+a Slurm answers, it is asked whether it would take them.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +22,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from evaluation.config import EvaluationConfig
-from runtime.config import build_config, config_to_yaml, load_config
+from runtime.config import build_config, config_to_yaml, load_config, read_yaml
 from runtime.program import EXIT_DONE, UserError, run_program
-from slurm.checks import check_after, check_arm, check_queue, check_scheduler
+from slurm.checks import check_after, check_arm, check_queue, check_scheduler, scheduler_answers
 from slurm.config import ClusterConfig
 from slurm.jobs import (
     CHECKOUT,
@@ -68,11 +70,7 @@ def main(arguments: list[str]) -> int:
     for arm in submission.arms:
         check_arm(arm, submission.cluster)
     if options.dry_run:
-        print(
-            render_pretrain(submission.cluster, submission.arms, submission.directory, submission.dependency)
-        )
-        if submission.evaluates:
-            print(render_evaluate(submission.cluster, submission.arms, submission.directory))
+        print("\n".join(show(submission)))
         return EXIT_DONE
     check_scheduler(submission.cluster)
     if options.after:
@@ -82,6 +80,19 @@ def main(arguments: list[str]) -> int:
     write(submission)
     report(submission, options.config, *submit(submission))
     return EXIT_DONE
+
+
+def show(submission: Submission) -> list[str]:
+    """Returns the batch scripts, of which Slurm has said, where there is one, that it would take them."""
+    cluster, arms, directory = submission.cluster, submission.arms, submission.directory
+    scripts = [render_pretrain(cluster, arms, directory, submission.dependency)]
+    if submission.evaluates:
+        scripts.append(render_evaluate(cluster, arms, directory))
+    if scheduler_answers():
+        check_scheduler(cluster)
+        for script in scripts:
+            _sbatch("--test-only", script=script)
+    return scripts
 
 
 def plan(options: argparse.Namespace) -> Submission:
@@ -101,6 +112,10 @@ def plan(options: argparse.Namespace) -> Submission:
     parent = Path(base.run.output_dir).absolute() / base.run.name / "slurm"
     numbers = [int(path.name) for path in parent.glob("[0-9]*") if path.name.isdigit()]
     directory = parent / (_DRY_RUN_NAME if options.dry_run else f"{max(numbers, default=0) + 1:03d}")
+    if options.after and not re.fullmatch(r"[1-9]\d*(_\d+)?", options.after, re.ASCII):
+        raise UserError(
+            f"--after is {options.after!r}; expected a job's number, such as 4711 or 4711_2; set --after"
+        )
     dependency = f"afterok:{options.after}" if options.after else None
     return Submission(cluster, tuple(arms), directory, dependency)
 
@@ -112,10 +127,13 @@ def load_cluster(options: argparse.Namespace) -> ClusterConfig:
     if not path.is_file():
         known = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
         raise UserError(f"cluster is {name!r}; expected one of {known}; set --cluster or write {path.name}")
-    cluster = load_config(ClusterConfig, str(path))
+    values = read_yaml(str(path))
+    if values.get("python") is None:
+        values["python"] = sys.executable
     chosen = {key: getattr(options, key) for key in ("nodes", "gpus_per_node", "partition", "time")}
-    chosen["python"] = sys.executable if cluster.python is None else None
-    return replace(cluster, **{key: value for key, value in chosen.items() if value is not None})
+    return build_config(
+        ClusterConfig, {**values, **{key: value for key, value in chosen.items() if value is not None}}
+    )
 
 
 def load_evaluation(options: argparse.Namespace, config: PretrainConfig) -> EvaluationConfig:
@@ -123,8 +141,8 @@ def load_evaluation(options: argparse.Namespace, config: PretrainConfig) -> Eval
     encoder = str(Path(config.run.output_dir) / config.run.name)
     probes = options.evaluate.split(",")
     if options.evaluate_config:
-        overrides = [f"encoder={encoder}", f"probes=[{','.join(probes)}]"]
-        return load_config(EvaluationConfig, options.evaluate_config, overrides)
+        settings = read_yaml(options.evaluate_config)
+        return build_config(EvaluationConfig, {**settings, "encoder": encoder, "probes": probes})
     data = {
         "shards": config.data.shards,
         "train_split": config.data.split,
@@ -213,8 +231,8 @@ def report(submission: Submission, config_path: str, job_id: str, evaluation_id:
     print("  resume  the same command again: the run goes on from its newest complete checkpoint")
 
 
-def _sbatch(*arguments: str) -> str:
-    done = subprocess.run(["sbatch", *arguments], capture_output=True, text=True)
+def _sbatch(*arguments: str, script: str | None = None) -> str:
+    done = subprocess.run(["sbatch", *arguments], input=script, capture_output=True, text=True)
     if done.returncode != 0:
         message = " ".join(done.stderr.replace("sbatch: error:", "").split()) or "no message"
         raise UserError(f"sbatch refused the job: {message}; mend the options or the cluster's description")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from data.config import DataConfig
 from models.config import ModelConfig
@@ -27,17 +27,23 @@ class RunConfig:
 
     name: str = "run"
     output_dir: str = "outputs"
-    seed: int = 0
+    seed: Annotated[int, "[0, 4294967295]"] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: bool = True
     dry_run: bool = False
-    dry_run_world_size: int | None = None
-    collective_timeout_s: float = 600.0
+    dry_run_world_size: Annotated[int, "[1, 1e6]"] | None = None
+    collective_timeout_s: Annotated[float, "[1, 1e6]"] = 600.0
 
     def __post_init__(self) -> None:
-        """Refuses a name that would leave the output directory."""
-        if not self.name or self.name.startswith(("/", ".")) or ".." in self.name.split("/"):
+        """Refuses a name that would leave the output directory, or that file systems or sbatch do not take."""
+        parts = self.name.split("/")
+        if self.name.startswith(".") or not all(parts) or ".." in parts or "\\" in self.name:
             raise ValueError(f"run.name is {self.name!r}; expected a plain directory name; set run.name")
+        # File systems take 255 bytes; names of files are made from it by adding to it.
+        if (length := len(self.name.encode())) > 200:
+            raise ValueError(
+                f"run.name is {self.name[:40]!r}... of {length} bytes; expected at most 200; set run.name"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +55,8 @@ class BatchConfig:
         gradient_accumulation_steps: micro-batches per optimizer step on each rank.
     """
 
-    global_batch_size: int = 1024
-    gradient_accumulation_steps: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuses empty batches."""
-        for name in ("global_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"batch.{name} is {getattr(self, name)}; expected at least 1; set batch.{name}"
-                )
+    global_batch_size: Annotated[int, "[1, 1e8]"] = 1024
+    gradient_accumulation_steps: Annotated[int, "[1, 1e6]"] = 1
 
     def micro_batch_size_per_gpu(self, world_size: int) -> int:
         """Returns images per rank and micro-batch.
@@ -102,48 +100,23 @@ class OptimConfig:
     """
 
     optimizer: Literal["adamw", "lars"] = "adamw"
-    lr: float = 5e-4
-    min_lr: float = 1e-6
-    warmup_epochs: float = 10.0
-    epochs: float = 100.0
-    steps: int | None = None
-    weight_decay: float = 0.04
-    weight_decay_end: float = 0.4
-    betas: tuple[float, float] = (0.9, 0.999)
-    momentum: float = 0.9
-    trust_coefficient: float = 1e-3
-    clip_grad_norm: float | None = 3.0
-    layer_decay: float = 1.0
-    prototype_lr_scale: float = 1.0
-    ema_momentum: float = 0.996
-    ema_momentum_end: float = 1.0
-    max_skipped_steps: int = 10
-    spike_factor: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses rates outside their ranges."""
-        for name in ("ema_momentum", "ema_momentum_end"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(
-                    f"optim.{name} is {getattr(self, name)}; expected 0 <= momentum <= 1; set optim.{name}"
-                )
-        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"optim.{name} is {getattr(self, name)}; expected at least 0; set optim.{name}"
-                )
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"optim.steps is {self.steps}; expected at least 1 or null; set optim.steps")
-        if self.steps is None and self.epochs <= 0:
-            raise ValueError(f"optim.epochs is {self.epochs}; expected more than 0; set optim.epochs")
-        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
-            raise ValueError(
-                f"optim.clip_grad_norm is {self.clip_grad_norm}; expected more than 0 or null; set optim.clip_grad_norm"
-            )
-        if self.spike_factor is not None and self.spike_factor <= 1:
-            raise ValueError(
-                f"optim.spike_factor is {self.spike_factor}; expected more than 1 or null; set optim.spike_factor"
-            )
+    lr: Annotated[float, "[0, 100]"] = 5e-4
+    min_lr: Annotated[float, "[0, 100]"] = 1e-6
+    warmup_epochs: Annotated[float, "[0, 1e6]"] = 10.0
+    epochs: Annotated[float, "(0, 1e6]"] = 100.0
+    steps: Annotated[int, "[1, 1e9]"] | None = None
+    weight_decay: Annotated[float, "[0, 10]"] = 0.04
+    weight_decay_end: Annotated[float, "[0, 10]"] = 0.4
+    betas: tuple[Annotated[float, "[0, 1)"], Annotated[float, "[0, 1)"]] = (0.9, 0.999)
+    momentum: Annotated[float, "[0, 1)"] = 0.9
+    trust_coefficient: Annotated[float, "(0, 10]"] = 1e-3
+    clip_grad_norm: Annotated[float, "(0, 1e6]"] | None = 3.0
+    layer_decay: Annotated[float, "(0, 1]"] = 1.0
+    prototype_lr_scale: Annotated[float, "[0, 1e4]"] = 1.0
+    ema_momentum: Annotated[float, "[0, 1]"] = 0.996
+    ema_momentum_end: Annotated[float, "[0, 1]"] = 1.0
+    max_skipped_steps: Annotated[int, "[1, 1e6]"] = 10
+    spike_factor: Annotated[float, "(1, 1e6]"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,16 +135,8 @@ class EngineConfig:
     name: Literal["deepspeed", "fsdp2"] = "deepspeed"
     deepspeed_config: str = "ds_configs/zero1_fp32.json"
     precision: Literal["fp32", "bf16"] = "fp32"
-    checksum_every: int = 50
-    hang_timeout_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        """Refuses intervals that are none."""
-        for name in ("checksum_every", "hang_timeout_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"engine.{name} is {getattr(self, name)}; expected 0 (never) or more; set engine.{name}"
-                )
+    checksum_every: Annotated[int, "[0, 1e9]"] = 50
+    hang_timeout_s: Annotated[float, "[0, 1e6]"] = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,22 +151,10 @@ class CheckpointConfig:
             (a rank's share of the state); the checkpoint is published at a later step boundary.
     """
 
-    every_steps: int = 1000
-    keep_last: int = 2
-    keep_every: int = 0
+    every_steps: Annotated[int, "[1, 1e9]"] = 1000
+    keep_last: Annotated[int, "[1, 1e6]"] = 2
+    keep_every: Annotated[int, "[0, 1e9]"] = 0
     asynchronous: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses a rotation that could leave nothing."""
-        for name in ("every_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"checkpoint.{name} is {getattr(self, name)}; expected at least 1; set checkpoint.{name}"
-                )
-        if self.keep_every < 0:
-            raise ValueError(
-                f"checkpoint.keep_every is {self.keep_every}; expected 0 or more; set checkpoint.keep_every"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,17 +168,10 @@ class LoggingConfig:
         unique_early_steps: steps at which unique prototypes are counted besides once an epoch: collapse is early.
     """
 
-    every_steps: int = 10
+    every_steps: Annotated[int, "[1, 1e9]"] = 10
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "decoupled-prototypes"
-    unique_early_steps: tuple[int, ...] = (0, 100, 300, 1000, 3000, 10000)
-
-    def __post_init__(self) -> None:
-        """Refuses an interval of nothing."""
-        if self.every_steps < 1:
-            raise ValueError(
-                f"logging.every_steps is {self.every_steps}; expected at least 1; set logging.every_steps"
-            )
+    unique_early_steps: tuple[Annotated[int, "[0, 1e9]"], ...] = (0, 100, 300, 1000, 3000, 10000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,21 +189,16 @@ class InTrainingEvaluationConfig:
         sbatch_options: of the job, such as `--partition=eval` or `--gpus-per-node=0`; they win over the script's.
     """
 
-    knn_every_steps: int = 0
-    knn_train_images: int = 10000
-    knn_test_images: int = 2000
+    knn_every_steps: Annotated[int, "[0, 1e9]"] = 0
+    knn_train_images: Annotated[int, "[1, 1e9]"] = 10000
+    knn_test_images: Annotated[int, "[1, 1e9]"] = 2000
     test_split: str = "test"
     runs_as: Literal["process", "slurm_job"] = "process"
     sbatch_script: str = "slurm/evaluate.sbatch"
     sbatch_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses a probe of nothing, and options that sbatch would take for a script."""
-        for name, least in (("knn_every_steps", 0), ("knn_train_images", 1), ("knn_test_images", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"evaluation.{name} is {getattr(self, name)}; expected at least {least}; set evaluation.{name}"
-                )
+        """Refuses options that sbatch would take for a script."""
         for option in self.sbatch_options:
             if not option.startswith("-"):
                 raise ValueError(

@@ -92,7 +92,7 @@ def _submit(config: PretrainConfig, run_dir: Path, step: int, checkpoint: Path) 
         command = [
             "sbatch",
             f"--job-name=eval-{run_dir.name}-{step}",
-            f"--output={folder / 'job.log'}",
+            f"--output={str(folder).replace('%', '%%')}/job.log",  # sbatch reads %j and its like in it
             *config.evaluation.sbatch_options,
             str(Path(config.evaluation.sbatch_script).absolute()),
             str(folder / "eval.yaml"),

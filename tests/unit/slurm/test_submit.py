@@ -21,6 +21,16 @@ from training.config import PretrainConfig
 CONFIG = "configs/pretrain_vit-mini_fashion-mnist_full.yaml"
 
 
+@pytest.fixture(autouse=True)
+def no_cluster_answers(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Slurm this machine has is not asked."""
+    folder = tmp_path_factory.mktemp("no-cluster")
+    for name in ("sinfo", "sbatch", "squeue"):
+        (folder / name).write_text("#!/bin/sh\nexit 1\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     folder = tmp_path / "shards"
@@ -172,7 +182,15 @@ REFUSALS = {
     "no such cluster": (["--cluster", "nowhere"], "expected one of example"),
     "no such engine file": (["engine.deepspeed_config=ds_configs/x.json"], "set engine.deepspeed_config"),
     "time": (["--time", "tomorrow"], "set time"),
-    "nodes": (["--nodes", "0"], "cluster nodes is 0; expected at least 1"),
+    "no limit": (["--time", "0"], "not 0, which Slurm takes for unlimited; set time"),
+    "no limit in other words": (["--time", "00:00:00"], "not 0, which Slurm takes for unlimited; set time"),
+    "no time to warn": (["--time", "5"], "longer than warn_before_end_s 300"),
+    "partition": (["--partition", "gpu\n#SBATCH --wrap=x"], "set partition"),
+    "partition of two words": (["--partition", "gpu --wrap=x"], "set partition"),
+    "job": (["--after", "77\ntouch x"], "expected a job's number"),
+    "run name of two lines": (['run.name="a\\ntouch x\\nb"'], "set run.name"),
+    "run name too long": (["run.name=" + "a" * 300], "of 300 bytes; expected at most 200; set run.name"),
+    "nodes": (["--nodes", "0"], "nodes is 0; expected 1 <= nodes"),
     "nodes no number": (["--nodes", "two"], "--nodes"),
     "unknown option": (["--gpu", "2"], "--gpu"),
     "probe": (["--evaluate", "knn,linaer"], "probes is [knn, linaer]"),
@@ -290,7 +308,42 @@ def test_no_place_to_write_is_one_line_and_leaves_nothing(
     with pytest.raises(UserError, match=r"code/pretrain.py cannot be written \(No space left on device\)"):
         main(arguments)
     assert not list((tmp_path / "runs").glob("trial/slurm/*"))
-    assert not (stand_in_slurm / "calls").exists(), "nothing was queued"
+    assert "sbatch" not in (stand_in_slurm / "calls").read_text(), "nothing was queued"
+
+
+PARTITIONS = "main* 2-00:00:00\\ngpu 1:00:00\\nlong infinite\\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "refusal"),
+    [
+        (["--partition", "gpu", "--time", "1:00:01"], "MaxTime (gpu 1:00:00)"),
+        (["--partition", "gpu", "--time", "60"], None),
+        (["--partition", "gpu,long", "--time", "9-0"], None),
+        (["--time", "2-00:01"], "MaxTime (main 2-00:00:00)"),
+        (["--time", "48:00:00"], None),
+        (["--partition", "gpuu"], "expected one of gpu, long, main; set --partition; did you mean gpu?"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "real"])
+def test_more_time_than_the_partition_gives_is_refused(
+    asked: list[str], refusal: str | None, dry: list[str], arguments: list[str], stand_in_slurm: Path
+) -> None:
+    """Slurm itself takes such a job, and never starts it."""
+    (stand_in_slurm / "sinfo").write_text(f"#!/bin/bash\nprintf '{PARTITIONS}'\n")
+    if refusal is None:
+        assert main([*arguments, *asked, *dry]) == 0
+    else:
+        with pytest.raises(UserError, match=re.escape(refusal)):
+            main([*arguments, *asked, *dry])
+
+
+def test_a_dry_run_asks_sbatch_where_there_is_one(arguments: list[str], stand_in_slurm: Path) -> None:
+    assert main([*arguments, "--evaluate", "knn", "--dry-run"]) == 0
+    assert (stand_in_slurm / "calls").read_text().count("sbatch --test-only\n") == 2
+    (stand_in_slurm / "refuse").write_text("--test-only")
+    with pytest.raises(UserError, match="sbatch refused the job: no such thing"):
+        main([*arguments, "--dry-run"])
 
 
 def test_without_slurm_a_submission_is_refused_before_anything_is_written(
