@@ -6,8 +6,6 @@ DATASETS ?= datasets
 OUTPUTS ?= outputs
 FASHION := $(DATASETS)/fashion-mnist
 DEMO := configs/pretrain_vit-mini_fashion-mnist_full.yaml
-# DeepSpeed and torch probe the machine loudly on import; the programs log what matters themselves.
-export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 FAST := not slow and not slurm and not browser
 
 .PHONY: help demo test test-isa test-all audit audit-all slow-tools lint format bench clean

@@ -35,13 +35,18 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
     from runtime.logging_setup import add_log_file, set_up_logging
     from training.run_directory import prepare_run_directory
 
-    with distributed.joined(config.run.device, config.run.collective_timeout_s) as process:
-        set_up_logging(process.rank)
-        if config.run.dry_run:
-            from training.dry_run import describe_run
+    if config.run.dry_run:
+        from training.dry_run import describe_run
 
-            print(describe_run(config, process) if process.is_main else "", end="")
-            return 0
+        process = distributed.unjoined()
+        set_up_logging(process.rank)
+        print(describe_run(config, process) if process.is_main else "", end="")
+        return 0
+    settings = config.run
+    with distributed.joined(
+        settings.device, settings.collective_timeout_s, tf32=config.engine.tf32
+    ) as process:
+        set_up_logging(process.rank)
         run_dir = Path(config.run.output_dir) / config.run.name
         prepare_run_directory(config, run_dir, process)
         add_log_file(run_dir / "console.log", process.rank)
@@ -50,6 +55,7 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
         from training.build import build_trainer
 
         trainer = build_trainer(config, process, run_dir, preemption, build_knn_probe)
+        process.limit_collectives()
         with faults_unless(DataError):
             return trainer.fit()
 

@@ -23,7 +23,8 @@ from prototypes.estimator import PrototypeEstimator, build_estimator
 from prototypes.exchange import estimate_costs
 from prototypes.gmm_config import GmmConfig, SynchronizationConfig
 from runtime import distributed
-from runtime.distributed import Process, free_port
+from runtime.distributed import Process
+from runtime.rendezvous import free_port
 from training.synchronization import Synchronization
 
 METHODS = ("all_reduce", "all_gather", "sharded")

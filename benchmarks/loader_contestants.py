@@ -159,6 +159,7 @@ def open_stream(shards: str) -> TrainingStream:
         micro_batch_size=BATCH_SIZE,
         rank=0,
         world_size=1,
+        pin=torch.cuda.is_available(),
     )
 
 

@@ -39,7 +39,8 @@ from prototypes.estimator import build_estimator
 from prototypes.losses import carp_loss
 from prototypes.partitions import draw_partition
 from runtime import distributed
-from runtime.distributed import Process, free_port
+from runtime.distributed import Process
+from runtime.rendezvous import free_port
 from training.config import BatchConfig, OptimConfig
 from training.deepspeed_engine import DeepSpeedEngine
 from training.engine import Engine, TrainedNetwork

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from data.collate import BatchPart, CropBatch, collate_parts
@@ -45,6 +44,7 @@ class TrainingStream:
         rank: of this process.
         world_size: number of processes.
         position: a merged position (`merge_positions`) to go on from, made on any world size.
+        pin: put batches into page-locked memory, from which copies to a GPU need not wait; takes a CUDA context.
 
     Raises:
         DataError: everything that can be wrong with the shards, the batch sizes or the position, before step 0.
@@ -60,6 +60,7 @@ class TrainingStream:
         rank: int,
         world_size: int,
         position: DataPosition | None = None,
+        pin: bool = False,
     ) -> None:
         self.config = config
         self.manifest, self._cache = open_shards(config)
@@ -79,6 +80,7 @@ class TrainingStream:
         self._rank, self._world_size, self._batch_size = rank, world_size, micro_batch_size
         used, self._samples_seen = self._read_position(position)
         self._used = {lane: used[lane] for lane in range(rank, config.num_lanes, world_size)}
+        self._pin = pin
         self._skipped_names = list[str]()
         self._close: Callable[[], None] | None = None
         check_decodable(ShardReader(self.manifest, cache=self._cache), config)
@@ -104,7 +106,6 @@ class TrainingStream:
             first=self._samples_seen // self._world_size,
             used=self._used,
         )
-        pin = torch.cuda.is_available()
         source = self._start(parts)
         while True:
             received = [next(source) for _ in range(num_workers)]
@@ -113,7 +114,7 @@ class TrainingStream:
                     raise DataError(part.error)
                 self._used.update(part.used)
             self._samples_seen += self._batch_size * self._world_size
-            batch = collate_parts(received, self._batch_size, self._position(), pin)
+            batch = collate_parts(received, self._batch_size, self._position(), self._pin)
             self._count_skipped(batch)
             yield batch
 

@@ -58,6 +58,9 @@ def start_processes(device: str = "auto") -> Processes:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
+    from runtime.distributed import set_tf32
+
+    set_tf32(False)  # fp32 features are fp32 on a GPU too
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda'; expected a CUDA device, none is visible; set device=cpu")
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=_LONGEST_PROBE)

@@ -7,9 +7,7 @@ behind gradients.
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-logger = logging.getLogger(__name__)
+from runtime.program import Fault
+from runtime.rendezvous import find_rendezvous, is_slurm_launch
 
-_RENDEZVOUS_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+DEFAULT_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,10 @@ class Process:
     Attributes:
         rank: 0 .. world_size - 1 over all nodes.
         world_size: number of processes.
-        local_rank: rank on this node; the index of this process's GPU.
+        local_rank: rank on this node.
         device: the torch device of this process.
         control_group: gloo group of all ranks for plain values.
+        timeout_s: seconds after which a collective that a rank never joined fails.
     """
 
     rank: int
@@ -42,6 +42,7 @@ class Process:
     local_rank: int
     device: torch.device
     control_group: Any = None
+    timeout_s: float = DEFAULT_TIMEOUT_S
 
     @property
     def is_main(self) -> bool:
@@ -77,41 +78,144 @@ class Process:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.control_group)
         return bool(raised.item())
 
+    def limit_collectives(self) -> None:
+        """Gives every process group that exists this process's timeout; not collective.
 
-def start(device: str = "auto", timeout_s: float = 600.0) -> Process:
+        Engines make groups of their own (DeepSpeed clones the world's, a device mesh may), which get the backend's
+        default instead: 10 minutes with NCCL, 30 with gloo. Call it when all parts are built.
+        """
+        if self.world_size > 1:
+            # torch.distributed.set_timeout under its older name where there is no newer one.
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+            for group in list(dist.distributed_c10d._world.pg_map):
+                set_timeout(timedelta(seconds=self.timeout_s), group)
+
+
+def start(device: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S, *, tf32: bool = False) -> Process:
     """Joins the process group and returns this process. Collective.
 
     Rendezvous comes from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (torchrun, deepspeed and
-    accelerate export them), else from SLURM_*, else this is a single process on a free local port. All five
-    are exported afterwards: DeepSpeed would otherwise look for MPI.
+    accelerate export them), else from SLURM_* inside a step of srun, else this is a single process on a free local
+    port. All five are exported afterwards, because DeepSpeed would otherwise look for MPI; LOCAL_RANK and
+    DS_ACCELERATOR as this function decided them, whatever they were: DeepSpeed takes the one for the index of the GPU
+    and the other for the kind of device.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        timeout_s: seconds after which a collective that a rank never joined fails.
+        timeout_s: seconds after which a collective that a rank never joined fails, this first one included.
+        tf32: see `set_tf32`.
 
     Raises:
-        ValueError: `device` is "cuda" where there is none, or the rendezvous is incomplete.
+        ValueError: `device` is "cuda" where there is none, the rendezvous is incomplete, or two ranks share a GPU.
+        Fault: the peers did not come.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device is 'cuda'; expected a visible CUDA device; set run.device=cpu or auto")
-    rendezvous = find_rendezvous(dict(os.environ))
-    os.environ.update(rendezvous)
-    use_cuda = device != "cpu" and torch.cuda.is_available()
+    rendezvous = find_rendezvous(os.environ, has_terminal())
+    by_slurm = "RANK" not in os.environ and is_slurm_launch(os.environ, has_terminal())
     local_rank = int(rendezvous["LOCAL_RANK"])
+    # Asked only where a GPU may be used: the question alone takes the driver's time.
+    torch_device = choose_device(device, local_rank, 0 if device == "cpu" else torch.cuda.device_count())
+    use_cuda = torch_device.type == "cuda"
+    os.environ.update(rendezvous)
+    os.environ["DS_ACCELERATOR"] = torch_device.type
+    set_tf32(tf32)
     if use_cuda:
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
-        torch_device = torch.device("cuda", torch.cuda.current_device())
-    else:
-        torch_device = torch.device("cpu")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ["LOCAL_RANK"] = str(torch_device.index)
+        torch.cuda.set_device(torch_device)
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timeout)
-    return Process(
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timeout)
+        control_group = dist.new_group(backend="gloo", timeout=timeout)
+    except dist.DistError as error:
+        raise Fault(_describe_failed_meeting(rendezvous, timeout_s, by_slurm, error)) from error
+    process = Process(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         local_rank=local_rank,
         device=torch_device,
-        control_group=dist.new_group(backend="gloo", timeout=timeout),
+        control_group=control_group,
+        timeout_s=timeout_s,
+    )
+    if use_cuda:
+        uuid = torch.cuda.get_device_properties(torch_device).uuid
+        check_own_gpus(process.all_gather_object(f"{socket.gethostname()} {uuid}"))
+    return process
+
+
+def unjoined() -> Process:
+    """Returns this process as its launcher numbers it, on the CPU and without a group: nobody is waited for."""
+    rendezvous = find_rendezvous(os.environ, has_terminal())
+    rank, world_size, local_rank = (int(rendezvous[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Process(rank=rank, world_size=world_size, local_rank=local_rank, device=torch.device("cpu"))
+
+
+def choose_device(device: str, local_rank: int, num_visible: int) -> torch.device:
+    """Returns this process's device.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+        local_rank: rank on this node.
+        num_visible: GPUs that this process sees. All of its node's: then it takes the one of its local rank. Only its
+            own (`srun --gpus-per-task=1`): then that one, whose index is 0 in every process.
+
+    Raises:
+        ValueError: "cuda" where no GPU is visible.
+    """
+    if device == "cuda" and not num_visible:
+        raise ValueError("run.device is 'cuda'; expected a visible CUDA device; set run.device=cpu or auto")
+    if device == "cpu" or not num_visible:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % num_visible)
+
+
+def check_own_gpus(owners: list[str]) -> None:
+    """Refuses two ranks on one GPU, which NCCL answers with an error of its own that names neither.
+
+    Args:
+        owners: host and GPU of every rank, in rank order.
+
+    Raises:
+        ValueError: with the two ranks.
+    """
+    for rank, owner in enumerate(owners):
+        if (first := owners.index(owner)) < rank:
+            raise ValueError(
+                f"ranks {first} and {rank} share one GPU ({owner}); expected a GPU for each; start fewer processes a "
+                "node, or make more GPUs visible"
+            )
+
+
+def set_tf32(allowed: bool) -> None:
+    """Chooses how fp32 convolutions and matrix products are computed on CUDA: in fp32, or in TF32 (10-bit mantissa).
+
+    torch's own default is fp32 for products and TF32 for convolutions.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def has_terminal() -> bool:
+    """Whether a person's terminal is attached to this process, also where its input is redirected."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def _describe_failed_meeting(
+    rendezvous: dict[str, str], timeout_s: float, by_slurm: bool, error: Exception
+) -> str:
+    place = f"{rendezvous['MASTER_ADDR']}:{rendezvous['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error):
+        return f"port of {place} is in use; expected a free one; set MASTER_PORT on all ranks"
+    remedy = (
+        "start all tasks of the Slurm step with `srun python ...`, or one alone with `srun --ntasks=1`"
+        if by_slurm
+        else "start all ranks, or unset RANK and WORLD_SIZE for one process"
+    )
+    return (
+        f"rank {rendezvous['RANK']} of {rendezvous['WORLD_SIZE']} waited {timeout_s:g} s for its peers at {place} "
+        f"({type(error).__name__}); expected all to come within run.collective_timeout_s; {remedy}"
     )
 
 
@@ -122,13 +226,15 @@ def stop() -> None:
 
 
 @contextmanager
-def joined(device: str = "auto", timeout_s: float = 600.0) -> Iterator[Process]:
+def joined(
+    device: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S, *, tf32: bool = False
+) -> Iterator[Process]:
     """Joins the process group and leaves it at the block's end. See `start` for arguments and errors.
 
     A rank of several that fails leaves nothing in order: it must end (`runtime.program.run_program`), so that its
     peers notice, and must not wait for them here.
     """
-    process = start(device, timeout_s)
+    process = start(device, timeout_s, tf32=tf32)
     try:
         yield process
     except BaseException:
@@ -136,68 +242,3 @@ def joined(device: str = "auto", timeout_s: float = 600.0) -> Iterator[Process]:
             stop()
         raise
     stop()
-
-
-def find_rendezvous(environment: dict[str, str]) -> dict[str, str]:
-    """Returns the five rendezvous variables from torchrun's, SLURM's or no launcher's environment.
-
-    Raises:
-        ValueError: a launcher exported some of the variables and not the others.
-    """
-    present = [key for key in ("RANK", "WORLD_SIZE") if key in environment]
-    if len(present) == 2:
-        found = {key: environment[key] for key in _RENDEZVOUS_KEYS if key in environment}
-        found.setdefault("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
-        if "MASTER_ADDR" not in found or "MASTER_PORT" not in found:
-            if int(found["WORLD_SIZE"]) > 1:
-                raise ValueError(
-                    f"WORLD_SIZE is {found['WORLD_SIZE']} without MASTER_ADDR and MASTER_PORT; expected all "
-                    f"of {', '.join(_RENDEZVOUS_KEYS)}; start with torchrun, deepspeed, accelerate or srun"
-                )
-            found["MASTER_ADDR"], found["MASTER_PORT"] = "127.0.0.1", str(free_port())
-        return found
-    if present:
-        raise ValueError(
-            f"{present[0]} is set without its partner; expected both RANK and WORLD_SIZE; unset or set both"
-        )
-    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
-        return _slurm_rendezvous(environment)
-    port = str(free_port())
-    return {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-
-
-def first_host(node_list: str) -> str:
-    """Returns the first host of a SLURM node list: 'gpu[003-005,9],login' gives 'gpu003'."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", node_list)
-    if match is None:
-        raise ValueError(
-            f"SLURM_JOB_NODELIST is {node_list!r}; expected a node list; start inside a SLURM job"
-        )
-    prefix, first_index, suffix = match.groups()
-    return prefix + (first_index or "") + (suffix or "")
-
-
-def free_port() -> int:
-    """Returns a TCP port that was free on the loopback a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _slurm_rendezvous(environment: dict[str, str]) -> dict[str, str]:
-    node_list = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-    # Same port on all ranks without a message: derived from the job, in a range above the registered ports.
-    port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment["SLURM_NTASKS"],
-        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
-        "MASTER_ADDR": environment.get("MASTER_ADDR", first_host(node_list)),
-        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
-    }

@@ -21,6 +21,10 @@ class UserError(ValueError):
     """Something that the user can mend, found outside a configuration; the message is one line."""
 
 
+class Fault(RuntimeError):
+    """Something that no option mends and one line explains: exit code 1, the traceback in the log at debug level."""
+
+
 def run_program(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Returns the exit code of `main`, turning a user's mistake into one line on stderr and exit code 2.
 
@@ -44,12 +48,12 @@ def run_program(main: Callable[[list[str]], int], arguments: list[str]) -> int:
 def _run(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     try:
         return main(arguments)
-    except ValueError as error:
-        logger.debug("the user's mistake, with its traceback", exc_info=True)
+    except (ValueError, Fault) as error:
+        logger.debug("what one line explains, with its traceback", exc_info=True)
         rank = os.environ.get("RANK", "0")
         prefix = "error: " if rank == "0" else f"error on rank {rank}: "
         print(prefix + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return EXIT_USER_MISTAKE
+        return EXIT_FAULT if isinstance(error, Fault) else EXIT_USER_MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130

@@ -42,7 +42,7 @@ def describe_hardware() -> str:
     """Returns the GPU's name, or the CPU's with the cores that this process may use."""
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on the CPU leaves visible GPUs alone, and is none on a GPU
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"CPU {_cpu_name()}, {len(os.sched_getaffinity(0))} cores"
 

@@ -4,6 +4,7 @@ import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# For tests that import DeepSpeed themselves; the programs that they start decide by `run.device`, whatever this says.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -102,6 +102,7 @@ def _build_stream(config: PretrainConfig, process: Process, checkpoint: Path | N
         rank=process.rank,
         world_size=process.world_size,
         position=load_progress(checkpoint).position if checkpoint is not None else None,
+        pin=process.device.type == "cuda",
     )
 
 
@@ -109,7 +110,7 @@ def _build_training_step(
     config: PretrainConfig, num_samples: int, process: Process, *, initialise: bool
 ) -> TrainingStep:
     check_crop_sizes(config)
-    synchronization = Synchronization(process.world_size)
+    synchronization = Synchronization(process.world_size, process.timeout_s)
     estimator = _build_estimator(config, num_samples, process, synchronization)
     return TrainingStep(
         engine=_build_engine(config, process, estimator, initialise=initialise),

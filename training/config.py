@@ -127,6 +127,8 @@ class EngineConfig:
         name: `deepspeed` or `fsdp2`.
         deepspeed_config: JSON file of DeepSpeed mechanics: ZeRO stage, precision (see `ds_configs/`).
         precision: of FSDP2's compute; DeepSpeed's comes from its JSON file.
+        tf32: compute what is fp32 (matrix products and convolutions) with TF32's 10-bit mantissa on CUDA. Off, fp32 is
+            fp32; torch's own default is TF32 for convolutions.
         checksum_every: steps between comparisons of the replicas' checksums over ranks; 0 leaves them out.
         hang_timeout_s: seconds without a finished step after which stacks are dumped and the silent rank named;
             0 leaves the watchdog out.
@@ -135,8 +137,9 @@ class EngineConfig:
     name: Literal["deepspeed", "fsdp2"] = "deepspeed"
     deepspeed_config: str = "ds_configs/zero1_fp32.json"
     precision: Literal["fp32", "bf16"] = "fp32"
+    tf32: bool = False
     checksum_every: Annotated[int, "[0, 1e9]"] = 50
-    hang_timeout_s: Annotated[float, "[0, 1e6]"] = 600.0
+    hang_timeout_s: Annotated[float, "0 or [1, 1e6]"] = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training.checkpoint_files import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -159,7 +162,7 @@ def collect_rng_state() -> dict[str, Any]:
         },
         "torch_cpu": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # not is_available(): a run on the CPU leaves the GPUs alone
         state["torch_cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -168,8 +171,8 @@ def restore_rng_state(state: dict[str, Any]) -> None:
     """Sets every generator that `collect_rng_state` saved.
 
     Raises:
-        CheckpointError: a state is missing: resuming would not be exact. A CUDA state is only asked for where
-            there is a CUDA device.
+        CheckpointError: a state is missing: resuming would not be exact. Not a CUDA state: a run that moves between
+            CPU and GPU goes on, which the log says, with numbers that differ in rounding anyway.
     """
     try:
         python, legacy = state["python"], state["numpy"]
@@ -178,8 +181,13 @@ def restore_rng_state(state: dict[str, Any]) -> None:
             (legacy["kind"], legacy["keys"], legacy["position"], legacy["has_gauss"], legacy["cached"])
         )
         torch.set_rng_state(state["torch_cpu"])
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized() and "torch_cuda" in state:
             torch.cuda.set_rng_state(state["torch_cuda"])
+        elif torch.cuda.is_initialized() != ("torch_cuda" in state):
+            here, there = ("a GPU", "a CPU") if torch.cuda.is_initialized() else ("a CPU", "a GPU")
+            logger.warning(
+                "the checkpoint was written on %s and goes on on %s: resuming is not exact", there, here
+            )
     except KeyError as error:
         raise CheckpointError(
             f"the checkpoint holds no random state {error}; it cannot be resumed"

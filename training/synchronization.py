@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from runtime.distributed import DEFAULT_TIMEOUT_S
 
 
 @dataclass
@@ -32,12 +35,15 @@ class Synchronization:
 
     Args:
         world_size: number of ranks; with one rank nothing is sent.
+        timeout_s: seconds after which a collective that a rank never joined fails.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self.world_size = world_size
-        # Collective: every rank makes the group at the same point of its program.
-        self._statistics_group: Any = dist.new_group() if world_size > 1 else None
+        # Collective: every rank makes the group at the same point of its program. A new group takes the backend's
+        # timeout and not the first group's.
+        timeout = timedelta(seconds=timeout_s)
+        self._statistics_group: Any = dist.new_group(timeout=timeout) if world_size > 1 else None
 
     def reduce_sum(self, tensor: Tensor) -> Handle:
         """Starts an in-place sum over ranks and returns its handle. Asynchronous collective, no gradient."""

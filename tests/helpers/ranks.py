@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from runtime.distributed import free_port
+from runtime.rendezvous import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -29,7 +29,6 @@ def start_ranks(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
         "TORCH_EXTENSIONS_DIR": str(log_dir / "torch_extensions"),
         **(environment or {}),
     }

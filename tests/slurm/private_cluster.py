@@ -103,7 +103,7 @@ class PrivateCluster:
         (self.home / "slurm.conf").write_text(
             CONFIGURATION.format(
                 name=self.name,
-                # The job's number becomes its rendezvous port: two clusters on one machine keep apart.
+                # The rendezvous port follows from the job's number: two clusters on one machine mostly keep apart.
                 first_job_id=1 + 100 * secrets.randbelow(190),
                 user=user,
                 home=self.home,

@@ -164,6 +164,12 @@ def test_a_range_is_the_interval_it_is_written_as(
     )
 
 
+def test_a_zero_may_stand_apart() -> None:
+    found = parse_range("0 or [1, 10]")
+    assert [number in found for number in (0, 1, 10, 0.5, -1, 11, math.nan)] == [True] * 3 + [False] * 4
+    assert found.describe("x") == "0, or 1 <= x <= 10"
+
+
 @pytest.mark.parametrize("text", ["0, 1", "[1, 0]", "[0, 1", "[a, 1]", "[0, nan]"])
 def test_what_is_no_interval_is_a_mistake_of_the_program(text: str) -> None:
     with pytest.raises((TypeError, ValueError)):

@@ -291,6 +291,33 @@ def test_random_states_come_back(tmp_path: Path) -> None:
         restore_rng_state(broken)
 
 
+@pytest.mark.parametrize(
+    ("on_gpu", "state", "said"),
+    [
+        (True, {}, "written on a CPU and goes on on a GPU"),
+        (False, {"torch_cuda": torch.zeros(16, dtype=torch.uint8)}, "written on a GPU and goes on on a CPU"),
+        (True, {"torch_cuda": torch.zeros(16, dtype=torch.uint8)}, ""),
+        (False, {}, ""),
+    ],
+)
+def test_a_run_moves_between_cpu_and_gpu_with_a_word(
+    on_gpu: bool,
+    state: dict[str, torch.Tensor],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saved = collect_rng_state()
+    assert "torch_cuda" not in saved, "a run on the CPU asks no GPU, visible or not"
+    restored: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    restore_rng_state({**saved, **state})
+    assert len(restored) == int(on_gpu and bool(state))
+    assert len(caplog.records) == int(bool(said)) and said in caplog.text
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_shares_of_all_ranks_make_the_whole_state(tmp_path: Path, world_size: int) -> None:
     state = {f"tensor{i}": torch.randn(i + 1, 3) for i in range(7)}
