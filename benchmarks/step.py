@@ -184,14 +184,12 @@ def build_engine(
     optim, precision = OptimConfig(), options.precision
     if name == "ddp":
         return ReplicaEngine(student, teacher, optim, precision)
-    sizes: dict[str, Any] = {
-        "batch": BatchConfig(global_batch_size=options.batch[0] * process.world_size),
-        "world_size": process.world_size,
-    }
+    shared: dict[str, Any] = {"optim": optim, "world_size": process.world_size}
     if name == "fsdp2":
-        return FSDPEngine(student, teacher, optim=optim, precision=precision, **sizes)
+        return FSDPEngine(student, teacher, precision=precision, **shared)
+    batch = BatchConfig(global_batch_size=options.batch[0] * process.world_size)
     path = f"ds_configs/{name}_{precision}.json"
-    return DeepSpeedEngine(student, teacher, optim=optim, deepspeed_config=path, **sizes)
+    return DeepSpeedEngine(student, teacher, batch=batch, deepspeed_config=path, **shared)
 
 
 def count_flops(options: argparse.Namespace) -> tuple[float, float]:

@@ -145,7 +145,8 @@ def compile_blocks(backbone: nn.Module) -> None:
     rate of every block would be a constant of a graph of its own, and torch gives up after eight. So what the drop
     paths keep is drawn beside the graph, by the same calls in the same order as timm's: a compiled run sees the
     masks of an uncompiled one. Hooks of an engine stay outside of the graph, and in eval mode blocks run
-    uncompiled: evaluation has other batch sizes, and each would be another graph.
+    uncompiled: evaluation has other batch sizes, and each would be another graph. A training pass under no_grad
+    runs what a pass with gradients compiles, so that accumulation's two passes give the same bits.
 
     Raises:
         ValueError: the backbone has no `blocks`.
@@ -182,7 +183,11 @@ class _CompiledForward:
             return self._plain(x, *arguments, **options)
         for path in self._paths:
             path.draw(x)
-        return self._compiled(x, *arguments, **options)
+        if torch.is_grad_enabled() or not any(p.requires_grad for p in self._block.parameters()):
+            return self._compiled(x, *arguments, **options)
+        # A pass without a graph would compile everything once more: it takes the trained graph, a block at a time.
+        with torch.enable_grad():
+            return self._compiled(x.detach().requires_grad_(), *arguments, **options).detach()
 
 
 class _DrawnDropPath(nn.Module):

@@ -32,7 +32,7 @@ def draw_partition(
         size: prototypes per block, N_B; divides K.
         seed: the run's seed.
         step: optimizer step.
-        micro_step: micro-batch inside the step; every micro-batch has its own partition.
+        micro_step: number of the loss inside the step: 0 where all micro-batches share one, else the micro-batch.
         device: where the indices are put; they are always drawn on the CPU.
 
     Returns:

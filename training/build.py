@@ -117,6 +117,7 @@ def _build_training_step(
         estimator=estimator,
         prototypes=config.prototypes,
         objective=config.objective,
+        batch=config.batch,
         augmentation=DeviceAugmentation(config.data).to(process.device),
         synchronization=synchronization,
         usage=UsageCounter(config.prototypes.num_prototypes, device=process.device),
@@ -166,7 +167,6 @@ def _build_engine(
         "student": student.to(process.device),
         "teacher": teacher.to(process.device),
         "optim": config.optim,
-        "batch": config.batch,
         "world_size": process.world_size,
     }
     if config.engine.name == "fsdp2":
@@ -175,7 +175,7 @@ def _build_engine(
         return FSDPEngine(**arguments, precision=config.engine.precision)
     from training.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(**arguments, deepspeed_config=config.engine.deepspeed_config)
+    return DeepSpeedEngine(**arguments, batch=config.batch, deepspeed_config=config.engine.deepspeed_config)
 
 
 def _build_network(config: PretrainConfig, role: str, learned: nn.Module | None) -> TrainedNetwork:

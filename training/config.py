@@ -53,10 +53,19 @@ class BatchConfig:
     Attributes:
         global_batch_size: images per optimizer step over all ranks.
         gradient_accumulation_steps: micro-batches per optimizer step on each rank.
+        accumulation: what several micro-batches learn. `exact`: what one batch of all of them does, for a second
+            forward pass of the student. `per_micro_batch`: the mean of a loss of each, whose entropy and partition are
+            the micro-batch's own; another loss, and no extra pass.
     """
 
     global_batch_size: Annotated[int, "[1, 1e8]"] = 1024
     gradient_accumulation_steps: Annotated[int, "[1, 1e6]"] = 1
+    accumulation: Literal["exact", "per_micro_batch"] = "exact"
+
+    @property
+    def runs_student_twice(self) -> bool:
+        """Whether the student's forward pass runs once without and once with its graph."""
+        return self.accumulation == "exact" and self.gradient_accumulation_steps > 1
 
     def micro_batch_size_per_gpu(self, world_size: int) -> int:
         """Returns images per rank and micro-batch.

@@ -27,8 +27,10 @@ MECHANICS = (
 def find_difference(saved: dict[str, Any], current: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """Returns (key, saved value, current value) of the first difference that changes what is learned, or None."""
     flat_saved, flat_current = _flatten(saved), _flatten(current)
+    # A loss of each micro-batch depends on how many there are.
+    is_science = flat_current.get("batch.accumulation") == "per_micro_batch"
     for key in sorted(flat_saved.keys() | flat_current.keys()):
-        if key.startswith(MECHANICS):
+        if key.startswith(MECHANICS) and not (is_science and key == "batch.gradient_accumulation_steps"):
             continue
         if flat_saved.get(key) != flat_current.get(key):
             return key, flat_saved.get(key), flat_current.get(key)

@@ -109,7 +109,7 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
         """See `Engine`."""
         self._engine.set_gradient_accumulation_boundary(is_last_micro_step)
-        self._engine.backward(loss)
+        self._engine.backward(loss, scale_wrt_gas=False)
 
     def gradients_are_finite(self) -> bool:
         """See `Engine`. DeepSpeed itself looks for non-finite gradients only under fp16."""

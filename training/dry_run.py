@@ -81,7 +81,7 @@ class Cost:
         head_parameters: of its projection head.
         prototype_parameters: prototypes that the encoder's loss trains; 0 in most modes.
         dense_flops: per image: student forward and backward on all crops, teacher forward on global crops.
-        executed_flops: the same with recomputed activations.
+        executed_flops: the same with recomputed activations and exact accumulation's second forward pass.
         activations: under DeepSpeed, which autocasts.
         fsdp2_activations: under FSDP2, whose mixed precision computes in bf16 alone and frees gathered weights.
         largest_unit_numel: parameters of the largest block, which engines that cut parameters gather at once.
@@ -178,12 +178,13 @@ def measure_cost(config: PretrainConfig) -> Cost:
         activations = _measure_activations(config, network, autocast=bf16)
         fsdp2 = _measure_activations(config, fsdp2_network.to_empty(device="cpu"), autocast=False)
     blocks = [*getattr(network.backbone, "blocks", ()), network.projection_head]
+    num_repeats = int(config.model.activation_checkpointing) + int(config.batch.runs_student_twice)
     return Cost(
         backbone_parameters=count_parameters(network.backbone),
         head_parameters=count_parameters(network.projection_head),
         prototype_parameters=0 if learned is None else count_parameters(learned),
         dense_flops=3 * student + teacher,
-        executed_flops=3 * student + (student if config.model.activation_checkpointing else 0.0) + teacher,
+        executed_flops=(3 + num_repeats) * student + teacher,
         activations=activations,
         fsdp2_activations=replace(fsdp2, fixed=0.0),
         largest_unit_numel=max(count_parameters(block) for block in blocks),
@@ -227,6 +228,17 @@ def buffer_bytes(config: PretrainConfig, cost: Cost, engine: str) -> float:
         live = min(float(zero.get("stage3_max_live_parameters", _MAX_LIVE_NUMEL)), cost.trained_parameters)
         return bucket + live * _FP32
     return bucket
+
+
+def waiting_bytes(config: PretrainConfig, micro_batch: int) -> float:
+    """Returns bytes per rank of what a step holds of the micro-batches that are not at work: fp32 crops and rows."""
+    data = config.data
+    views = data.num_global_crops + data.num_local_crops
+    pixels = data.num_global_crops * data.global_crop_size**2 + data.num_local_crops * data.local_crop_size**2
+    # The student's rows and the gradient at them, and the teacher's rows.
+    rows = (2 * views + data.num_global_crops) * config.prototypes.dim
+    numel = config.model.channels * pixels + rows
+    return float((config.batch.gradient_accumulation_steps - 1) * micro_batch * numel * _FP32)
 
 
 def own_engine(config: PretrainConfig) -> str:
@@ -289,6 +301,7 @@ def _describe_memory(config: PretrainConfig, cost: Cost, micro_batch: int, world
         parts = state_bytes(config.optim, cost, engine, world_size) | {
             "activations": activations.per_image * micro_batch + activations.fixed,
             "buffers": buffer_bytes(config, cost, engine),
+            "waiting": waiting_bytes(config, micro_batch),
         }
         total = sum(parts.values())
         fits = [f"{size} GB" for size in GPU_SIZES_GB if total < size * 1e9]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from models.student_teacher import SelfSupervisedNetwork
@@ -61,15 +63,20 @@ class Engine(ABC):
     def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
         """Returns the student's output with its graph. Collective under sharded parameters."""
 
+    def forward_student_without_graph(self, crops: Sequence[Tensor]) -> NetworkOutput:
+        """Returns what `forward_student` would, without its graph; BatchNorm's running statistics stay."""
+        with torch.no_grad(), _running_statistics_held(self.student):
+            return self.forward_student(crops)
+
     @abstractmethod
     def forward_teacher(self, crops: Sequence[Tensor]) -> NetworkOutput:
         """Returns the teacher's output, no gradient. Collective under sharded parameters."""
 
     @abstractmethod
     def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
-        """Adds this micro-batch's gradients, divided by the number of micro-batches. Collective.
+        """Adds this scalar's gradients to the step's. Collective.
 
-        Gradients are averaged over ranks by the time the last micro-step returns.
+        Gradients are averaged over ranks by the time the last micro-step returns; over micro-batches they are summed.
         """
 
     @abstractmethod
@@ -114,6 +121,23 @@ class Engine(ABC):
         network = self.teacher.network
         assert isinstance(network, SelfSupervisedNetwork)
         return network
+
+
+@contextmanager
+def _running_statistics_held(module: nn.Module) -> Iterator[None]:
+    """Lets BatchNorm in train mode use the batch's statistics, as ever, without adding them to its running ones."""
+    tracking = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
+    ]
+    for layer in tracking:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in tracking:
+            layer.track_running_stats = True
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:

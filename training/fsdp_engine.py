@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.student_teacher import update_ema_
-from training.config import BatchConfig, OptimConfig
+from training.config import OptimConfig
 from training.engine import Engine, NetworkOutput, TrainedNetwork, check_names
 from training.engine_table import check_combination
 from training.optimizer import MOMENTS, build_optimizer, set_schedule_
@@ -31,7 +31,6 @@ class FSDPEngine(Engine):
         student: the network to train, on this process's device.
         teacher: its average, built alike.
         optim: optimizer and clipping.
-        batch: the number of micro-batches a step.
         world_size: number of ranks.
         precision: `fp32`, or `bf16` for compute and gathering; master weights, moments, gradients' reduction and
             the teacher stay fp32.
@@ -43,7 +42,6 @@ class FSDPEngine(Engine):
         teacher: TrainedNetwork,
         *,
         optim: OptimConfig,
-        batch: BatchConfig,
         world_size: int,
         precision: str,
     ) -> None:
@@ -64,7 +62,6 @@ class FSDPEngine(Engine):
             moments: dict[str, Any] = {name: torch.zeros_like(parameter) for name in self._moments}
             self._optimizer.state[parameter] = moments | {"step": torch.tensor(0.0)}
         self._clip_grad_norm = optim.clip_grad_norm
-        self._num_micro_steps = batch.gradient_accumulation_steps
         self._mesh = mesh
 
     def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
@@ -78,7 +75,7 @@ class FSDPEngine(Engine):
 
     def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
         """See `Engine`."""
-        (loss / self._num_micro_steps).backward()
+        loss.backward()
 
     def gradients_are_finite(self) -> bool:
         """See `Engine`."""

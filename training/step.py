@@ -20,6 +20,8 @@ from prototypes.estimator import PrototypeEstimator, Role
 from prototypes.losses import carp_loss
 from prototypes.partitions import draw_partition
 from runtime.faults import planned_factor, reach
+from training.accumulation import RowLoss, StudentPass, differentiate, join
+from training.config import BatchConfig
 from training.engine import Engine, NetworkOutput
 from training.guards import LossSpikeGuard
 from training.schedules import StepSchedule
@@ -32,9 +34,9 @@ class StepOutcome:
 
     Attributes:
         applied: whether anything moved; a step with a non-finite loss or gradient moves nothing.
-        loss: means over micro-batches and ranks: total, consistency, entropy, and the auxiliary loss if there is one.
+        loss: of the whole batch, means over ranks: total, consistency, entropy, and the auxiliary loss if there is one.
         grad_norm: 2-norm of the gradient before clipping; 0 where the step was not applied.
-        projections: [views * B, P] the teacher's projections of the last micro-batch, for diagnostics.
+        projections: [views * B, P] the teacher's projections of all micro-batches, for diagnostics.
         prototypes: [K, P] the teacher's prototypes of this step, C^t, before any of them was revived.
         vanished: [K] which of them have shrunk away and point nowhere.
     """
@@ -47,6 +49,14 @@ class StepOutcome:
     vanished: Tensor
 
 
+@dataclass(frozen=True)
+class _Share:
+    """Micro-batches under one loss, and the teacher's rows of them: the whole batch, or each micro-batch its own."""
+
+    crops: list[Crops]
+    teacher: NetworkOutput
+
+
 class TrainingStep:
     """Runs one optimizer step on this rank's micro-batches. Collective: every rank must call it equally often."""
 
@@ -57,6 +67,7 @@ class TrainingStep:
         estimator: PrototypeEstimator,
         prototypes: PrototypesConfig,
         objective: ObjectiveConfig,
+        batch: BatchConfig,
         augmentation: DeviceAugmentation,
         synchronization: Synchronization,
         usage: UsageCounter,
@@ -70,6 +81,7 @@ class TrainingStep:
         self.spike_guard = spike_guard
         self._partition = prototypes.partition
         self._objective = objective
+        self._accumulation = batch.accumulation
         self._augmentation = augmentation
         self._synchronization = synchronization
         self._device = device
@@ -79,42 +91,40 @@ class TrainingStep:
         """Returns what the step did.
 
         Args:
-            batches: this rank's micro-batches, as uint8 crops.
+            batches: this rank's micro-batches, equally large, as uint8 crops.
             step: updates done so far; with the seed it determines every random draw of the step.
             schedule: learning rate, weight decay and EMA momentum of this step.
         """
         reach("forward", step)
         crops = [self._augmentation(batch.to(self._device)) for batch in batches]
-        # One commit per optimizer step, however many micro-batches: the mixture sees the whole global batch.
-        teacher = [self.engine.forward_teacher(_teacher_views(micro)) for micro in crops]
-        for index, output in enumerate(teacher):
-            observation = self.estimator.observe(output.projections, is_last=index == len(teacher) - 1)
+        # The mixture sees the whole batch, however many micro-batches it comes in: one observation, one commit.
+        shares, teacher = self._forward_teacher(crops)
+        observation = self.estimator.observe(teacher.projections)
         reach("reduce", step)
-        # The student's first forward needs no prototypes: it overlaps the reduction of the statistics.
-        student = self.engine.forward_student(_student_views(crops[0]))
+        # The student's first forward pass needs no prototypes: it overlaps the reduction of the statistics.
+        student = self._forward_student(shares[0])
         self.estimator.commit(observation)
 
         losses: list[dict[str, Tensor]] = []
-        for micro_step, micro in enumerate(crops):
-            if micro_step > 0:
-                student = self.engine.forward_student(_student_views(micro))
-            loss = self._loss(student, teacher[micro_step], micro, step, micro_step)
-            loss["total"] = loss["total"] * planned_factor("loss", step)
-            self.engine.backward(loss["total"], is_last_micro_step=micro_step == len(crops) - 1)
-            losses.append({name: value.detach() for name, value in loss.items()})
+        for index, share in enumerate(shares):
+            if index > 0:
+                student = self._forward_student(share)
+            loss, gradient = differentiate(self._row_loss(share, step, index), student.output)
+            student.backward(gradient, weight=1 / len(shares), is_last=share is shares[-1])
+            losses.append(loss)
         mean_loss = self._mean_loss(losses)
 
         reach("backward", step)
         applied, grad_norm = self._apply(float(mean_loss["total"]), schedule)
         reach("update", step)
         if applied:
-            self._count_usage(teacher)
-        prototypes = self.estimator.prototypes("teacher", teacher[-1].learned_prototypes).detach()
+            self._count_usage(teacher, len(batches))
+        prototypes = self.estimator.prototypes("teacher", teacher.learned_prototypes).detach()
         vanished = self.estimator.find_vanished()
         if applied:
             # Last: figures taken after a repair, on the rows that the repair has seen, would praise the repair.
             self.estimator.reseed(step + 1)
-        return StepOutcome(applied, mean_loss, grad_norm, teacher[-1].projections, prototypes, vanished)
+        return StepOutcome(applied, mean_loss, grad_norm, teacher.projections, prototypes, vanished)
 
     @property
     def reduce_sum(self) -> Callable[[Tensor], Handle]:
@@ -150,35 +160,53 @@ class TrainingStep:
         self.engine.update_teacher(schedule.ema_momentum)
         return True, grad_norm
 
-    def _loss(
-        self, student: NetworkOutput, teacher: NetworkOutput, crops: Crops, step: int, micro_step: int
-    ) -> dict[str, Tensor]:
+    def _forward_teacher(self, crops: Sequence[Crops]) -> tuple[list[_Share], NetworkOutput]:
+        """Returns what shares a loss with the teacher's rows of it, and the teacher's rows of the whole batch."""
+        num_images = crops[0].global_crops.shape[1]
+        outputs = [self.engine.forward_teacher(_teacher_views(micro)) for micro in crops]
+        whole = join(outputs, num_images)
+        if self._accumulation == "exact":
+            return [_Share(list(crops), whole)], whole
+        return [_Share([micro], output) for micro, output in zip(crops, outputs, strict=True)], whole
+
+    def _forward_student(self, share: _Share) -> StudentPass:
+        num_images = share.crops[0].global_crops.shape[1]
+        return StudentPass(self.engine, [_student_views(micro) for micro in share.crops], num_images)
+
+    def _row_loss(self, share: _Share, step: int, index: int) -> RowLoss:
+        """Returns the loss of a share as a function of the student's rows: the place of the objective."""
+        num_images = sum(micro.global_crops.shape[1] for micro in share.crops)
+        # Logits of more images against fewer blocks at once: their memory does not grow with the micro-batches.
+        blocks_per_chunk = max(1, self._partition.blocks_per_chunk // len(share.crops))
         partition = draw_partition(
             self.estimator.num_prototypes,
             self._partition.size,
             seed=self._seed,
             step=step,
-            micro_step=micro_step,
+            micro_step=index,
             device=self._device,
         )
-        batch_size = crops.global_crops.shape[1]
-        student_rows, student_prototypes = self._logit_operands(student, "student")
-        teacher_rows, teacher_prototypes = self._logit_operands(teacher, "teacher")
-        loss = carp_loss(
-            student_rows.unflatten(0, (-1, batch_size)),
-            teacher_rows.unflatten(0, (-1, batch_size)),
-            student_prototypes,
-            teacher_prototypes,
-            partition,
-            mean_over_ranks=self._synchronization.mean_over_ranks,
-            entropy_weight=self._objective.entropy_weight,
-            blocks_per_chunk=self._partition.blocks_per_chunk,
-        )
-        terms = {"total": loss.total, "consistency": loss.consistency, "entropy": loss.entropy}
-        auxiliary = self.estimator.auxiliary_loss(student.learned_prototypes, partition)
-        if auxiliary is not None:
-            terms |= {"total": loss.total + auxiliary, "auxiliary": auxiliary}
-        return terms
+
+        def compute(student: NetworkOutput) -> dict[str, Tensor]:
+            student_rows, student_prototypes = self._logit_operands(student, "student")
+            teacher_rows, teacher_prototypes = self._logit_operands(share.teacher, "teacher")
+            loss = carp_loss(
+                student_rows.unflatten(0, (-1, num_images)),
+                teacher_rows.unflatten(0, (-1, num_images)),
+                student_prototypes,
+                teacher_prototypes,
+                partition,
+                mean_over_ranks=self._synchronization.mean_over_ranks,
+                entropy_weight=self._objective.entropy_weight,
+                blocks_per_chunk=blocks_per_chunk,
+            )
+            terms = {"total": loss.total, "consistency": loss.consistency, "entropy": loss.entropy}
+            auxiliary = self.estimator.auxiliary_loss(student.learned_prototypes, partition)
+            if auxiliary is not None:
+                terms |= {"total": loss.total + auxiliary, "auxiliary": auxiliary}
+            return terms | {"total": terms["total"] * planned_factor("loss", step)}
+
+        return compute
 
     def _logit_operands(self, output: NetworkOutput, role: Role) -> tuple[Tensor, Tensor]:
         temperatures = {
@@ -194,9 +222,10 @@ class TrainingStep:
         )
 
     @torch.no_grad()
-    def _count_usage(self, teacher: Sequence[NetworkOutput]) -> None:
-        for output in teacher:
-            self.usage.update(*self._logit_operands(output, "teacher"))
+    def _count_usage(self, teacher: NetworkOutput, num_parts: int) -> None:
+        rows, prototypes = self._logit_operands(teacher, "teacher")
+        for part in rows.chunk(num_parts):  # the logits of one micro-batch exist at once
+            self.usage.update(part, prototypes)
         assignment = self.estimator.assignment()
         if assignment is not None:
             self.usage.add_assignment(assignment)

@@ -25,6 +25,12 @@ FAST = [
     ),
 ]
 
+ONE_STEP = [
+    *({"scenario": "one_step", "engine": e, "mode": "joint_kp", "accumulation": 4} for e in ENGINES),
+    *({"scenario": "one_step", "engine": e, "mode": "full", "accumulation": 2} for e in ("zero1", "fsdp2")),
+]
+MODES = ("full", "joint", "joint_kp", "partial", "frozen_random")
+
 
 def run_scenarios(
     scenarios: list[dict[str, Any]], world_size: int, work: Path, name: str, timeout_s: float = 280
@@ -56,7 +62,7 @@ def two_ranks(work: Path) -> list[dict[str, Any]]:
         {"scenario": "continue_from", "engine": engine, "root": root_of(work, other)}
         for engine, other in (("fsdp2", "zero3"), ("zero3", "fsdp2"), ("zero1", "zero0"), ("zero2", "zero3"))
     ]
-    return run_scenarios(FAST + crossing, 2, work, "two")
+    return run_scenarios(FAST + crossing + ONE_STEP, 2, work, "two")
 
 
 def check_resume(found: dict[str, Any]) -> None:
@@ -161,6 +167,58 @@ def test_any_world_size_continues_any_others_checkpoint(
     for entry in found:
         assert entry["differing_after_load"] == []
         assert entry["losses"] == pytest.approx(expected, rel=1e-5)
+
+
+def check_one_step(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Loss, every gradient, the estimator's state and figures of the whole batch, each within 1e-5 of its scale."""
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5 * expected["loss"]["total"])
+    assert found["figures"] == pytest.approx(expected["figures"], rel=1e-5)
+    for part in ("gradients", "estimator"):
+        assert found[part].keys() == expected[part].keys()
+    scale = max(abs(value) for values in expected["gradients"].values() for value in values)
+    assert scale > 1e-4
+    for name, values in expected["gradients"].items():
+        assert found["gradients"][name] == pytest.approx(values, rel=0, abs=1e-5 * scale), name
+    for name, values in expected["estimator"].items():
+        size = max(map(abs, values))
+        assert found["estimator"][name] == pytest.approx(values, rel=0, abs=1e-5 * size), name
+
+
+@pytest.fixture(scope="module")
+def undivided(work: Path) -> dict[str, dict[str, Any]]:
+    """One rank, one micro-batch: what every division of the batch must learn, by mode."""
+    scenarios = [
+        *({"scenario": "one_step", "engine": "zero0", "mode": mode, "accumulation": 1} for mode in MODES),
+        {"scenario": "one_step", "engine": "zero3", "mode": "joint_kp", "accumulation": 4},
+    ]
+    found = run_scenarios(scenarios, 1, work, "undivided")
+    (divided,) = iterate(found, accumulation=4)
+    return {entry["mode"]: entry for entry in iterate(found, accumulation=1)} | {"divided": divided}
+
+
+def test_micro_batches_and_ranks_divide_a_batch_exactly(
+    two_ranks: list[dict[str, Any]], undivided: dict[str, dict[str, Any]]
+) -> None:
+    found = list(iterate(two_ranks, scenario="one_step"))
+    assert len(found) == len(ONE_STEP)
+    for entry in [*found, undivided["divided"]]:
+        assert any("learned_prototypes" in name for name in entry["gradients"]) == (entry["mode"] != "full")
+        check_one_step(entry, undivided[entry["mode"]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_mode_and_engine_divides_a_batch_exactly(
+    undivided: dict[str, dict[str, Any]], tmp_path: Path, world_size: int
+) -> None:
+    scenarios = [
+        {"scenario": "one_step", "engine": engine, "mode": mode, "accumulation": accumulation}
+        for engine in ENGINES
+        for mode in MODES
+        for accumulation in (1, 2, 4)
+    ]
+    for entry in run_scenarios(scenarios, world_size, tmp_path, "divided", timeout_s=580):
+        check_one_step(entry, undivided[entry["mode"]])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Two gloo ranks under ZeRO-1 do what one rank does on the concatenated batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -55,6 +56,16 @@ def test_first_step_equals_one_rank_on_the_whole_batch(digit_shards, tmp_path, m
         assert float(one[name].abs().max()) > 0, f"{name} has no gradient"
 
 
+def read_figures(run_dir):
+    """The losses and the features' figures of every step."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        line["step"]: {name: line[name] for name in line if name.startswith(("loss/", "features/"))}
+        for line in lines
+        if "loss/total" in line
+    }
+
+
 def test_mixture_is_bitwise_equal_on_both_ranks_after_20_steps(digit_shards, tmp_path):
     first, second = train(tmp_path / "run", digit_shards, 2, 20)
     names = [name for name in first if name.startswith("estimator/")]
@@ -63,22 +74,24 @@ def test_mixture_is_bitwise_equal_on_both_ranks_after_20_steps(digit_shards, tmp
         assert torch.equal(first[name], second[name]), name
 
 
-def test_torchrun_trains_zero_1_and_one_rank_continues(digit_shards, tmp_path):
+def test_torchrun_trains_zero_1_and_half_the_ranks_continue_with_twice_the_micro_batches(
+    digit_shards, tmp_path
+):
     options = [
         *TINY,
         f"data.shards={digit_shards}",
         f"run.output_dir={tmp_path}",
-        "run.name=elastic",
         "optim.steps=6",
         "checkpoint.every_steps=3",
         "model.head.use_bn=false",
+        "model.drop_path_rate=0",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-    def start(launcher, **extra):
+    def start(launcher, name, *overrides, **extra):
         return subprocess.run(
-            [*launcher, "pretrain.py", DEMO, *options],
+            [*launcher, "pretrain.py", DEMO, *options, f"run.name={name}", *overrides],
             cwd=ROOT,
             env=environment | extra,
             capture_output=True,
@@ -86,10 +99,17 @@ def test_torchrun_trains_zero_1_and_one_rank_continues(digit_shards, tmp_path):
             timeout=200,
         )
 
-    stopped = start(torchrun, FAULT="raise@1:4:forward")
+    stopped = start(torchrun, "elastic", FAULT="raise@1:4:forward")
     assert stopped.returncode == 1, stopped.stderr[-3000:]
     assert (tmp_path / "elastic/checkpoints/step-00000003/COMMIT").exists()
-    result = start([sys.executable])
+    result = start([sys.executable], "elastic", "batch.gradient_accumulation_steps=2")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "3 steps done" in result.stderr
     assert (tmp_path / "elastic/checkpoints/step-00000006/COMMIT").exists()
+    whole = start([sys.executable], "whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    expected, found = (read_figures(tmp_path / name) for name in ("whole", "elastic"))
+    assert sorted(found) == sorted(expected) == list(range(1, 7))
+    for step, figures in expected.items():
+        assert len(figures) == 6
+        assert found[step] == pytest.approx(figures, rel=1e-4), step

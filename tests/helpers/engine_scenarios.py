@@ -12,24 +12,33 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from data.augmentations import Crops
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
+from prototypes.config import CouplingConfig, ObjectiveConfig, PartitionConfig, PrototypesConfig
+from prototypes.config import Mode as PrototypeMode
+from prototypes.diagnostics import UsageCounter
+from prototypes.estimator import build_estimator
 from runtime import distributed
 from runtime.distributed import Process
 from training.checkpoint import find_latest_checkpoint, save_checkpoint
 from training.config import BatchConfig, OptimConfig
 from training.engine import Engine, TrainedNetwork
+from training.guards import LossSpikeGuard
 from training.schedules import StepSchedule
 from training.state_files import ConsolidatedState, collect_share, save_tensors, share_path
+from training.step import TrainingStep
+from training.synchronization import Synchronization
 
 GLOBAL_BATCH = 8
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
@@ -53,6 +62,13 @@ WIDE = replace(VIT, embed_dim=192, depth=4, num_heads=4, head=HeadConfig(num_lay
 BUCKET_NUMEL = 10**6
 
 
+class AugmentedCrops(Crops):
+    """A micro-batch whose crops need no augmentation any more."""
+
+    def to(self, device: torch.device) -> AugmentedCrops:
+        return AugmentedCrops(self.global_crops.to(device), self.local_crops.to(device))
+
+
 class LearnedRows(nn.Module):
     """Prototypes that the loss trains: unit rows [K, P]."""
 
@@ -73,11 +89,17 @@ def build_engine(
     accumulation: int = 1,
     model: ModelConfig = VIT,
     optimizer: Literal["adamw", "lars"] = "adamw",
+    build_learned: Callable[[], nn.Module | None] | None = None,
+    spread: float = 1.0,
 ) -> Engine:
+    """Builds one engine; `spread` widens the projections of a fresh head, which are almost equal."""
     torch.manual_seed(0)
-    dim = model.head.projection_dim
-    student = TrainedNetwork(SelfSupervisedNetwork(model, "student"), LearnedRows(dim))
-    teacher = TrainedNetwork(SelfSupervisedNetwork(model, "teacher"), LearnedRows(dim))
+    if build_learned is None:
+        build_learned = partial(LearnedRows, model.head.projection_dim)
+    student = TrainedNetwork(SelfSupervisedNetwork(model, "student"), build_learned())
+    teacher = TrainedNetwork(SelfSupervisedNetwork(model, "teacher"), build_learned())
+    with torch.no_grad():
+        student.network.projection_head.mlp[-1].weight.mul_(spread)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     if model.compile_blocks:
@@ -87,7 +109,6 @@ def build_engine(
         "student": student.to(process.device),
         "teacher": teacher.to(process.device),
         "optim": OptimConfig(clip_grad_norm=1.0, optimizer=optimizer),
-        "batch": BatchConfig(global_batch_size=GLOBAL_BATCH, gradient_accumulation_steps=accumulation),
         "world_size": process.world_size,
     }
     if name == "fsdp2":
@@ -105,7 +126,8 @@ def build_engine(
         mechanics["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     path = work / f"{name}-{precision}-{process.rank}.json"
     path.write_text(json.dumps(mechanics))
-    return DeepSpeedEngine(**arguments, deepspeed_config=str(path))
+    batch = BatchConfig(global_batch_size=GLOBAL_BATCH, gradient_accumulation_steps=accumulation)
+    return DeepSpeedEngine(**arguments, batch=batch, deepspeed_config=str(path))
 
 
 def crops_of(step: int, micro_step: int, process: Process, accumulation: int) -> list[Tensor]:
@@ -132,7 +154,7 @@ def train_step(
         loss = nn.functional.cross_entropy(logits, goal)
         if poison is not None and micro_step == accumulation - 1 and process.rank == process.world_size - 1:
             loss = loss * float(poison)
-        engine.backward(loss, is_last_micro_step=micro_step == accumulation - 1)
+        engine.backward(loss / accumulation, is_last_micro_step=micro_step == accumulation - 1)
         losses.append(loss.detach())
     applied = engine.gradients_are_finite()
     norm = 0.0
@@ -322,6 +344,82 @@ def options_change_nothing(engine_name: str, process: Process, work: Path, **opt
     }
 
 
+def one_step(
+    engine_name: str, process: Process, work: Path, mode: PrototypeMode, accumulation: int
+) -> dict[str, Any]:
+    """One whole training step on the same global batch: loss, every gradient and the estimator's state, as lists.
+
+    AdamW's first moment after one step is a tenth of the gradient that all ranks and micro-batches have summed.
+    """
+    dim, num_images = VIT.head.projection_dim, 2 * GLOBAL_BATCH
+    prototypes = PrototypesConfig(
+        mode=mode,
+        num_prototypes=32,
+        dim=dim,
+        partition=PartitionConfig(size=8),
+        coupling=CouplingConfig(tie=0.5 if mode == "partial" else 0.0),
+    )
+    synchronization = Synchronization(process.world_size)
+    estimator = build_estimator(
+        prototypes,
+        seed=0,
+        num_observations_per_epoch=1000,
+        total_steps=100,
+        rank=process.rank,
+        world_size=process.world_size,
+        reduce_sum=synchronization.reduce_sum,
+        gather=synchronization.gather,
+    )
+    engine = build_engine(
+        engine_name,
+        process,
+        work,
+        accumulation=accumulation,
+        build_learned=estimator.build_learned,
+        spread=100.0,
+    )
+    step = TrainingStep(
+        engine=engine,
+        estimator=estimator,
+        prototypes=prototypes,
+        objective=ObjectiveConfig(),
+        batch=BatchConfig(global_batch_size=num_images, gradient_accumulation_steps=accumulation),
+        augmentation=lambda batch: batch,  # type: ignore[arg-type]
+        synchronization=synchronization,
+        usage=UsageCounter(prototypes.num_prototypes),
+        spike_guard=LossSpikeGuard(None),
+        device=process.device,
+        seed=0,
+    )
+    images = torch.randn(2, num_images, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    mine = images.chunk(process.world_size, 1)[process.rank]
+    batches = [
+        AugmentedCrops(part, part[:1, :, :, :8, 4:12].contiguous()) for part in mine.chunk(accumulation, 1)
+    ]
+    outcome = step(batches, 0, StepSchedule(lr=1e-2, weight_decay=0.1, ema_momentum=0.9))  # type: ignore[arg-type]
+    state = whole_state(engine)
+    gradients = {
+        name.split("/")[1]: tensor.flatten().tolist()
+        for name, tensor in state.items()
+        if "exp_avg/" in f"{name}/"
+    }
+    gathered = synchronization.gather(outcome.projections).wait()
+    return {
+        "loss": {name: float(value) for name, value in outcome.loss.items()},
+        "norm": outcome.grad_norm,
+        "gradients": gradients,
+        "estimator": {
+            name: value.flatten().tolist()
+            for name, value in estimator.state_dict().items()
+            if isinstance(value, Tensor)
+        },
+        "figures": {
+            "feature_norm": float(gathered.norm(dim=-1).mean()),
+            "rows": gathered.shape[0] * gathered.shape[1],
+        },
+    }
+
+
 def run(scenario: dict[str, Any], process: Process, work: Path) -> dict[str, Any]:
     arguments = dict(scenario)
     return SCENARIOS[arguments.pop("scenario")](
@@ -338,6 +436,7 @@ SCENARIOS: dict[str, Any] = {
         ema_reference,
         live_bytes,
         options_change_nothing,
+        one_step,
     )
 }
 

@@ -165,13 +165,19 @@ def test_run_directory_of_another_configuration_is_refused_and_kept(digit_shards
     assert (tmp_path / "claimed/metrics.jsonl").read_bytes() == before
 
 
-def test_accumulation_gives_the_mixture_of_the_whole_batch(digit_shards, tmp_path):
-    """Two micro-batches, one commit: after one step the estimator equals that of the undivided batch."""
+def test_accumulation_gives_the_record_and_the_mixture_of_the_whole_batch(digit_shards, tmp_path):
+    """Two micro-batches: every figure of the step and the estimator are those of the undivided batch."""
     from training.state_files import load_tree
 
-    # BatchNorm would see half a batch, and a start on the data would pick rows in the order of the micro-batches.
-    options = ("optim.steps=1", "model.head.use_bn=false", "prototypes.gmm.init.method=sphere")
+    # BatchNorm would see half a batch. A start on the data takes rows in the order of one batch.
+    options = ("optim.steps=1", "model.head.use_bn=false", "prototypes.gmm.init.method=data")
+    figures = []
     for name, accumulation in (("one", 1), ("two", 2)):
         run(digit_shards, tmp_path, name, *options, f"batch.gradient_accumulation_steps={accumulation}")
+        line = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+        groups = ("loss/", "optim/", "features/", "gmm/", "prototypes/")
+        figures.append({key: value for key, value in line.items() if key.startswith(groups)})
+    assert {"loss/entropy", "features/effective_rank", "gmm/log_likelihood"} <= figures[0].keys()
+    assert figures[1] == pytest.approx(figures[0], rel=1e-4, abs=1e-6)
     one, two = (load_tree(tmp_path / n / "checkpoints/step-00000001", "estimator") for n in ("one", "two"))
     torch.testing.assert_close(one["means"], two["means"], rtol=1e-5, atol=1e-6)

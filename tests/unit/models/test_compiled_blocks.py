@@ -51,7 +51,14 @@ def test_a_shipped_recipe_compiles_at_most_two_graphs_per_crop_size_and_network(
     for _ in range(2):
         for side in (config.data.global_crop_size, config.data.local_crop_size):
             graphs.running = f"student {side}"
-            student(torch.randn(3, 3, side, side)).sum().backward()
+            crops = torch.randn(3, 3, side, side)
+            # Accumulation runs every crop without a graph first.
+            with torch.random.fork_rng(), torch.no_grad():
+                first = student(crops)
+            assert first.grad_fn is None
+            second = student(crops)
+            assert torch.equal(first, second)
+            second.sum().backward()
         graphs.running = f"teacher {config.data.global_crop_size}"
         with torch.no_grad():
             teacher(torch.randn(3, 3, config.data.global_crop_size, config.data.global_crop_size))

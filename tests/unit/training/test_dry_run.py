@@ -11,7 +11,7 @@ from runtime.config import load_config
 from runtime.distributed import Process
 from tests.helpers.digits import DEMO, TINY
 from training.config import PretrainConfig
-from training.dry_run import buffer_bytes, describe_run, measure_cost, state_bytes
+from training.dry_run import buffer_bytes, describe_run, measure_cost, state_bytes, waiting_bytes
 from training.engine_table import ENGINES
 from training.initialisation import check_crop_sizes
 
@@ -68,6 +68,21 @@ def test_checkpointing_keeps_less_and_executes_more():
     assert checkpointed.activations.per_image < 0.5 * plain.activations.per_image
     assert plain.executed_flops == plain.dense_flops == checkpointed.dense_flops
     assert 1.2 < checkpointed.executed_flops / checkpointed.dense_flops < 1.34
+
+
+def test_exact_accumulation_executes_one_more_forward_pass_and_holds_what_waits():
+    options = "batch.gradient_accumulation_steps=4", "model.activation_checkpointing=true"
+    exact, cheap, one = (
+        measure_cost(tiny(*more))
+        for more in (options, (*options, "batch.accumulation=per_micro_batch"), options[1:])
+    )
+    assert exact.dense_flops == cheap.dense_flops == one.dense_flops
+    assert cheap.executed_flops == one.executed_flops
+    # Dense is three student passes and the teacher's; one more of the student's is recomputation.
+    assert exact.executed_flops - cheap.executed_flops == one.executed_flops - one.dense_flops > 0
+    crops, rows = 2 * 28 * 28 + 14 * 14, (2 * 3 + 2) * 16
+    assert waiting_bytes(tiny(*options), 8) == 3 * 8 * 4 * (crops + rows)
+    assert waiting_bytes(tiny(), 32) == 0
 
 
 def test_fsdp2_computes_in_bf16_alone():

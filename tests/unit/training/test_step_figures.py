@@ -12,6 +12,7 @@ from prototypes.diagnostics import UsageCounter
 from prototypes.gmm_config import RevivalConfig
 from prototypes.revival import find_starved
 from tests.unit.prototypes.building import build, clustered_rows, make_config, take_step
+from training.config import BatchConfig
 from training.engine import NetworkOutput
 from training.guards import LossSpikeGuard
 from training.schedules import StepSchedule
@@ -54,6 +55,7 @@ def build_step(estimator, config, finite=True):
         estimator=estimator,
         prototypes=config,
         objective=ObjectiveConfig(),
+        batch=BatchConfig(),
         augmentation=lambda batch: batch,
         synchronization=Synchronization(1),
         usage=UsageCounter(NUM),

@@ -1,0 +1,65 @@
+"""An engine of one process without any sharding library: what the others must equal, cheap enough for unit tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.student_teacher import update_ema_
+from training.engine import Engine, NetworkOutput, TrainedNetwork
+from training.schedules import StepSchedule
+
+
+class PlainEngine(Engine):
+    """Plain gradient descent, so that a gradient's rounding stays as small in the weights. Keeps each step's gradients.
+
+    Attributes:
+        gradients: of every parameter, before the last update.
+        num_passes: forward passes of the student so far.
+    """
+
+    def __init__(self, student: TrainedNetwork, teacher: TrainedNetwork) -> None:
+        self.student, self.teacher = student.train(), teacher.train()
+        self.gradients: dict[str, Tensor] = {}
+        self.num_passes = 0
+
+    def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
+        self.num_passes += 1
+        return NetworkOutput(*self.student(crops))
+
+    @torch.no_grad()
+    def forward_teacher(self, crops: Sequence[Tensor]) -> NetworkOutput:
+        return NetworkOutput(*self.teacher(crops))
+
+    def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
+        loss.backward()
+
+    def gradients_are_finite(self) -> bool:
+        self.gradients = {
+            name: parameter.grad.clone()
+            for name, parameter in self.student.named_parameters()
+            if parameter.grad is not None
+        }
+        return all(bool(gradient.isfinite().all()) for gradient in self.gradients.values())
+
+    def step(self, schedule: StepSchedule) -> float:
+        with torch.no_grad():
+            for name, parameter in self.student.named_parameters():
+                parameter.sub_(schedule.lr * self.gradients[name])
+        self.skip()
+        return float(torch.nn.utils.get_total_norm(list(self.gradients.values())))
+
+    def skip(self) -> None:
+        self.student.zero_grad(set_to_none=True)
+
+    def update_teacher(self, ema_momentum: float) -> None:
+        update_ema_(self.teacher.parameters(), self.student.parameters(), ema_momentum)
+
+    def iterate_state(self) -> Any:
+        return iter(self.student.state_dict().items())
+
+    def load_state(self, state: Any) -> None:
+        self.student.load_state_dict(state)

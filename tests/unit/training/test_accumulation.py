@@ -1,0 +1,343 @@
+"""Micro-batches learn what one batch of all of them does: loss, gradients, mixture and figures."""
+
+import dataclasses
+import weakref
+
+import pytest
+import torch
+
+from data.augmentations import Crops
+from models.config import HeadConfig, ModelConfig
+from models.student_teacher import SelfSupervisedNetwork
+from prototypes.config import CouplingConfig, ObjectiveConfig, PartitionConfig, PrototypesConfig
+from prototypes.diagnostics import UsageCounter
+from prototypes.estimator import build_estimator
+from prototypes.gmm_config import GmmConfig, InitialisationConfig
+from prototypes.losses import carp_loss
+from prototypes.partitions import draw_partition
+from tests.helpers.plain_engine import PlainEngine
+from training.accumulation import StudentPass, differentiate, join, split
+from training.config import BatchConfig
+from training.config_difference import find_difference
+from training.engine import NetworkOutput, TrainedNetwork
+from training.guards import LossSpikeGuard
+from training.schedules import StepSchedule
+from training.step import TrainingStep
+from training.synchronization import Synchronization
+
+IMAGES, DIM, PROTOTYPES, BLOCK = 16, 8, 64, 16
+VIT = ModelConfig(
+    name="vit_tiny_patch16_224",
+    image_size=16,
+    patch_size=8,
+    embed_dim=24,
+    depth=2,
+    num_heads=2,
+    channels=1,
+    head=HeadConfig(num_layers=2, hidden_dim=32, projection_dim=DIM),
+)
+# Fresh heads give almost equal logits and gradients that cancel; wider projections make this a test of the algebra.
+SPREAD = 50.0
+SCHEDULE = StepSchedule(lr=0.1, weight_decay=0.0, ema_momentum=0.9)
+
+ARMS = {
+    "joint": {"mode": "joint"},
+    "joint_kp": {"mode": "joint_kp"},
+    "partial": {"mode": "partial", "coupling": CouplingConfig(tie=0.5)},
+    "frozen_random": {"mode": "frozen_random"},
+    "coupled": {"coupling": CouplingConfig(strength=0.5)},
+    # Rows become means in their order: the order of the micro-batches must be that of one batch.
+    "start_on_data": {"gmm": GmmConfig(init=InitialisationConfig(method="data"))},
+    **{
+        name: {"estimator": name}
+        for name in (
+            "gmm_diag",
+            "gmm_spherical",
+            "gmm_tied_diag",
+            "gmm_tied_spherical",
+            "vmf",
+            "sph_kmeans",
+            "vb_gmm",
+            "sinkhorn",
+        )
+    },
+}
+
+
+class MicroBatch(Crops):
+    """Crops that are augmented already."""
+
+    def to(self, device):
+        return self
+
+
+def draw_micro_batches(number, seed=0):
+    """The same images, two global views and one local, in `number` micro-batches."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(2, IMAGES, 1, 16, 16, generator=generator)
+    views = images[:1, :, :, :8, 4:12]
+    return [MicroBatch(a, b) for a, b in zip(images.chunk(number, 1), views.chunk(number, 1), strict=True)]
+
+
+def build_step(accumulation=1, how="exact", model=VIT, objective=None, **prototypes):
+    config = PrototypesConfig(
+        num_prototypes=PROTOTYPES, dim=DIM, partition=PartitionConfig(size=BLOCK), **prototypes
+    )
+    estimator = build_estimator(config, seed=0, num_observations_per_epoch=1000, total_steps=100)
+    torch.manual_seed(0)
+    student, teacher = (
+        TrainedNetwork(SelfSupervisedNetwork(model, role), estimator.build_learned())
+        for role in ("student", "teacher")
+    )
+    with torch.no_grad():
+        student.network.projection_head.mlp[-1].weight.mul_(SPREAD)
+    teacher.load_state_dict(student.state_dict())
+    return TrainingStep(
+        engine=PlainEngine(student, teacher),
+        estimator=estimator,
+        prototypes=config,
+        objective=objective or ObjectiveConfig(),
+        batch=BatchConfig(
+            global_batch_size=IMAGES, gradient_accumulation_steps=accumulation, accumulation=how
+        ),
+        augmentation=lambda batch: batch,
+        synchronization=Synchronization(1),
+        usage=UsageCounter(PROTOTYPES),
+        spike_guard=LossSpikeGuard(None),
+        device=torch.device("cpu"),
+        seed=0,
+    )
+
+
+def train(accumulation, num_steps=2, **options):
+    """Outcome and gradients of each step, and the step object as it ends."""
+    step, outcomes = build_step(accumulation, **options), []
+    for index in range(num_steps):
+        torch.manual_seed(index)
+        outcome = step(draw_micro_batches(accumulation, seed=index), index, SCHEDULE)
+        assert outcome.applied
+        outcomes.append((outcome, step.engine.gradients))
+    return outcomes, step
+
+
+def assert_close(found, expected, name):
+    """Within 1e-5 of the tensor's own largest entry."""
+    assert float((found - expected).abs().max()) <= 1e-5 * max(float(expected.abs().max()), 1e-30), name
+
+
+def check_equal_steps(found, expected):
+    for (outcome, gradients), (outcome_of_one, gradients_of_one) in zip(found, expected, strict=True):
+        assert outcome.loss.keys() == outcome_of_one.loss.keys()
+        for name, value in outcome_of_one.loss.items():
+            # Of the whole: the entropy is a small difference of two logarithms.
+            error = abs(float(outcome.loss[name] - value))
+            assert error <= 1e-5 * float(outcome_of_one.loss["total"]), name
+        scale = max(float(gradient.abs().max()) for gradient in gradients_of_one.values())
+        for name, gradient in gradients_of_one.items():
+            # Entries that cancel to nothing (an attention's key bias) have no relative error of their own.
+            assert float((gradients[name] - gradient).abs().max()) <= 1e-5 * scale, name
+        assert_close(outcome.projections, outcome_of_one.projections, "projections")
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_micro_batches_equal_one_batch(arm):
+    expected, one = train(1, **ARMS[arm])
+    found, four = train(4, **ARMS[arm])
+    check_equal_steps(found, expected)
+    trains_prototypes = arm in ("joint", "joint_kp", "partial", "coupled")
+    assert ("learned_prototypes.weight" in found[0][1]) == trains_prototypes
+    state = one.estimator.state_dict()
+    for name, value in four.estimator.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert_close(value, state[name], name)
+    metrics = one.estimator.metrics()
+    for name, value in four.estimator.metrics().items():
+        assert value == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+    assert four.usage.by_logits.sum() == one.usage.by_logits.sum() == 2 * 2 * IMAGES
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [ObjectiveConfig(logits="cosine"), ObjectiveConfig(logits="posterior")],
+    ids=lambda o: o.logits,
+)
+def test_micro_batches_equal_one_batch_with_other_logits(objective):
+    # One step: posterior logits are differences of large numbers, and their gradient here is 20 times the others'.
+    expected, _ = train(1, num_steps=1, objective=objective)
+    found, _ = train(4, num_steps=1, objective=objective)
+    check_equal_steps(found, expected)
+
+
+def test_per_micro_batch_is_the_mean_of_the_micro_batches_losses():
+    """The gap that `exact` closes, and that its twin is what it says: each micro-batch's own loss, averaged."""
+    (whole, _), *_ = train(1, num_steps=1, mode="joint")[0]
+    (found, gradients), *_ = train(4, num_steps=1, how="per_micro_batch", mode="joint")[0]
+    assert abs(float(found.loss["entropy"] / whole.loss["entropy"]) - 1) > 1e-3
+    step = build_step(mode="joint")
+    losses = []
+    for index, micro in enumerate(draw_micro_batches(4)):
+        partition = draw_partition(PROTOTYPES, BLOCK, seed=0, step=0, micro_step=index)
+        crops = [micro.global_crops.flatten(0, 1), micro.local_crops.flatten(0, 1)]
+        student, teacher = step.engine.forward_student(crops), step.engine.forward_teacher(crops[:1])
+        losses.append(
+            carp_loss(
+                student.projections.unflatten(0, (3, 4)),
+                teacher.projections.unflatten(0, (2, 4)),
+                student.learned_prototypes,
+                teacher.learned_prototypes,
+                partition,
+            ).total
+        )
+    torch.stack(losses).mean().backward()
+    assert_close(found.loss["total"], torch.stack(losses).mean(), "total")
+    scale = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, parameter in step.engine.student.named_parameters():
+        assert float((gradients[name] - parameter.grad).abs().max()) <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("arm", ["joint", "gmm_diag"])
+def test_one_micro_batch_is_the_plain_gradient_bit_for_bit_and_one_pass(arm):
+    results = [train(1, num_steps=1, how=how, **ARMS[arm]) for how in ("exact", "per_micro_batch")]
+    step = build_step(**ARMS[arm])
+    (micro,) = draw_micro_batches(1)
+    crops = [micro.global_crops.flatten(0, 1), micro.local_crops.flatten(0, 1)]
+    teacher = step.engine.forward_teacher(crops[:1])
+    step.estimator.commit(step.estimator.observe(teacher.projections))
+    student = step.engine.forward_student(crops)
+    rows, columns = step.estimator.logit_operands(student.projections, "student", student.learned_prototypes)
+    goal_rows, goal_columns = step.estimator.logit_operands(
+        teacher.projections, "teacher", teacher.learned_prototypes
+    )
+    loss = carp_loss(
+        rows.unflatten(0, (-1, IMAGES)),
+        goal_rows.unflatten(0, (-1, IMAGES)),
+        columns,
+        goal_columns,
+        draw_partition(PROTOTYPES, BLOCK, seed=0, step=0),
+    )
+    loss.total.backward()
+    for ((outcome, gradients),), found in results:
+        assert torch.equal(outcome.loss["total"], loss.total.detach())
+        for name, parameter in step.engine.student.named_parameters():
+            assert torch.equal(gradients[name], parameter.grad), name
+        assert found.engine.num_passes == 1
+
+
+def test_price_is_one_more_forward_pass_and_only_where_it_buys_something():
+    for how, accumulation, passes in (("exact", 4, 8), ("per_micro_batch", 4, 4), ("exact", 1, 1)):
+        assert train(accumulation, num_steps=1, how=how)[1].engine.num_passes == passes
+        batch = BatchConfig(global_batch_size=16, gradient_accumulation_steps=accumulation, accumulation=how)
+        assert batch.runs_student_twice == (passes > accumulation)
+
+
+def test_both_passes_draw_the_same_drop_path():
+    model = dataclasses.replace(VIT, drop_path_rate=0.5)
+    step = build_step(2, model=model)
+    seen = []
+    forward = step.engine.forward_student
+
+    def watching(crops):
+        output = forward(crops)
+        seen.append(output.projections.detach().clone())
+        return output
+
+    step.engine.forward_student = watching
+    torch.manual_seed(5)
+    step(draw_micro_batches(2), 0, SCHEDULE)
+    first, second, first_again, second_again = seen
+    assert torch.equal(first, first_again) and torch.equal(second, second_again)
+    after = torch.rand(1)
+    # The second pass leaves the generator where the first left it.
+    torch.manual_seed(5)
+    step = build_step(2, model=model)
+    torch.manual_seed(5)
+    for micro in draw_micro_batches(2):
+        step.engine.forward_student([micro.global_crops.flatten(0, 1), micro.local_crops.flatten(0, 1)])
+    assert torch.equal(after, torch.rand(1))
+    # Otherwise two passes of one micro-batch would differ: the rate is high enough to see it.
+    crops = [draw_micro_batches(1)[0].global_crops.flatten(0, 1)]
+    assert not torch.equal(*(step.engine.forward_student(crops).projections for _ in range(2)))
+
+
+def test_running_statistics_move_once_by_each_micro_batch_s_own_statistics():
+    model = dataclasses.replace(VIT, head=dataclasses.replace(VIT.head, use_bn=True))
+    step, reference = build_step(4, model=model), build_step(4, model=model)
+    step(draw_micro_batches(4), 0, SCHEDULE)
+    for micro in draw_micro_batches(4):
+        reference.engine.forward_student([micro.global_crops.flatten(0, 1), micro.local_crops.flatten(0, 1)])
+    found, expected = (dict(s.engine.student.named_buffers()) for s in (step, reference))
+    assert any("running_var" in name for name in expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def peak_of_saved_bytes(accumulation):
+    """Most bytes that autograd kept at once in a step whose micro-batches have four images, whatever their number."""
+    step = build_step(accumulation, mode="joint")
+    micro_batches = [draw_micro_batches(4, seed=index)[0] for index in range(accumulation)]
+    alive, peak = 0, 0
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal alive, peak
+            self.tensor = tensor
+            alive += tensor.nbytes
+            peak = max(peak, alive)
+            weakref.finalize(self, self.drop, tensor.nbytes)
+
+        @staticmethod
+        def drop(num_bytes):
+            nonlocal alive
+            alive -= num_bytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        step(micro_batches, 0, SCHEDULE)
+    assert alive == 0
+    return peak
+
+
+def test_memory_does_not_grow_with_the_number_of_micro_batches():
+    one, eight = peak_of_saved_bytes(1), peak_of_saved_bytes(8)
+    assert eight <= 1.1 * one
+
+
+def test_a_pass_over_several_micro_batches_holds_no_graph():
+    engine = build_step(mode="joint").engine
+    crops = [[micro.global_crops.flatten(0, 1)] for micro in draw_micro_batches(4)]
+    output = StudentPass(engine, crops, IMAGES // 4).output
+    assert output.projections.grad_fn is None and output.learned_prototypes.grad_fn is None
+
+
+def test_join_is_the_order_of_one_batch_and_split_its_inverse():
+    rows = torch.arange(3 * 4 * 2.0).view(3, 4, 2)
+    parts = [NetworkOutput(part.flatten(0, 1), torch.ones(5, 2)) for part in rows.chunk(2, dim=1)]
+    joined = join(parts, 2)
+    assert torch.equal(joined.projections, rows.flatten(0, 1))
+    for part, back in zip(parts, split(joined, 2, 2), strict=True):
+        assert torch.equal(part.projections, back.projections)
+        assert torch.equal(back.learned_prototypes, torch.full((5, 2), 0.5))
+
+
+def test_differentiate_gives_zero_where_the_loss_uses_nothing():
+    student = NetworkOutput(torch.ones(2, 3), torch.ones(4, 3))
+    terms, gradient = differentiate(lambda s: {"total": s.projections.square().sum()}, student)
+    assert terms["total"] == 6 and not terms["total"].requires_grad
+    assert torch.equal(gradient.projections, 2 * torch.ones(2, 3))
+    assert torch.equal(gradient.learned_prototypes, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("saved", "current", "key"),
+    [
+        (("exact", 1), ("exact", 4), None),
+        (("per_micro_batch", 2), ("per_micro_batch", 4), "batch.gradient_accumulation_steps"),
+        (("exact", 2), ("per_micro_batch", 2), "batch.accumulation"),
+    ],
+)
+def test_a_resume_compares_what_accumulation_learns(saved, current, key):
+    configs = [
+        {"batch": {"accumulation": how, "gradient_accumulation_steps": steps}}
+        for how, steps in (saved, current)
+    ]
+    difference = find_difference(*configs)
+    assert (difference and difference[0]) == key

@@ -1,0 +1,138 @@
+"""One loss over the rows of many micro-batches, with the graph of one at a time.
+
+A loss that is no sum over images (the entropy of a batch's mean, a centre, a Sinkhorn balance) must see the rows of the
+whole batch. Rows are small, graphs are not: the gradient is first taken at the rows, then carried into the network
+micro-batch by micro-batch (the gradient cache of Gao et al. 2021, arXiv 2101.06983). Nothing here knows which loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from training.engine import Engine, NetworkOutput
+
+# From the student's rows to named scalars; `total` is what is minimised.
+RowLoss = Callable[[NetworkOutput], dict[str, Tensor]]
+
+
+def join(outputs: Sequence[NetworkOutput], num_images: int) -> NetworkOutput:
+    """Returns what one forward pass over the images of all micro-batches gives: rows by view, then by image.
+
+    Args:
+        outputs: of equally large micro-batches, from the same weights, so that their prototypes are the same.
+        num_images: images of one micro-batch, B; each output has [V * B, P] projections.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    by_view = [output.projections.unflatten(0, (-1, num_images)) for output in outputs]
+    return NetworkOutput(torch.cat(by_view, dim=1).flatten(0, 1), outputs[0].learned_prototypes)
+
+
+def split(gradient: NetworkOutput, num_parts: int, num_images: int) -> Iterator[NetworkOutput]:
+    """Yields each micro-batch's gradient, the inverse of `join`.
+
+    All micro-batches share the prototypes: each carries an equal part of their gradient, whose sum counts once, and no
+    engine meets a parameter without a gradient.
+    """
+    by_part = gradient.projections.unflatten(0, (-1, num_parts, num_images)).unbind(1)
+    prototypes = gradient.learned_prototypes
+    for projections in by_part:
+        yield NetworkOutput(projections.flatten(0, 1), None if prototypes is None else prototypes / num_parts)
+
+
+def differentiate(loss: RowLoss, student: NetworkOutput) -> tuple[dict[str, Tensor], NetworkOutput]:
+    """Returns the loss's scalars and the gradient of its `total` at the student's rows and prototypes; no graph.
+
+    Collective where the loss is. What the loss does not use has the gradient 0.
+    """
+    rows, prototypes = student.projections.detach().requires_grad_(), student.learned_prototypes
+    leaves = [rows] if prototypes is None else [rows, prototypes.detach().requires_grad_()]
+    with torch.enable_grad():
+        terms = loss(NetworkOutput(rows, None if prototypes is None else leaves[1]))
+    gradients = torch.autograd.grad(terms["total"], leaves, allow_unused=True, materialize_grads=True)
+    gradient = NetworkOutput(gradients[0], None if prototypes is None else gradients[1])
+    return {name: value.detach() for name, value in terms.items()}, gradient
+
+
+class StudentPass:
+    """The student's forward pass over the micro-batches that share a loss, and the way of a gradient back into it.
+
+    One micro-batch is run once and its graph kept. Several are run without a graph, and each again with its graph once
+    the gradient at the rows is known: a second forward pass is the price, and no more than one micro-batch's graph is
+    ever alive. The second time every layer draws the random numbers of the first (drop path, dropout), so that the
+    gradient is that of the loss. BatchNorm uses each micro-batch's own statistics both times and its running
+    statistics move once. Collective like the engine's forward pass.
+
+    Args:
+        engine: whose student runs.
+        micro_batches: the crops of each micro-batch, one tensor per resolution.
+        num_images: images of one micro-batch.
+
+    Attributes:
+        output: rows of all micro-batches, as of one batch.
+    """
+
+    def __init__(self, engine: Engine, micro_batches: Sequence[Sequence[Tensor]], num_images: int) -> None:
+        self._engine = engine
+        self._micro_batches = micro_batches
+        self._num_images = num_images
+        self._replays: list[_RandomState] = []
+        self._with_graph: NetworkOutput | None = None
+        if len(micro_batches) == 1:
+            self._with_graph = self.output = engine.forward_student(micro_batches[0])
+            return
+        outputs = []
+        for crops in micro_batches:
+            self._replays.append(_RandomState(crops[0].device))
+            outputs.append(engine.forward_student_without_graph(crops))
+        self.output = join(outputs, num_images)
+
+    def backward(self, gradient: NetworkOutput, *, weight: float = 1.0, is_last: bool = True) -> None:
+        """Adds `weight` times the gradient to the student's parameters, through every micro-batch's graph. Collective.
+
+        Args:
+            gradient: at `output`, as `differentiate` returns it.
+            weight: of this loss among the step's losses.
+            is_last: whether this ends the step's accumulation.
+        """
+        num_parts = len(self._micro_batches)
+        for index, part in enumerate(split(gradient, num_parts, self._num_images)):
+            output = self._take(index)
+            # Its derivative at the output is the part, bit for bit: engines want a scalar to begin from.
+            products = [
+                (value * slope).sum()
+                for value, slope in zip(output, part, strict=True)
+                if value is not None and slope is not None
+            ]
+            scalar = weight * torch.stack(products).sum()
+            self._engine.backward(scalar, is_last_micro_step=is_last and index == num_parts - 1)
+
+    def _take(self, index: int) -> NetworkOutput:
+        """Returns a micro-batch's output with its graph, which is let go of here."""
+        if self._with_graph is not None:
+            output, self._with_graph = self._with_graph, None
+            return output
+        with self._replays[index].replayed():
+            return self._engine.forward_student(self._micro_batches[index])
+
+
+class _RandomState:
+    """The state of torch's generators on the CPU and on the device, as it is now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpus = [device] if device.type == "cuda" else []
+        self._cpu_state = torch.get_rng_state()
+        self._gpu_states = [torch.cuda.get_rng_state(gpu) for gpu in self._gpus]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draws from this state inside, and goes on outside as if nothing had been drawn."""
+        with torch.random.fork_rng(devices=self._gpus):
+            torch.set_rng_state(self._cpu_state)
+            for gpu, state in zip(self._gpus, self._gpu_states, strict=True):
+                torch.cuda.set_rng_state(state, gpu)
+            yield
