@@ -28,6 +28,7 @@ import fsspec
 from fsspec.utils import get_protocol
 
 from data.config import DataConfig
+from data.local_errors import raise_if_local
 from data.shards import INDEX_DTYPE, MANIFEST_NAME, DataError, Manifest, Shard, load_manifest
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class ShardCache:
                 return final
             # Stores raise exceptions of their own packages, which have no common ancestor but this one.
             except Exception as error:
+                _raise_if_own(error, self.directory)
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 if isinstance(error, _PERMANENT):
                     break
@@ -202,6 +204,13 @@ def _require_protocol(address: str) -> None:
             f"data.shards is {address!r}; expected a folder, or an address of a protocol that fsspec knows, such as "
             "s3://bucket/folder; set data.shards"
         ) from error
+
+
+def _raise_if_own(error: Exception, directory: str) -> None:
+    """Raises DataError for an error of this machine: stores deny access too, so that must name the local folder."""
+    denied = isinstance(error, PermissionError) and not str(error.filename or "").startswith(directory)
+    if not denied:
+        raise_if_local(error, f"the cache {directory} (data.cache_dir)")
 
 
 def _require_json(path: Path) -> None:

@@ -128,7 +128,7 @@ def write_split(
     manifest = save_index(manifest, np.array(entries, dtype=INDEX_DTYPE))
     save_manifest(manifest)
     _remove_stale_shards(directory, split, {job.name for job in jobs})
-    rejected = [item for record in ordered for item in record.rejected]
+    rejected = sorted((item for record in ordered for item in record.rejected), key=lambda item: item.index)
     _list_left_out(Path(directory) / f"{split}.left_out.txt", rejected)
     return manifest, rejected
 
