@@ -103,14 +103,23 @@ def walk_images(root: str) -> tuple[list[tuple[Path, str]], PassedOver]:
     return sorted(found), passed
 
 
-def find_split_folders(root: str) -> list[str]:
+def find_split_folders(root: str) -> tuple[list[str], PassedOver]:
     """Returns the names of the split folders (`train`, `val`, `test`, ...) of a folder, training first; [] for none.
+
+    With them comes what lies beside them and belongs to no split.
 
     Raises:
         DataError: split folders lie beside others, so that one of them may be a class.
     """
-    entries = [entry for entry in _list_folder(root) if not is_system_name(entry.name) and entry.is_dir()]
-    names = sorted(entry.name for entry in entries)
+    passed = PassedOver()
+    names = []
+    for entry in _list_folder(root):
+        if is_system_name(entry.name):
+            passed.add("hidden or system file", entry.path)
+        elif entry.is_dir():
+            names.append(entry.name)
+        else:
+            passed.add("file beside split folders", entry.path)
     splits = [name for name in names if name.lower() in SPLIT_FOLDERS]
     if splits and len(splits) < len(names):
         other = next(name for name in names if name not in splits)
@@ -118,7 +127,7 @@ def find_split_folders(root: str) -> list[str]:
             f"{root} holds the split folder {splits[0]!r} beside {readable(other)!r}; expected split folders only, or "
             "class folders only; pass one of them, or --split-folders no if all are classes"
         )
-    return sorted(splits, key=lambda name: SPLIT_FOLDERS.index(name.lower()))
+    return sorted(splits, key=lambda name: SPLIT_FOLDERS.index(name.lower())), passed
 
 
 def _list_folder(folder: str) -> list[os.DirEntry[str]]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data.findings import Finding
 from data.inspection import ShardScan, scan_shard
 from data.labels import LabelError, number_classes, number_label, read_class_names
+from data.members import is_system_name
 from data.shards import (
     INDEX_DTYPE,
     MANIFEST_NAME,
@@ -77,9 +78,9 @@ def list_splits(directory: str) -> dict[str, list[ShardFile]]:
 
 
 def _visible(paths: Iterator[Path]) -> list[Path]:
-    # `._train-000000.tar` is what macOS keeps beside a file on a foreign disk.
+    # `._train-000000.tar` and `__MACOSX/` are what macOS keeps beside files on a foreign disk.
     return sorted(
-        path for path in paths if not path.name.startswith(".") and not path.parent.name.startswith(".")
+        path for path in paths if not (is_system_name(path.name) or is_system_name(path.parent.name))
     )
 
 

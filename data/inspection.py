@@ -133,6 +133,8 @@ def _read_samples(path: Path, scan: ShardScan, num_decoded: int | None, image_ke
             for ordinal, sample in enumerate(iterate_samples(file, path.name)):
                 _take_in(scan, ordinal, sample, image_key, decode=decoded is None or ordinal in decoded)
     except READ_ERRORS as error:
+        if isinstance(error, DataError):  # the decoder's, about this machine
+            raise
         raise_if_local(error, str(path))
         scan.find(len(scan.keys), "cannot be read", reason_of(error))
     del scan.offsets[len(scan.keys) :]

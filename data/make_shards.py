@@ -227,10 +227,11 @@ def _make_tiny_imagenet(options: argparse.Namespace) -> None:
 
 
 def _make_image_folder(options: argparse.Namespace) -> None:
-    from data.folder_walk import find_split_folders
+    from data.folder_walk import PassedOver, find_split_folders
     from data.image_sources import list_image_folder
 
-    folders = find_split_folders(options.root) if options.split_folders == "auto" else []
+    auto = options.split_folders == "auto"
+    folders, beside = find_split_folders(options.root) if auto else ([], PassedOver())
     if folders and (options.split or options.labels):
         flag = "--split" if options.split else "--labels"
         raise DataError(
@@ -245,6 +246,8 @@ def _make_image_folder(options: argparse.Namespace) -> None:
     for split, root in roots.items():
         listed[split] = list_image_folder(root, labels_path=options.labels, known_classes=known)
         known = known or listed[split].classes
+    for line in beside.lines() if folders else ():
+        print(f"  {line}")
     for split, listing in listed.items():
         _write(_source(listing, options), split, options)
 

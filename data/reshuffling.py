@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 _ORDER = 31  # purpose of the random numbers
 _HASH_BITS = 64
 _HEADER = struct.Struct("<QI")  # a record's random number and the bytes of its JSON header
+# Loader processes need a shard each: few samples are not put into fewer shards than before, up to this number.
+_MOST_KEPT = 64
 _NUMBERED = re.compile(r"^\d{8,9}-")
 
 
@@ -72,11 +74,12 @@ class ReshuffleOptions:
 
 @dataclass
 class _Split:
-    """A split to rewrite: its samples, how many there are, and the size of its tars."""
+    """A split to rewrite: its samples, how many there are, the size of its tars, and how many tars."""
 
     read: Callable[[], Iterator[EncodedSample]]
     num_samples: int
     num_bytes: int
+    num_shards: int
 
 
 def reshuffle(source: str, directory: str, options: ReshuffleOptions) -> None:
@@ -132,6 +135,7 @@ def _open(source: str, options: ReshuffleOptions) -> tuple[dict[str, _Split], tu
                 partial(_read_described, manifest),
                 manifest.num_samples,
                 sum(shard.bytes for shard in manifest.shards if shard.num_selected),
+                len(manifest.shards),
             )
             for name, manifest in manifests.items()
         }
@@ -145,6 +149,7 @@ def _open(source: str, options: ReshuffleOptions) -> tuple[dict[str, _Split], tu
             partial(_read_tars, paths, split_key),
             sum(_count(path) for path in paths),
             sum(path.stat().st_size for path in paths),
+            len(paths),
         )
     return splits, read_class_names(source)[1], options.image_key
 
@@ -186,7 +191,7 @@ def _count(path: Path) -> int:
 def _rewrite(name: str, split: _Split, target: Path, options: ReshuffleOptions, image_key: str) -> None:
     """Writes the new shards of a split."""
     num_shards = max(
-        1,
+        min(split.num_shards, _MOST_KEPT),
         -(-split.num_samples // options.samples_per_shard),
         -(-split.num_bytes // options.max_shard_bytes),
     )

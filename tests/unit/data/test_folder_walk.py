@@ -12,7 +12,7 @@ from PIL import Image
 from data.folder_walk import walk_images
 from data.image_sources import list_image_folder
 from data.make_shards import main
-from data.shards import DataError, load_manifest
+from data.shards import load_manifest
 from data.verify_shards import verify
 
 
@@ -113,11 +113,13 @@ def test_split_folders_become_splits(tmp_path, image_bytes, capsys):
     )
 
 
-def test_a_flat_test_folder_beside_labelled_training_images(tmp_path, image_bytes):
+def test_a_flat_test_folder_beside_labelled_training_images(tmp_path, image_bytes, capsys):
     write_images(tmp_path / "in" / "train" / "cat", image_bytes, 2)
     write_images(tmp_path / "in" / "test", image_bytes, 2, offset=5)
     (tmp_path / "in" / "sample_submission.csv").write_text("id,label\n")
     assert run("imagefolder", tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert "passed over, file beside split folders: 1" in (said := capsys.readouterr().out)
+    assert "sample_submission.csv" in said
     assert load_manifest(str(tmp_path / "out"), "train").classes == ("cat",)
     assert load_manifest(str(tmp_path / "out"), "test").classes == ()
 
@@ -130,13 +132,15 @@ def test_nothing_is_written_when_the_second_split_is_wrong(tmp_path, image_bytes
     assert not (tmp_path / "out").exists()
 
 
-def test_a_class_folder_beside_split_folders_is_a_question(tmp_path, image_bytes):
-    for name in ("train", "plane"):
-        write_images(tmp_path / name, image_bytes, 1)
-    with pytest.raises(DataError, match=r"the split folder 'train' beside 'plane'.*--split-folders no"):
-        from data.folder_walk import find_split_folders
-
-        find_split_folders(str(tmp_path))
+def test_a_class_folder_beside_split_folders_is_a_question(tmp_path, image_bytes, capsys):
+    for offset, name in enumerate(("train", "plane")):
+        write_images(tmp_path / "in" / name, image_bytes, 1, offset=offset)
+    arguments = ("imagefolder", tmp_path / "in", "--out", tmp_path / "out")
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert "the split folder 'train' beside 'plane'" in error and "--split-folders no" in error
+    assert run(*arguments, "--split-folders", "no") == 0
+    assert load_manifest(str(tmp_path / "out"), "train").classes == ("plane", "train")
 
 
 @pytest.mark.parametrize("policy", ["error", "first", "drop"])

@@ -95,6 +95,18 @@ def test_a_decoder_without_memory_is_judged_by_whether_there_is_any(image_bytes,
         decode_image(image_bytes(0), channels=3, max_pixels=1000)
 
 
+def test_a_verifier_without_memory_finds_no_fault_with_the_images(make_set, monkeypatch):
+    shards = make_set([3])
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(decoding, "_decode", fail)
+    monkeypatch.setattr("data.local_errors._memory_is_short", lambda: True)
+    with pytest.raises(DataError, match="Cannot allocate memory"):
+        verify(shards, num_decoded=None)
+
+
 def test_a_full_disk_is_one_line(tmp_path, image_bytes, capsys, monkeypatch):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "0.png").write_bytes(image_bytes(0))
