@@ -59,8 +59,9 @@ def make_steps():
     return steps
 
 
+@pytest.mark.learned
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_equal_one_rank_on_the_concatenation(world_size, tmp_path):
+def test_ranks_equal_one_rank_on_the_concatenation(world_size, tmp_path, record_property):
     cases, steps = make_cases(world_size), make_steps()
     recorded = {
         name: {"config": config, "steps": steps, "splits": [splits] * NUM_STEPS, "gather": gather}
@@ -74,8 +75,10 @@ def test_ranks_equal_one_rank_on_the_concatenation(world_size, tmp_path):
         log_dir=tmp_path / "logs",
     )
     ranks = [torch.load(tmp_path / f"state-{rank}.pt", weights_only=False) for rank in range(world_size)]
+    # Sums in another order, over twenty steps: 4e-6 was seen.
+    tolerance = 5e-5
     for name, (config, _, _) in cases.items():
-        single = build_estimator(config, seed=0, num_observations_per_epoch=1000, total_steps=100)
+        worst, single = 0.0, build_estimator(config, seed=0, num_observations_per_epoch=1000, total_steps=100)
         hits, mass = torch.zeros(24), torch.zeros(24)
         for rows in steps:
             take_step(single, rows)
@@ -98,10 +101,13 @@ def test_ranks_equal_one_rank_on_the_concatenation(world_size, tmp_path):
                 assert torch.equal(first, other[name][key]), (name, key, "ranks differ")
             if name == "fixed_order":
                 assert torch.equal(first, expected), (name, key, "depends on the number of ranks")
+            if expected.is_floating_point():
+                worst = max(worst, float(((first - expected).abs() / (1 + expected.abs())).max()))
             torch.testing.assert_close(
                 first,
                 expected,
-                rtol=1e-5,
-                atol=1e-5,
+                rtol=tolerance,
+                atol=tolerance,
                 msg=lambda text, name=name, key=key: f"{name}.{key}: {text}",
             )
+        record_property(f"{name}, error", worst)

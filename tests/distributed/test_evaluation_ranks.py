@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -36,6 +37,7 @@ def evaluate_with(ranks, root, run, shards, cache):
     }
 
 
+@pytest.mark.learned
 def test_one_and_two_processes_agree(tmp_path):
     # 95 test images in batches of 40 on two processes: neither parts nor batches are equal.
     shards = write_digit_shards(tmp_path / "shards", num_test=95)
@@ -49,8 +51,8 @@ def test_one_and_two_processes_agree(tmp_path):
         assert torch.equal(ours["labels"], theirs["labels"])
         assert (ours["embedding"] - theirs["embedding"]).abs().max() < 1e-5
     same_cache = evaluate_with(2, tmp_path, run, shards, tmp_path / "cache-1")
-    assert same_cache["knn"] == alone["knn"] and same_cache["long_tail"] == alone["long_tail"]
-    assert abs(same_cache["linear"]["headline"]["top1"] - alone["linear"]["headline"]["top1"]) <= 0.001
+    # Classifiers are fitted by every process on all features: on the same ones they are the same to the last bit.
+    assert same_cache == alone
 
 
 def test_a_padded_last_batch_is_not_counted_twice():

@@ -31,6 +31,7 @@ def test_matching_is_the_cheapest(shape):
         assert cost[rows, columns].sum() == pytest.approx(best)
 
 
+@pytest.mark.learned
 def test_k_means_finds_separated_groups():
     generator = torch.Generator().manual_seed(0)
     centres = torch.eye(5, 16)

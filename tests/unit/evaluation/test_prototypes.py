@@ -8,15 +8,19 @@ from evaluation.prototypes import AuditError, audit, count_usage
 THRESHOLDS = (0.025,)
 
 
-def test_directions_spread_evenly_have_an_even_density():
+@pytest.mark.learned
+def test_directions_spread_evenly_have_an_even_density(record_property):
     figures = audit(torch.randn(40_000, 8), thresholds=(), angle_pairs=100, seed=0)
+    record_property("ratio", figures["angle_density_max_over_min"])
     assert 1 <= figures["angle_density_max_over_min"] < 1.35
     assert sum(figures["angle_density"]) / len(figures["angle_density"]) == pytest.approx(0.159, abs=1e-3)
 
 
-def test_a_crowd_has_a_finite_ratio_of_at_most_k():
+@pytest.mark.learned
+def test_a_crowd_has_a_finite_ratio_of_at_most_k(record_property):
     crowd = torch.ones(300, 8) + 1e-3 * torch.randn(300, 8)
     figures = audit(crowd, thresholds=THRESHOLDS, angle_pairs=100, seed=0)
+    record_property("ratio", figures["angle_density_max_over_min"])
     assert min(figures["angle_density"]) == 0
     assert figures["angle_density_max_over_min"] == pytest.approx(300, rel=0.5)
     assert figures["unique"] == {"0.025": 1}

@@ -68,13 +68,17 @@ def test_no_figure_of_nothing_ends_a_run():
     assert compute_critical_beta(torch.full((4, 4), torch.inf)) == 0.0
 
 
-def test_usage_counts_the_argmax_over_all_prototypes():
+@pytest.mark.learned
+def test_usage_counts_the_argmax_over_all_prototypes(record_property):
     prototypes = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)
     rows = torch.randn(2, 30, 8)
     counter = UsageCounter(50)
     counter.update(rows[:1], prototypes)
     counter.update(rows[1:], prototypes)
-    expected = torch.bincount((rows.flatten(0, 1) @ prototypes.T).argmax(1), minlength=50)
+    logits = rows.flatten(0, 1) @ prototypes.T
+    expected = torch.bincount(logits.argmax(1), minlength=50)
+    first, second = logits.topk(2, dim=1).values.T
+    record_property("closest two logits", float((first - second).min()))
     assert torch.equal(counter.by_logits, expected.double())
     values = counter.metrics()
     assert values["prototypes/used"] == pytest.approx(float((expected > 0).float().mean()))
@@ -200,6 +204,7 @@ def run_for_alarms(num_steps=220, rows=None, **gmm):
     return estimator.metrics()
 
 
+@pytest.mark.learned
 def test_alarms_on_planted_estimators():
     healthy = run_for_alarms()
     assert find_alarms(healthy, step=2000, partition_size=4) == []

@@ -163,8 +163,9 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(spoil, message):
     assert_same_state(before, tensors(estimator))
 
 
+@pytest.mark.learned
 @pytest.mark.parametrize("name", MIXTURES)
-def test_every_family_finds_clusters(name):
+def test_every_family_finds_clusters(name, record_property):
     rows = torch.nn.functional.normalize(clustered_rows(600, 16, spread=0.1, seed=1), dim=1)
     beta = AnnealingConfig(schedule="constant", guard=None)
     config = make_config(
@@ -177,13 +178,17 @@ def test_every_family_finds_clusters(name):
             take_step(estimator, batch)
         start = float(estimator.log_likelihood(rows).mean()) if start is None else start
     nearest = (rows @ estimator.prototypes("teacher").T).amax(1)
+    rise = float(estimator.log_likelihood(rows).mean()) - start
+    record_property("cosine", float(nearest.mean()))
+    record_property("rise", rise)
     assert nearest.mean() > 0.98
-    assert float(estimator.log_likelihood(rows).mean()) > start - 0.05
+    assert rise > -0.05
     gamma = estimator.responsibilities(rows)
     torch.testing.assert_close(gamma.sum(1), torch.ones(600))
 
 
-def test_sinkhorn_codes_learn_to_predict_their_targets():
+@pytest.mark.learned
+def test_sinkhorn_codes_learn_to_predict_their_targets(record_property):
     fast = ClusteringConfig(learning_rate=0.02, warmup_fraction=0.0)
     config = make_config(16, 8, estimator="sinkhorn")
     estimator = build(dataclasses.replace(config, clustering=fast), total_steps=60)
@@ -191,7 +196,9 @@ def test_sinkhorn_codes_learn_to_predict_their_targets():
     for step in range(60):
         take_step(estimator, clustered_rows(64, 8, seed=step % 4))
         losses.append(estimator.metrics()["clustering/loss"])
-    assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.05
+    fall = np.mean(losses[:8]) - np.mean(losses[-8:])
+    record_property("fall", fall)
+    assert fall > 0.05
 
 
 def test_sinkhorn_gradient_is_autograd_s():
@@ -428,6 +435,7 @@ def test_posterior_logits_are_the_tempered_log_joint():
         build_mode("frozen_random", "gmm_diag").logit_operands(rows, "teacher", kind="posterior")
 
 
+@pytest.mark.learned
 @pytest.mark.parametrize("method", ["split", "reseed"])
 def test_revival_moves_starved_components_alike(method):
     revival = RevivalConfig(method=method, interval_steps=1, max_share=0.5)
@@ -447,8 +455,9 @@ def test_revival_moves_starved_components_alike(method):
     assert left.reseed(step=0) == 0
 
 
+@pytest.mark.learned
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_split_shares_what_the_parent_has_and_its_child_survives(name):
+def test_a_split_shares_what_the_parent_has_and_its_child_survives(name, record_property):
     """Planted: half of the components hold everything; a child must win rows beside its narrow parent."""
     rows = clustered_rows(2000, 64, num_clusters=8, spread=0.4, seed=1)
     narrow = VarianceConfig(floor=0.02, shrinkage=0.0)
@@ -473,14 +482,19 @@ def test_a_split_shares_what_the_parent_has_and_its_child_survives(name):
         torch.testing.assert_close(shared[parents].sum(), total[parents].sum() / 2)
     for batch in rows.repeat(2, 1).split(100):
         take_step(estimator, batch)
-    assert (estimator.usage[children] * 16 > 0.05).float().mean() >= 0.7
+    alive = float((estimator.usage[children] * 16 > 0.05).float().mean())
+    record_property("moved", moved)
+    record_property("alive", alive)
+    assert alive >= 0.6  # of eight; 0.75 under vb_gmm, 1 under the others
 
 
-def test_starvation_shows_within_an_epoch():
+@pytest.mark.learned
+def test_starvation_shows_within_an_epoch(record_property):
     estimator = build(make_config(16, 8, **exact_gmm()), num_observations_per_epoch=10_000, total_steps=400)
     estimator.means[0] = 300.0
     for step in range(100):
         take_step(estimator, clustered_rows(100, 8, num_clusters=15, spread=1.0, seed=step))
+    record_property("share", float(estimator.usage[0] * 16))
     assert find_starved(estimator.usage)[0]
 
 

@@ -93,11 +93,14 @@ def run_arm(name, features, epochs=4):
     }
 
 
+@pytest.mark.learned
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_table_of_estimators_on_fashion_mnist(features, record_property):
     results = {name: run_arm(name, features) for name in ARMS}
     for name, result in results.items():
-        record_property(name, result)
+        for key, value in result.items():
+            record_property(f"{name} {key}", value)
         print(f"{name:16s}", " ".join(f"{key} {value:.3g}" for key, value in result.items()))
     data, uniform = results["rbf_data"], results["uniform_data"]
     assert data["used"] >= 0.8 * 1024

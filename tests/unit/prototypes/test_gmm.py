@@ -115,7 +115,8 @@ def test_simple_gain_settles_where_it_was_measured(mass, expected):
     assert float(counts) == pytest.approx(expected, rel=0.002)
 
 
-def test_batch_update_is_close_to_one_sample_after_the_other():
+@pytest.mark.learned
+def test_batch_update_is_close_to_one_sample_after_the_other(record_property):
     config = make_config(4, 8, **exact_gmm())
     rng = np.random.default_rng(1)
     mixture = random_mixture(4)
@@ -132,7 +133,9 @@ def test_batch_update_is_close_to_one_sample_after_the_other():
     light = gamma.sum(0) <= 6
     assert gamma.sum(0)[light].max() > 1
     scale = np.linalg.norm(sequential[light], axis=1)
-    assert (np.linalg.norm(batch - sequential, axis=1)[light] / scale).max() < 0.02
+    error = (np.linalg.norm(batch - sequential, axis=1)[light] / scale).max()
+    record_property("error", error)
+    assert error < 0.02
 
 
 def test_variance_recursion_is_second_moment_minus_square():
@@ -201,7 +204,8 @@ def test_memory_follows_the_half_epoch_rule():
 # ------------------------------------------------------------------------------- EM as a whole (6.2: 5, 6, 8)
 
 
-def test_recovers_three_separated_blobs():
+@pytest.mark.learned
+def test_recovers_three_separated_blobs(record_property):
     rng = np.random.default_rng(0)
     true_means = np.zeros((3, 8))
     true_means[[0, 1, 2], [0, 1, 2]] = 4.0
@@ -216,9 +220,9 @@ def test_recovers_three_separated_blobs():
     for _ in range(8):
         for batch in torch.tensor(data).split(500):
             take_step(estimator, batch)
-    assert (estimator.means - torch.tensor(true_means)).abs().max() < 0.05
+    mean_error = float((estimator.means - torch.tensor(true_means)).abs().max())
     weights = np.bincount(labels, minlength=3) / len(labels)
-    assert np.abs(estimator.mixing_weights.numpy() - weights).max() < 0.02
+    weight_error = np.abs(estimator.mixing_weights.numpy() - weights).max()
     means, variances, pi = start.copy(), np.ones((3, 8)), np.full(3, 1 / 3)
     for _ in range(30):
         gamma = oracle.responsibilities(oracle.log_joint(data, means, variances, pi))
@@ -228,10 +232,14 @@ def test_recovers_three_separated_blobs():
         pi = mass / mass.sum()
     batch_em = np.logaddexp.reduce(oracle.log_joint(data, means, variances, pi), axis=1).mean()
     online = float(estimator.log_likelihood(torch.tensor(data)).mean())
-    assert online > batch_em - 0.02
+    found = {"mean error": mean_error, "weight error": weight_error, "below batch EM": batch_em - online}
+    for name, value in found.items():
+        record_property(name, value)
+    assert mean_error < 0.05 and weight_error < 0.02 and online > batch_em - 0.02
 
 
-def test_likelihood_rises_monotonically_on_a_fixed_batch():
+@pytest.mark.learned
+def test_likelihood_rises_monotonically_on_a_fixed_batch(record_property):
     data = clustered_rows(400, 8, spread=0.5, seed=3)
     # A memory far below the mass makes lambda^w zero: each step is plain batch EM.
     estimator = build(make_config(6, 8, size=2, **exact_gmm(memory=MemoryConfig(samples=1.5))))
@@ -244,11 +252,14 @@ def test_likelihood_rises_monotonically_on_a_fixed_batch():
         take_step(estimator, data)
         values.append(float(estimator.log_likelihood(data).mean()))
     steps = np.diff([previous, *values])
+    record_property("smallest rise", steps.min())
+    record_property("rise", values[-1] - previous)
     assert steps.min() > -1e-4
     assert values[-1] > previous + 0.5
 
 
-def test_beta_below_critical_merges_all_means_and_above_does_not():
+@pytest.mark.learned
+def test_beta_below_critical_merges_all_means_and_above_does_not(record_property):
     from prototypes.diagnostics import count_unique
 
     def unique_after(factor):
@@ -262,6 +273,10 @@ def test_beta_below_critical_merges_all_means_and_above_does_not():
         estimator.annealing.beta = beta
         for _ in range(150):
             take_step(estimator, rows)
+        unit = torch.nn.functional.normalize(estimator.means, dim=1)
+        cosine = (unit @ unit.T)[~torch.eye(64, dtype=torch.bool)]
+        record_property(f"cosine distances at {factor}, least", 1 - float(cosine.max()))
+        record_property(f"cosine distances at {factor}, most", 1 - float(cosine.min()))
         return count_unique(estimator.means, (0.025,))[0.025]
 
     torch.manual_seed(0)
@@ -270,7 +285,8 @@ def test_beta_below_critical_merges_all_means_and_above_does_not():
 
 
 @pytest.mark.parametrize(("cosine", "floor"), [(0.0, 1.0), (0.0, 0.05), (0.9, 0.05), (0.9999, 0.05)])
-def test_e_step_against_naive_float64(cosine, floor):
+@pytest.mark.learned
+def test_e_step_against_naive_float64(cosine, floor, record_property):
     num_prototypes, dim, number = 256, 256, 64
     generator = torch.Generator().manual_seed(4)
     direction = torch.nn.functional.normalize(torch.randn(dim, generator=generator), dim=0)
@@ -296,9 +312,12 @@ def test_e_step_against_naive_float64(cosine, floor):
     # The common offset of a row cancels in the responsibilities.
     error = (log_rho - log_rho.max(1, keepdims=True)) - (exact - exact.max(1, keepdims=True))
     near = exact > exact.max(1, keepdims=True) - 20
-    assert np.abs(error[near]).max() <= limit
     gamma = oracle.responsibilities(exact)
-    assert np.abs(estimator.responsibilities(h).numpy() - gamma).sum(1).max() <= 5e-3
+    l1 = np.abs(estimator.responsibilities(h).numpy() - gamma).sum(1).max()
+    record_property("log joint", np.abs(error[near]).max())
+    record_property("l1", l1)
+    assert np.abs(error[near]).max() <= limit
+    assert l1 <= 5e-3
 
 
 def test_agrees_with_scikit_learn_from_the_same_parameters():
@@ -337,7 +356,8 @@ def test_identical_features_for_a_thousand_steps_stay_finite():
     assert estimator.responsibilities(row).isfinite().all()
 
 
-def test_running_means_do_not_stall_in_single_precision():
+@pytest.mark.learned
+def test_running_means_do_not_stall_in_single_precision(record_property):
     """A slow random walk of a component is tracked like float64 would."""
     estimator = set_state(build(make_config(2, 2, size=2, **exact_gmm(memory=MemoryConfig(samples=200.0)))))
     set_state(
@@ -352,7 +372,9 @@ def test_running_means_do_not_stall_in_single_precision():
         omega = (1 - d) * 200.0
         counts = d * counts + omega
         reference = reference + omega / counts * (row[0].double().numpy() - reference)
-    np.testing.assert_allclose(estimator.means[0].double().numpy(), reference, rtol=2e-6)
+    found = estimator.means[0].double().numpy()
+    record_property("error", np.abs(found / reference - 1).max())
+    np.testing.assert_allclose(found, reference, rtol=2e-6)
 
 
 def test_first_step_that_is_skipped_leaves_no_trace():

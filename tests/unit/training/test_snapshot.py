@@ -22,8 +22,9 @@ CASES = {
 }
 
 
+@pytest.mark.learned
 @pytest.mark.parametrize("name", CASES)
-def test_exported_prototypes_choose_as_the_teacher_does(name):
+def test_exported_prototypes_choose_as_the_teacher_does(name, record_property):
     estimator = build(CASES[name])
     rows = 3.0 + clustered_rows(200, 8) * torch.linspace(0.2, 4.0, 8)
     for batch in rows.split(50):
@@ -37,6 +38,10 @@ def test_exported_prototypes_choose_as_the_teacher_does(name):
     operands, columns = estimator.logit_operands(rows, "teacher", unit)
     moved = (rows - exported.get("input_shift", 0.0)) * exported.get("input_scale", 1.0)
     chosen = (moved @ normalize(exported["means"], dim=1).T).argmax(1)
-    assert torch.equal(chosen, (operands @ columns.T).argmax(1))
+    first, second = (operands @ columns.T).topk(2, dim=1).values.T
+    # Two prototypes as near as rounding tells are a tie.
+    clear = first - second > 1e-4
+    record_property("closest two logits", float((first - second).min()))
+    assert torch.equal(chosen[clear], (operands @ columns.T).argmax(1)[clear]) and clear.float().mean() > 0.95
     assert ("student_means" in exported) == bool(learned)
     assert len(chosen.unique()) > 1
