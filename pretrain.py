@@ -33,7 +33,7 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
     """Starts the runtime, builds and trains; returns the exit code."""
     from runtime import distributed
     from runtime.logging_setup import add_log_file, set_up_logging
-    from training.run_directory import prepare_run_directory
+    from training.run_directory import held_run_directory
 
     if config.run.dry_run:
         from training.dry_run import describe_run
@@ -48,16 +48,16 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
     ) as process:
         set_up_logging(process.rank)
         run_dir = Path(config.run.output_dir) / config.run.name
-        prepare_run_directory(config, run_dir, process)
-        add_log_file(run_dir / "console.log", process.rank)
-        from data.shards import DataError
-        from evaluation.knn import build_knn_probe
-        from training.build import build_trainer
+        with held_run_directory(config, run_dir, process) as directory:
+            add_log_file(run_dir / "console.log", process.rank)
+            from data.shards import DataError
+            from evaluation.knn import build_knn_probe
+            from training.build import build_trainer
 
-        trainer = build_trainer(config, process, run_dir, preemption, build_knn_probe)
-        process.limit_collectives()
-        with faults_unless(DataError):
-            return trainer.fit()
+            trainer = build_trainer(config, process, directory, preemption, build_knn_probe)
+            process.limit_collectives()
+            with faults_unless(DataError):
+                return trainer.fit()
 
 
 if __name__ == "__main__":

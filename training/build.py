@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from runtime.distributed import Process
 from runtime.preemption import PreemptionFlag
 from runtime.provenance import collect_provenance
 from runtime.seeding import seed_everything
-from training.checkpoint import CheckpointStore, find_latest_checkpoint
+from training.checkpoint import CheckpointStore
 from training.config import PretrainConfig
 from training.engine import Engine, TrainedNetwork
 from training.evaluation_job import build_evaluation_job
@@ -32,7 +31,11 @@ from training.initialisation import (
     initialise_estimator,
     initialise_network,
 )
-from training.snapshot import Progress, RecordPosition, load_progress, load_record_position, restore
+from training.resume import Resumption
+from training.run_directory import RunDirectory
+from training.run_length import check_length, report_extension
+from training.saved_run import SavedRun
+from training.snapshot import Progress, RecordPosition
 from training.step import TrainingStep
 from training.synchronization import Synchronization
 from training.trainer import Probe, Trainer
@@ -43,40 +46,52 @@ logger = logging.getLogger(__name__)
 def build_trainer(
     config: PretrainConfig,
     process: Process,
-    run_dir: Path,
+    directory: RunDirectory,
     preemption: PreemptionFlag,
     build_probe: Callable[[PretrainConfig, torch.device, Process], Probe],
 ) -> Trainer:
-    """Returns a trainer that continues the run directory's newest whole checkpoint, or starts. Collective.
+    """Returns a trainer that continues the run directory's newest usable checkpoint, or starts. Collective.
 
     Raises:
-        ValueError: something that the user can mend: data, sizes, an engine that refuses a combination.
+        ValueError: something that the user can mend: data, sizes, an engine that refuses a combination, checkpoints
+            of which none is usable.
     """
-    checkpoint = find_latest_checkpoint(run_dir / "checkpoints", process) if config.run.resume else None
-    stream = _build_stream(config, process, checkpoint)
-    training_step = _build_training_step(config, stream.num_samples, process, initialise=checkpoint is None)
-    progress, record_position = Progress(), RecordPosition()
-    if checkpoint is not None:
-        progress = restore(checkpoint, training_step, process)
-        record_position = load_record_position(checkpoint)
-        logger.info("continuing from %s: %d steps done", checkpoint, progress.step)
+    root = directory.path / "checkpoints"
+    on_saved = build_evaluation_job(config, directory.path)
+    resumption = Resumption(root, process, config.prototypes.num_prototypes) if config.run.resume else None
+    begins = resumption is None or resumption.saved is None
+    stream = _build_stream(config, process, None)
+    check_length(config, stream.num_samples)
+    training_step = _build_training_step(config, stream.num_samples, process, initialise=begins)
+    saved = None
+    if resumption is not None:
+
+        def use_position(found: SavedRun) -> None:
+            nonlocal stream
+            stream = _build_stream(config, process, found.progress.position)
+
+        saved = resumption.put_back(training_step, use_position)
+    progress = Progress() if saved is None else saved.progress
+    if directory.made_with is not None:
+        report_extension(config, directory.made_with, stream.num_samples, progress.step)
     settings = config.checkpoint
     return Trainer(
         config=config,
-        run_dir=run_dir,
+        directory=directory,
         process=process,
         stream=stream,
         training_step=training_step,
         store=CheckpointStore(
-            run_dir / "checkpoints",
+            root,
             process,
             keep_last=settings.keep_last,
             keep_every=settings.keep_every,
             asynchronous=settings.asynchronous,
-            on_saved=build_evaluation_job(config, run_dir),
+            newest_step=None if saved is None else progress.step,
+            on_saved=on_saved,
         ),
         progress=progress,
-        record_position=record_position,
+        record_position=RecordPosition() if saved is None else saved.record,
         provenance=collect_provenance()
         | {
             "config_hash": config_hash(config),
@@ -93,7 +108,9 @@ def _probes_in_process(config: PretrainConfig) -> bool:
     return config.evaluation.knn_every_steps > 0 and config.evaluation.runs_as == "process"
 
 
-def _build_stream(config: PretrainConfig, process: Process, checkpoint: Path | None) -> TrainingStream:
+def _build_stream(
+    config: PretrainConfig, process: Process, position: dict[str, Any] | None
+) -> TrainingStream:
     return TrainingStream(
         config.data,
         seed=config.run.seed,
@@ -101,7 +118,7 @@ def _build_stream(config: PretrainConfig, process: Process, checkpoint: Path | N
         micro_batch_size=config.batch.micro_batch_size_per_gpu(process.world_size),
         rank=process.rank,
         world_size=process.world_size,
-        position=load_progress(checkpoint).position if checkpoint is not None else None,
+        position=position,
         pin=process.device.type == "cuda",
     )
 

@@ -5,16 +5,17 @@ Layout, drawn once:
     checkpoints/
       step-00000090/            complete
         MANIFEST.json           every file with bytes and SHA-256; step, world size, facts of the run
-        COMMIT                  the SHA-256 of MANIFEST.json; written last
+        COMMIT                  the SHA-256 of MANIFEST.json; the last file that is written
         teacher/ ...            what the writers wrote
       step-00000100.tmp/        being written, or left by a killed run
-        .rank-00000/ ...        each rank writes into a directory of its own
+        .rank-00000-KEY/ ...    each rank writes into a directory of its own, the key being this save's
 
 A save: rank 0 makes the temporary directory and announces its path and step; each rank writes, flushes and
 hashes its files; all ranks exchange what they wrote; rank 0 moves the files together, checks their count and
-sizes, writes MANIFEST.json, flushes, renames, writes COMMIT, and only then deletes old checkpoints. A load
+sizes, writes MANIFEST.json and COMMIT, flushes, renames, and only then deletes old checkpoints. A load
 takes the newest checkpoint with a COMMIT whose hashes pass on all ranks. A pointer such as DeepSpeed's
-`latest` is never trusted: it can name a checkpoint that was still being written.
+`latest` is never trusted: it can name a checkpoint that was still being written. "None there" and "there, but none
+usable" are different answers: the first begins a run, the second is an error that touches nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from training.checkpoint_files import (
     SaveOutcome,
     check_file,
     describe,
-    list_committed,
+    list_checkpoints,
     list_unfinished,
     mark_rejected,
     open_temporary,
@@ -113,6 +114,10 @@ class CheckpointStore:
     writes and hashes; `poll`, called by every rank at each step boundary, publishes once all ranks are done.
     The writer must then own what it writes (CPU copies), because training goes on changing the originals.
     `on_saved` is called on rank 0 with step and path of every published checkpoint.
+
+    Attributes:
+        newest_step: step of the newest whole checkpoint, the one that the run continued or the last one that was
+            published; None while there is none. Equal on all ranks.
     """
 
     def __init__(
@@ -123,6 +128,7 @@ class CheckpointStore:
         keep_last: int = 2,
         keep_every: int = 0,
         asynchronous: bool = False,
+        newest_step: int | None = None,
         on_saved: Callable[[int, Path], None] | None = None,
     ) -> None:
         if keep_last < 1:
@@ -135,7 +141,13 @@ class CheckpointStore:
         self._keep_every = keep_every
         self._asynchronous = asynchronous
         self._on_saved = on_saved
+        self.newest_step = newest_step
         self._pending: _PendingSave | None = None
+
+    @property
+    def pending_step(self) -> int | None:
+        """The step that a background save is writing; None while there is none. Equal on all ranks."""
+        return None if self._pending is None else self._pending.step
 
     def save(
         self, step: int, write: WriteFunction, facts: Mapping[str, Any] | None = None
@@ -152,10 +164,10 @@ class CheckpointStore:
         )
         if isinstance(opened, SaveOutcome):
             return self._report(opened)
-        agreed_step, temporary = opened
+        agreed_step, temporary, key = opened
         if process.agree_any(step != agreed_step):
             raise RuntimeError(f"rank {process.rank} saves step {step} while rank 0 saves step {agreed_step}")
-        self._pending = _PendingSave(agreed_step, temporary, write, process.rank, dict(facts or {}))
+        self._pending = _PendingSave(agreed_step, temporary, key, write, process.rank, dict(facts or {}))
         self._pending.start(background=self._asynchronous)
         return None if self._asynchronous else self.finish()
 
@@ -174,7 +186,7 @@ class CheckpointStore:
         parts: list[Part] = self._process.all_gather_object(part)
         outcome = None
         if self._process.rank == 0:
-            outcome = publish(self._root, pending.step, pending.temporary, parts, pending.facts)
+            outcome = publish(self._root, pending.step, pending.temporary, pending.key, parts, pending.facts)
         outcome = self._process.broadcast_object(outcome)
         for rank, failed in enumerate(parts):
             if failed.error is not None and not failed.is_disk_error:
@@ -186,6 +198,8 @@ class CheckpointStore:
         return self._report(outcome)
 
     def _report(self, outcome: SaveOutcome) -> SaveOutcome:
+        if outcome.path is not None:
+            self.newest_step = outcome.step
         if self._process.rank == 0:
             if outcome.error is None:
                 logger.info("checkpoint of step %d saved: %s", outcome.step, outcome.path)
@@ -202,10 +216,11 @@ class _PendingSave:
     """One rank's side of a save between the agreement on its path and its publication."""
 
     def __init__(
-        self, step: int, temporary: Path, write: WriteFunction, rank: int, facts: dict[str, Any]
+        self, step: int, temporary: Path, key: str, write: WriteFunction, rank: int, facts: dict[str, Any]
     ) -> None:
         self.step = step
         self.temporary = temporary
+        self.key = key
         self.facts = facts
         self._write = write
         self._rank = rank
@@ -230,7 +245,7 @@ class _PendingSave:
 
     def _run(self) -> None:
         try:
-            self._part = write_part(self.temporary, self.step, self._rank, self._write)
+            self._part = write_part(self.temporary, self.step, self._rank, self.key, self._write)
         except OSError as error:
             self._part = Part(error=describe(error), is_disk_error=True)
         except Exception as error:  # told to all ranks by `finish`, which raises
@@ -238,27 +253,78 @@ class _PendingSave:
             self._part = Part(error=describe(error))
 
 
-def find_latest_checkpoint(root: Path, process: Peers) -> Path | None:
-    """Returns the newest committed checkpoint whose every byte is as written, or None. Collective.
+def find_latest_checkpoint(
+    root: Path,
+    process: Peers,
+    inspect: Callable[[Path], list[str]] | None = None,
+    spoiled: Mapping[str, str] | None = None,
+) -> Path | None:
+    """Returns the newest usable checkpoint; None only where no directory has a checkpoint's name. Collective.
 
     Rank 0 lists the candidates; each is checked by all ranks together (rank r hashes every W-th file), so all
-    ranks return the same path. What is passed over is logged with the file and the reason, and marked, so that
-    pruning does not count it as a good one.
+    ranks return the same path. What is passed over is logged, one line a checkpoint with file and reason. Nothing on
+    the disk changes: `settle_on` marks what was passed over, once it is known that the run goes on.
+
+    Args:
+        root: the run's `checkpoints` directory.
+        process: the ranks.
+        inspect: returns what keeps a checkpoint whose bytes are as written from being used by this rank; not
+            collective.
+        spoiled: name to reason of checkpoints that turned out unusable after an earlier call.
+
+    Raises:
+        CheckpointError: checkpoints are there and none of them is usable, or they cannot be listed; on all ranks.
     """
-    candidates: list[Path] = process.broadcast_object(list_committed(root) if process.rank == 0 else None)
-    if process.rank == 0 and (unfinished := list_unfinished(root)):
-        logger.warning("passing over unfinished checkpoints: %s", ", ".join(p.name for p in unfinished))
-    for candidate in candidates:
-        problems = find_problems(candidate, process)
+    listed = process.broadcast_object(_list_for_all(root) if process.rank == 0 else None)
+    if isinstance(listed, str):
+        raise CheckpointError(listed)
+    for candidate in listed:
+        known = (spoiled or {}).get(candidate.name)
+        problems = find_problems(candidate, process) if known is None else [known]
+        if not problems and inspect is not None:
+            found = process.all_gather_object(inspect(candidate))
+            problems = list(dict.fromkeys(problem for part in found for problem in part))
         if not problems:
             if process.rank == 0:
                 logger.info("newest whole checkpoint: %s, all hashes pass", candidate)
-                (candidate / REJECTED_NAME).unlink(missing_ok=True)
             return candidate
         if process.rank == 0:
-            logger.error("passing over checkpoint %s: %s", candidate, "; ".join(problems))
-            mark_rejected(candidate, problems)
+            logger.error("passing over checkpoint %s: %s", candidate, "; ".join(problems[:4]))
+    if listed:
+        raise CheckpointError(
+            f"{root} holds {len(listed)} checkpoint(s) and none can be used, for the reasons above; expected a whole "
+            "one; nothing was changed; mend the cause and start again, or set run.name to begin a new run"
+        )
     return None
+
+
+def _list_for_all(root: Path) -> list[Path] | str:
+    """Returns the candidates, newest first, or in words why they cannot be listed."""
+    try:
+        if unfinished := list_unfinished(root):
+            logger.warning("passing over unfinished saves: %s", ", ".join(path.name for path in unfinished))
+        return list_checkpoints(root)
+    except OSError as error:
+        return (
+            f"{root} cannot be listed ({error.strerror}); expected the run's checkpoints; nothing was changed; mend "
+            "the cause and start again"
+        )
+
+
+def settle_on(chosen: Path) -> None:
+    """Marks what is newer than the checkpoint that a run goes on from as rejected. Call on rank 0 only.
+
+    Pruning then counts none of it as a good one, and a save of the same step replaces it. A mark on the chosen one,
+    left by a start that could not read it, is removed.
+    """
+    try:
+        for checkpoint in list_checkpoints(chosen.parent):
+            if checkpoint == chosen:
+                (checkpoint / REJECTED_NAME).unlink(missing_ok=True)
+                return
+            mark_rejected(checkpoint)
+    except OSError as error:
+        logger.warning("cannot mark what was passed over in %s: %s", chosen.parent, describe(error))
 
 
 def check_checkpoint(checkpoint: Path, process: Peers) -> None:

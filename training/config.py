@@ -20,6 +20,9 @@ class RunConfig:
         seed: the one number from which every random stream is derived.
         device: `auto` (CUDA where there is one), `cpu` or `cuda`.
         resume: continue from the newest complete checkpoint of the run directory where there is one.
+        extend: continue a run with more `optim.epochs` or `optim.steps` than it was made with. Schedules then follow
+            the new length from the newest checkpoint on.
+        adopt: continue a run directory that was made under another `run.name`: renamed, or copied.
         dry_run: print what the run would be (parameters, FLOPs, memory, steps) and exit.
         dry_run_world_size: ranks that the dry run describes; null describes those that run it.
         collective_timeout_s: seconds after which a collective that a rank never joined fails.
@@ -30,6 +33,8 @@ class RunConfig:
     seed: Annotated[int, "[0, 4294967295]"] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: bool = True
+    extend: bool = False
+    adopt: bool = False
     dry_run: bool = False
     dry_run_world_size: Annotated[int, "[1, 1e6]"] | None = None
     collective_timeout_s: Annotated[float, "[1, 1e6]"] = 600.0

@@ -9,6 +9,8 @@ MECHANICS = (
     "run.output_dir",
     "run.device",
     "run.resume",
+    "run.extend",
+    "run.adopt",
     "run.dry_run",
     "run.dry_run_world_size",
     "run.collective_timeout_s",
@@ -22,31 +24,61 @@ MECHANICS = (
     "logging.",
     "evaluation.",
 )
+LENGTH = ("optim.epochs", "optim.steps")
 
 
-def find_difference(saved: dict[str, Any], current: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Returns (key, saved value, current value) of the first difference that changes what is learned, or None."""
+def find_differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns key to (saved value, current value) of what changes what is learned or what the run is called."""
     flat_saved, flat_current = _flatten(saved), _flatten(current)
     # A loss of each micro-batch depends on how many there are.
     is_science = flat_current.get("batch.accumulation") == "per_micro_batch"
-    for key in sorted(flat_saved.keys() | flat_current.keys()):
-        if key.startswith(MECHANICS) and not (is_science and key == "batch.gradient_accumulation_steps"):
-            continue
-        if flat_saved.get(key) != flat_current.get(key):
-            return key, flat_saved.get(key), flat_current.get(key)
-    return None
+    science = ("batch.gradient_accumulation_steps",) if is_science else ()
+    return {
+        key: (flat_saved.get(key), flat_current.get(key))
+        for key in sorted(flat_saved.keys() | flat_current.keys())
+        if (key in science or not key.startswith(MECHANICS)) and flat_saved.get(key) != flat_current.get(key)
+    }
 
 
 def describe_difference(run_dir: object, saved: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """Returns the line that refuses `current` for a run directory made with `saved`; None where both are one run."""
-    difference = find_difference(saved, current)
-    if difference is None:
+    """Returns the line that refuses `current` for a run directory made with `saved`; None where both are one run.
+
+    A longer run is the same one with `run.extend`, another name with `run.adopt`.
+    """
+    differences = find_differences(saved, current)
+    longer = _is_longer(differences)
+    if longer and current["run"].get("extend"):
+        differences = {key: pair for key, pair in differences.items() if key not in LENGTH}
+    if current["run"].get("adopt"):
+        differences.pop("run.name", None)
+    if not differences:
         return None
-    key, before, now = difference
+    # What no switch allows comes first.
+    key = min(differences, key=lambda name: (name in LENGTH) + 2 * (name == "run.name"))
+    before, now = differences[key]
+    if key == "run.name":
+        rule, remedy = "the name it was made with", "set run.adopt=true to go on with it under its new name"
+    elif key in LENGTH and longer:
+        rule, remedy = (
+            "the same length",
+            "set run.extend=true to lengthen that run, or run.name to a new name",
+        )
+    elif key in LENGTH:
+        rule, remedy = "the same length or, with run.extend=true, a longer one", "set run.name to a new name"
+    else:
+        rule, remedy = "the same configuration", "set run.name to a new name"
     return (
-        f"{key} is {now!r}, but run directory {run_dir} was made with {before!r}; expected the same "
-        f"configuration; set run.name to a new name, or remove {run_dir}"
+        f"{key} is {now!r}, but run directory {run_dir} was made with {before!r}; expected {rule}; {remedy}"
     )
+
+
+def _is_longer(differences: dict[str, tuple[Any, Any]]) -> bool:
+    """Whether the run's length grows; between steps and epochs only the data can tell, which the start does."""
+    if "optim.steps" in differences:
+        before, now = differences["optim.steps"]
+        return before is None or now is None or (type(before) is int and now > before)
+    before, now = differences.get("optim.epochs", (0, 0))
+    return isinstance(before, int | float) and now > before
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

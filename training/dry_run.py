@@ -38,6 +38,7 @@ from training.initialisation import (
     initialise_network,
 )
 from training.optimizer import MOMENTS_OF, count_parameters
+from training.run_length import check_length
 
 _GIB = 2**30
 _FP32 = 4
@@ -287,6 +288,7 @@ def _describe_steps(config: PretrainConfig) -> list[str]:
         num_samples = load_manifest(config.data.shards, config.data.split).num_samples
     except DataError as error:
         return [f"steps per epoch unknown: {error}"]
+    check_length(config, num_samples)
     per_epoch = num_samples / config.batch.global_batch_size
     return [
         f"{num_samples:,} images, {per_epoch:,.1f} steps per epoch, {config.num_steps(num_samples):,} steps"

@@ -1,4 +1,4 @@
-"""Everything that a resume needs, gathered from all ranks before a byte is written, and put back.
+"""Everything that a resume needs, gathered from all ranks before a byte is written (`saved_run` reads it).
 
     checkpoints/step-00000100/
       state-00000-of-00002.safetensors ...   student, teacher, optimizer: full tensors by name, shared out to ranks
@@ -27,16 +27,7 @@ from runtime.distributed import Process
 from training.config import PretrainConfig
 from training.engine import Engine
 from training.export import build_shell, export_encoder
-from training.state_files import (
-    ConsolidatedState,
-    collect_rng_state,
-    collect_share,
-    load_tree,
-    restore_rng_state,
-    save_tensors,
-    save_tree,
-    share_path,
-)
+from training.state_files import collect_rng_state, collect_share, save_tensors, save_tree, share_path
 from training.step import TrainingStep
 
 _TEACHER_BACKBONE = "teacher/network.backbone."
@@ -136,7 +127,7 @@ class Snapshot:
     def write(self, directory: Path) -> None:
         """Writes this rank's files; rank 0 adds what is equal on all ranks and the exported teacher."""
         save_tensors(share_path(directory, self._process.rank, self._process.world_size), self._share)
-        save_tree(directory, _rng_name(self._process), self._rng)
+        save_tree(directory, rng_name(self._process), self._rng)
         if not self._process.is_main:
             return
         save_tree(directory, "estimator", self._estimator)
@@ -201,34 +192,6 @@ def _exported_prototypes(
     return found
 
 
-def restore(checkpoint: Path, training_step: TrainingStep, process: Process) -> Progress:
-    """Puts a checkpoint's state into the engine, the estimator and the guards; returns the progress. Collective.
-
-    Raises:
-        ValueError: the checkpoint belongs to another model, other prototypes or another schema.
-    """
-    training_step.engine.load_state(ConsolidatedState(checkpoint))
-    training_step.estimator.load_state_dict(load_tree(checkpoint, "estimator"))
-    saved = load_tree(checkpoint, "progress")
-    # Usage counts were summed over ranks: one rank takes them over and the others start from zero.
-    training_step.usage.counts.copy_(saved["usage_counts"] * int(process.is_main))
-    training_step.spike_guard.load_state_dict(saved["spike_guard"])
-    if (checkpoint / f"{_rng_name(process)}.json").exists():
-        restore_rng_state(load_tree(checkpoint, _rng_name(process)))
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return load_progress(checkpoint)
-
-
-def load_progress(checkpoint: Path) -> Progress:
-    """Returns where a checkpoint's run was; not collective."""
-    return Progress(**load_tree(checkpoint, "progress")["progress"])
-
-
-def load_record_position(checkpoint: Path) -> RecordPosition:
-    """Returns how far the record of a checkpoint's run was; not collective."""
-    return RecordPosition(**load_tree(checkpoint, "record"))
-
-
-def _rng_name(process: Process) -> str:
+def rng_name(process: Process) -> str:
+    """Returns the name of the tree that holds a rank's generators."""
     return f"rng-{process.rank:05d}-of-{process.world_size:05d}"

@@ -12,7 +12,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
 
 
@@ -99,7 +99,7 @@ class ConsolidatedState(Mapping[str, Tensor]):
 
     def __init__(self, directory: Path) -> None:
         paths = sorted(directory.glob("state-*-of-*.safetensors"))
-        if not paths or len(paths) != int(paths[0].stem.rsplit("-", 1)[1]):
+        if not paths or paths != [share_path(directory, rank, len(paths)) for rank in range(len(paths))]:
             raise CheckpointError(
                 f"{directory} holds {len(paths)} state files; expected as many as their names say"
             )
@@ -143,8 +143,8 @@ def load_tree(directory: Path, name: str) -> Any:
     tensors = load_tensors(tensor_path) if tensor_path.exists() else {}
     try:
         return _decode(json.loads((directory / f"{name}.json").read_text()), tensors)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / name}.json cannot be read: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{directory / name}.json cannot be read: {error!r:.200}") from error
 
 
 def collect_rng_state() -> dict[str, Any]:
@@ -167,30 +167,48 @@ def collect_rng_state() -> dict[str, Any]:
     return state
 
 
+def check_rng_state(state: Any) -> None:
+    """Returns if `restore_rng_state` can set every generator; only fresh ones are touched.
+
+    Raises:
+        CheckpointError: a state is missing or malformed: resuming would not be exact.
+    """
+    _set_generators(
+        state, random.Random().setstate, np.random.RandomState().set_state, torch.Generator().set_state
+    )
+
+
 def restore_rng_state(state: dict[str, Any]) -> None:
     """Sets every generator that `collect_rng_state` saved.
 
     Raises:
-        CheckpointError: a state is missing: resuming would not be exact. Not a CUDA state: a run that moves between
-            CPU and GPU goes on, which the log says, with numbers that differ in rounding anyway.
+        CheckpointError: a state is missing or malformed. Not a CUDA state: a run that moves between CPU and GPU goes
+            on, which the log says, with numbers that differ in rounding anyway.
     """
+    _set_generators(state, random.setstate, np.random.set_state, torch.set_rng_state)
+    if torch.cuda.is_initialized() and "torch_cuda" in state:
+        torch.cuda.set_rng_state(state["torch_cuda"])
+    elif torch.cuda.is_initialized() != ("torch_cuda" in state):
+        here, there = ("a GPU", "a CPU") if torch.cuda.is_initialized() else ("a CPU", "a GPU")
+        logger.warning(
+            "the checkpoint was written on %s and goes on on %s: resuming is not exact", there, here
+        )
+
+
+def _set_generators(
+    state: Any,
+    set_python: Callable[[Any], object],
+    set_numpy: Callable[[Any], object],
+    set_torch: Callable[[Tensor], object],
+) -> None:
     try:
         python, legacy = state["python"], state["numpy"]
-        random.setstate((python["version"], tuple(python["numbers"]), python["gauss"]))
-        np.random.set_state(
-            (legacy["kind"], legacy["keys"], legacy["position"], legacy["has_gauss"], legacy["cached"])
-        )
-        torch.set_rng_state(state["torch_cpu"])
-        if torch.cuda.is_initialized() and "torch_cuda" in state:
-            torch.cuda.set_rng_state(state["torch_cuda"])
-        elif torch.cuda.is_initialized() != ("torch_cuda" in state):
-            here, there = ("a GPU", "a CPU") if torch.cuda.is_initialized() else ("a CPU", "a GPU")
-            logger.warning(
-                "the checkpoint was written on %s and goes on on %s: resuming is not exact", there, here
-            )
-    except KeyError as error:
+        set_python((python["version"], tuple(python["numbers"]), python["gauss"]))
+        set_numpy((legacy["kind"], legacy["keys"], legacy["position"], legacy["has_gauss"], legacy["cached"]))
+        set_torch(state["torch_cpu"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(
-            f"the checkpoint holds no random state {error}; it cannot be resumed"
+            f"the checkpoint's random state is missing or malformed ({error!r:.80}); it cannot be resumed"
         ) from error
 
 

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +25,11 @@ from runtime.preemption import PreemptionFlag
 from runtime.program import EXIT_DONE, EXIT_FAULT, EXIT_PREEMPTED
 from runtime.seeding import seed_everything
 from training.checkpoint import CheckpointStore
-from training.checkpoint_files import SaveOutcome
 from training.config import PretrainConfig
 from training.health import RunHealth
 from training.metrics import WANDB_ID_NAME, MetricsRecord, WandbView, keep_wandb_id
+from training.run_directory import RunDirectory
+from training.run_length import steps_per_epoch, warmup_steps
 from training.schedules import StepSchedule, compute_schedule
 from training.snapshot import Progress, RecordPosition, Snapshot
 from training.step import StepOutcome, TrainingStep
@@ -55,7 +55,7 @@ class Trainer:
 
     Args:
         config: the run's configuration.
-        run_dir: the run directory.
+        directory: the run directory, held by this job.
         process: this process.
         stream: this rank's micro-batches.
         training_step: one optimizer step.
@@ -71,7 +71,7 @@ class Trainer:
         self,
         *,
         config: PretrainConfig,
-        run_dir: Path,
+        directory: RunDirectory,
         process: Process,
         stream: TrainingStream,
         training_step: TrainingStep,
@@ -87,45 +87,64 @@ class Trainer:
         self.training_step = training_step
         self.progress = progress
         self._record_position = record_position
-        self._run_dir = run_dir
+        self._directory = directory
+        self._run_dir = directory.path
         self._stream = stream
         self._store = store
         self._provenance = provenance
         self._probe = probe
         self._preemption = preemption
-        self._steps_per_epoch = max(1, round(stream.num_samples / config.batch.global_batch_size))
+        self._steps_per_epoch = steps_per_epoch(config, stream.num_samples)
         self._num_steps = config.num_steps(stream.num_samples)
         self._health = RunHealth(
-            config.engine, run_dir, process, training_step.engine, training_step.estimator
+            config.engine, directory.path, process, training_step.engine, training_step.estimator
         )
         self._stopwatch = Stopwatch()
         self._alarms_raised: set[str] = set()
         self._skipped_samples = 0
         self._worker_rss_mib = 0.0
-        self._last_saved = progress.step if progress.step else -1
+        self._is_claimed = False
         self._record: MetricsRecord | None = None
         self._wandb: WandbView | None = None
 
     def fit(self) -> int:
-        """Trains to the end of the schedule or to a preemption and returns the exit code. Collective."""
+        """Trains to the end of the schedule, a preemption or too many skips; returns the exit code. Collective."""
         self._open_record()
         if self.progress.step >= self._num_steps:
             logger.info("nothing to do: %d of %d steps are done", self.progress.step, self._num_steps)
+            self._claim()
         try:
             with self._progress_bar() as bar, self._health:
                 while self.progress.step < self._num_steps:
                     self._train_step()
                     bar.update(self.progress.step - bar.n)
+                    if not self._is_claimed:
+                        self._claim()
                     if self.process.agree_any(self._preemption.is_set):
                         return self._stop_for_preemption()
-                    self._note_save(self._store.poll())
+                    if self.progress.skipped_in_row >= self.config.optim.max_skipped_steps:
+                        return self._stop_for_skipped_steps()
+                    self._publish(wait=False)
                     if self.progress.step % self.config.checkpoint.every_steps == 0:
                         self._save()
-            self._save()
-            self._note_save(self._store.finish())
-            return EXIT_DONE
+            return EXIT_DONE if self._save_to_the_end("the run is done") else EXIT_FAULT
         finally:
             self._close_record()
+
+    def _claim(self) -> None:
+        """Makes the directory this configuration's, now that a first step is done, and starts wandb's view."""
+        self._is_claimed = True
+        if self._record is None:
+            return
+        self._directory.claim()
+        settings = self.config.logging
+        if settings.wandb_mode != "disabled":
+            self._wandb = WandbView(
+                self._run_dir,
+                mode=settings.wandb_mode,
+                project=settings.wandb_project,
+                facts=self._provenance,
+            )
 
     def _train_step(self) -> None:
         started = time.perf_counter()
@@ -259,7 +278,7 @@ class Trainer:
             optim,
             step=self.progress.step,
             num_steps=self._num_steps,
-            warmup_steps=round(optim.warmup_epochs * self._steps_per_epoch),
+            warmup_steps=warmup_steps(self.config, self._stream.num_samples),
             batch=self.config.batch.global_batch_size,
         )
 
@@ -277,16 +296,13 @@ class Trainer:
             self.progress.skipped_in_row,
             limit,
         )
-        if self.progress.skipped_in_row >= limit:
-            raise RuntimeError(
-                f"{limit} steps in a row were skipped; the last checkpoint is whole; lower optim.lr"
-            )
 
     def _save(self) -> None:
-        """Saves the run as it is, unless that is saved already. Collective."""
-        if self._last_saved == self.progress.step:
+        """Saves the run as it is, unless that is saved already or being saved. Collective."""
+        if self.progress.step in (self._store.newest_step, self._store.pending_step):
             return
         self._health.beat(f"step {self.progress.step}, saving")
+        self._directory.confirm()
         snapshot = Snapshot(
             self.config,
             self.progress,
@@ -295,13 +311,28 @@ class Trainer:
             self._provenance,
             self._position_of_record(),
         )
-        self._last_saved = self.progress.step
-        self._note_save(self._store.save(self.progress.step, snapshot.write, self._provenance))
+        self._store.save(self.progress.step, snapshot.write, self._provenance)
 
-    def _note_save(self, outcome: SaveOutcome | None) -> None:
-        """A save that was given up does not count: the same step may be tried again at the end."""
-        if outcome is not None and outcome.error is not None and self._last_saved == outcome.step:
-            self._last_saved = -1
+    def _publish(self, *, wait: bool) -> None:
+        """Publishes a background save once all ranks have written it. Collective."""
+        if self._store.pending_step is not None:
+            self._directory.confirm()
+            self._store.finish() if wait else self._store.poll()
+
+    def _save_to_the_end(self, how: str) -> bool:
+        """Saves, waits for it and returns whether this very step is saved; says what is newest if not. Collective."""
+        self._save()
+        self._publish(wait=True)
+        is_saved = self._store.newest_step == self.progress.step
+        if not is_saved:
+            logger.error("%s, but step %d is not saved; %s", how, self.progress.step, self._describe_newest())
+        return is_saved
+
+    def _describe_newest(self) -> str:
+        newest = self._store.newest_step
+        if newest is None:
+            return "no checkpoint is saved yet: the next start begins anew"
+        return f"the newest whole checkpoint is that of step {newest}, from which the next start goes on"
 
     def _position_of_record(self) -> RecordPosition:
         if self._record is None:
@@ -315,17 +346,21 @@ class Trainer:
     def _stop_for_preemption(self) -> int:
         name = self._preemption.signal_name or "a signal to another rank"
         logger.info("stopping at step %d after %s", self.progress.step, name)
-        self._save()
-        self._note_save(self._store.finish())
+        is_saved = self._save_to_the_end(f"stopped by {name}")
         # The grace time is for the state; what wandb has not got yet follows with the next start.
         self._close_record(wandb_timeout_s=5.0)
-        if self._last_saved != self.progress.step:
-            # Started again it would come here again: the disk needs somebody first.
-            logger.error(
-                "step %d is not saved; the next start goes on from the newest checkpoint", self.progress.step
-            )
-            return EXIT_FAULT
-        return EXIT_PREEMPTED
+        # Unsaved and started again it would come here again: the disk needs somebody first.
+        return EXIT_PREEMPTED if is_saved else EXIT_FAULT
+
+    def _stop_for_skipped_steps(self) -> int:
+        """Ends a run that no longer moves; a save that has begun is completed, the state itself not saved."""
+        self._publish(wait=True)
+        logger.error(
+            "%d steps in a row were skipped; %s; lower optim.lr",
+            self.progress.skipped_in_row,
+            self._describe_newest(),
+        )
+        return EXIT_FAULT
 
     def _open_record(self) -> None:
         if not self.process.is_main:
@@ -336,14 +371,6 @@ class Trainer:
         )
         if position.wandb_id is not None:
             keep_wandb_id(self._run_dir, position.wandb_id)
-        settings = self.config.logging
-        if settings.wandb_mode != "disabled":
-            self._wandb = WandbView(
-                self._run_dir,
-                mode=settings.wandb_mode,
-                project=settings.wandb_project,
-                facts=self._provenance,
-            )
 
     def _close_record(self, wandb_timeout_s: float = 20.0) -> None:
         if self._record is not None:

@@ -19,7 +19,7 @@ from training.checkpoint_files import list_committed, load_manifest
 
 STEPS, EVERY = 8, 3
 CANARY = "canary4711" * 4  # as long as wandb's keys
-SAVE_POINTS = ("begin", "written", "hashed", "manifest", "renamed", "committed")
+SAVE_POINTS = ("begin", "written", "hashed", "manifest", "commit", "committed")
 ZERO = "engine.deepspeed_config=ds_configs/zero{}_fp32.json"
 MODES = {**{f"zero{stage}": ZERO.format(stage) for stage in range(4)}, "fsdp2": "engine.name=fsdp2"}
 
@@ -292,4 +292,4 @@ def test_a_full_disk_at_a_preemption_is_a_fault(shards: str, tmp_path: Path) -> 
         time.sleep(0.05)
     ranks[1].send_signal(signal.SIGUSR2)
     assert wait_for_ranks(ranks, 60) == [1, 1]
-    assert "is not saved; the next start goes on from the newest checkpoint" in console(tmp_path)
+    assert "is not saved; no checkpoint is saved yet" in console(tmp_path)

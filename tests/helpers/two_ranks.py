@@ -22,6 +22,7 @@ from runtime.seeding import seed_everything
 from tests.helpers.digits import DEMO, TINY
 from training.build import build_trainer
 from training.config import PretrainConfig
+from training.run_directory import held_run_directory
 
 SPREAD = 50.0
 
@@ -33,7 +34,8 @@ def main(out_dir: Path, shards: str, steps: int, overrides: list[str]) -> None:
         [*TINY, f"data.shards={shards}", f"optim.steps={steps}", "run.resume=false", *overrides],
     )
     process = distributed.start("cpu", timeout_s=60)
-    trainer = build_trainer(config, process, out_dir, PreemptionFlag(), lambda *_: None)
+    with held_run_directory(config, out_dir / "run", process) as directory:
+        trainer = build_trainer(config, process, directory, PreemptionFlag(), lambda *_: None)
     step, engine, found = trainer.training_step, trainer.training_step.engine, {}
     # A fresh head gives almost equal logits, and gradients that are differences of almost equal numbers; wider
     # projections make the comparison one of the algebra and not of cancellation.

@@ -12,7 +12,7 @@ from runtime.distributed import Process
 from tests.helpers.digits import DEMO
 from training.config import PretrainConfig
 from training.metrics import MetricsRecord, keep_wandb_id, read_record, wandb_id
-from training.run_directory import prepare_run_directory
+from training.run_directory import held_run_directory
 
 ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -55,11 +55,15 @@ def test_a_lost_wandb_id_comes_back_and_an_own_one_stays(tmp_path: Path) -> None
 
 def test_starting_over_in_a_directory_with_checkpoints_is_refused(tmp_path: Path) -> None:
     config = load_config(PretrainConfig, DEMO, ["run.resume=false"])
-    prepare_run_directory(config, tmp_path / "run", ALONE)
+    with held_run_directory(config, tmp_path / "run", ALONE) as directory:
+        directory.claim()
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000100"
     checkpoint.mkdir(parents=True)
-    prepare_run_directory(config, tmp_path / "run", ALONE)  # nothing is committed
+    with held_run_directory(config, tmp_path / "run", ALONE):
+        pass  # nothing is committed
     (checkpoint / "COMMIT").write_text("x")
-    with pytest.raises(ValueError, match=r"run\.resume is False.*step-00000100.*set run\.name"):
-        prepare_run_directory(config, tmp_path / "run", ALONE)
-    prepare_run_directory(load_config(PretrainConfig, DEMO, []), tmp_path / "run", ALONE)
+    refused = pytest.raises(ValueError, match=r"run\.resume is False.*step-00000100.*set run\.name")
+    with refused, held_run_directory(config, tmp_path / "run", ALONE):
+        pass
+    with held_run_directory(load_config(PretrainConfig, DEMO, []), tmp_path / "run", ALONE):
+        pass

@@ -1,0 +1,92 @@
+"""How long a run is: what of its length cannot work, and what a longer one changes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from training.config import PretrainConfig
+from training.schedules import compute_schedule
+
+logger = logging.getLogger(__name__)
+
+
+def steps_per_epoch(config: PretrainConfig, num_samples: int) -> int:
+    """Returns the optimizer steps that show about every image once."""
+    return max(1, round(num_samples / config.batch.global_batch_size))
+
+
+def warmup_steps(config: PretrainConfig, num_samples: int) -> int:
+    """Returns the optimizer steps of the learning rate's warm-up."""
+    return round(config.optim.warmup_epochs * steps_per_epoch(config, num_samples))
+
+
+def check_length(config: PretrainConfig, num_samples: int) -> None:
+    """Refuses a set that is smaller than a batch; warns where the warm-up does not end within the run.
+
+    Raises:
+        ValueError: every batch would hold the same images several times.
+    """
+    if num_samples < config.batch.global_batch_size:
+        raise ValueError(
+            f"batch.global_batch_size is {config.batch.global_batch_size}; expected at most the {num_samples} images "
+            f"of split {config.data.split!r}, or a batch holds an image more than once; set batch.global_batch_size"
+        )
+    warmup, steps = warmup_steps(config, num_samples), config.num_steps(num_samples)
+    if warmup >= steps:
+        logger.warning(
+            "the warm-up takes %d steps and the run %d: the learning rate ends at %.3g of optim.lr and never comes "
+            "down; set optim.warmup_epochs, or a longer run",
+            warmup,
+            steps,
+            steps / warmup,
+        )
+
+
+def report_extension(config: PretrainConfig, made_with: dict[str, Any], num_samples: int, step: int) -> None:
+    """Says in one line what a longer run changes; silent where its length is that of the start before.
+
+    Args:
+        config: the configuration of this start.
+        made_with: what the run directory's `config.yaml` held before.
+        num_samples: images of an epoch.
+        step: updates done.
+
+    Raises:
+        ValueError: the run would become shorter.
+    """
+    earlier = made_with.get("optim", {})
+    length = {name: earlier.get(name, getattr(config.optim, name)) for name in ("epochs", "steps")}
+    before = replace(config, optim=replace(config.optim, **length))
+    was, now = before.num_steps(num_samples), config.num_steps(num_samples)
+    if now == was:
+        return
+    if now < was:
+        raise ValueError(
+            f"the run has {now} steps with this configuration and had {was}; expected more with run.extend=true; set "
+            "optim.steps or optim.epochs"
+        )
+    old, new = (
+        compute_schedule(
+            one.optim,
+            step=step,
+            num_steps=total,
+            warmup_steps=warmup_steps(one, num_samples),
+            batch=one.batch.global_batch_size,
+        )
+        for one, total in ((before, was), (config, now))
+    )
+    logger.warning(
+        "run.extend: %d steps instead of %d, and every schedule over the new length: from step %d on the learning "
+        "rate is %.3g instead of %.3g, weight decay %.3g instead of %.3g, EMA momentum %.6g instead of %.6g",
+        now,
+        was,
+        step,
+        new.lr,
+        old.lr,
+        new.weight_decay,
+        old.weight_decay,
+        new.ema_momentum,
+        old.ema_momentum,
+    )
