@@ -42,7 +42,22 @@ def set_up_logging(rank: int, level: int = logging.INFO) -> None:
 def add_log_file(path: Path, rank: int) -> None:
     """Appends rank 0's log, debug level included, to `path`; other ranks write beside it, by number."""
     target = path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
-    handler = logging.FileHandler(target, delay=rank != 0)
+    handler = _LogFile(target, delay=rank != 0)
     handler.setLevel(logging.DEBUG if rank == 0 else logging.WARNING)
     handler.setFormatter(logging.Formatter(_FORMAT))
     logging.getLogger().addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may be full: said once on stderr, in one line instead of a traceback for each line."""
+
+    _is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says what cannot be written, once."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_told:
+            self._is_told = True
+            print(f"{self.baseFilename} cannot be written: {error.strerror}", file=sys.stderr, flush=True)

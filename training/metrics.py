@@ -65,23 +65,42 @@ class MetricsRecord:
                     last,
                     resume_step,
                 )
-        self._file = self.path.open("a")
+        # Without a buffer of Python's own: what a full disk has not taken stays in `_unwritten`, and nowhere else.
+        self._file = self.path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, step: int, samples_seen: int, values: Mapping[str, float]) -> dict[str, Any]:
-        """Appends one line and returns it. Non-finite values become null: JSON has no word for them."""
+        """Appends one line and returns it. Non-finite values become null: JSON has no word for them.
+
+        A line that the disk does not take is kept and written before the next one: a full disk must not end a run.
+        """
         line: dict[str, Any] = {"step": step, "samples_seen": samples_seen}
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._append(json.dumps(line).encode() + b"\n")
         return line
+
+    def _append(self, content: bytes) -> None:
+        was_behind = bool(self._unwritten)
+        self._unwritten += content
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not was_behind:
+                logger.error("%s cannot be written: %s; lines are kept in memory meanwhile", self.path, error)
 
     @property
     def num_bytes(self) -> int:
-        """Length of the record so far."""
-        return self._file.tell()
+        """Length of the record so far, with what the disk has not taken yet."""
+        return self._file.tell() + len(self._unwritten)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, after a last try to write what is left; says how much is lost."""
+        if self._file.closed:
+            return
+        self._append(b"")
+        if self._unwritten:
+            logger.error("%s lacks its last %d lines", self.path, self._unwritten.count(b"\n"))
         self._file.close()
 
 

@@ -65,8 +65,9 @@ def read_saved_run(checkpoint: Path, process: Process, num_prototypes: int) -> S
     if not isinstance(losses, list) or not all(type(loss) is float for loss in losses):
         raise CheckpointError("spike_guard of progress.json holds no list of losses")
     name = rng_name(process)
-    rng = load_tree(checkpoint, name) if (checkpoint / f"{name}.json").exists() else None
-    if rng is not None:
+    rng = None
+    if (checkpoint / f"{name}.json").exists():
+        rng = load_tree(checkpoint, name)
         check_rng_state(rng)
     return SavedRun(
         checkpoint=checkpoint,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import json
 import logging
 import random
+import re
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,17 +17,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from training.checkpoint import (
     CheckpointStore,
     check_checkpoint,
     find_latest_checkpoint,
+    find_problems,
     save_checkpoint,
     settle_on,
 )
-from training.checkpoint_files import CheckpointError, list_committed, load_manifest
+from training.checkpoint_files import (
+    CheckpointError,
+    list_committed,
+    load_manifest,
+    open_temporary,
+    write_part,
+)
 from training.state_files import (
     ConsolidatedState,
+    check_rng_state,
     collect_rng_state,
     collect_share,
     load_tree,
@@ -338,3 +352,201 @@ def test_shares_of_all_ranks_make_the_whole_state(tmp_path: Path, world_size: in
         share_path(tmp_path, 1, world_size).unlink()
         with pytest.raises(CheckpointError, match="state files"):
             ConsolidatedState(tmp_path)
+
+
+def snapshot_of(root: Path) -> dict[str, bytes | None]:
+    """Every path below a directory, with its content."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in sorted(root.rglob("*"))
+    }
+
+
+def write_committed(checkpoint: Path, manifest: str) -> None:
+    """Puts another manifest into a checkpoint, and its right hash into COMMIT."""
+    (checkpoint / "MANIFEST.json").write_text(manifest)
+    (checkpoint / "COMMIT").write_text(hashlib.sha256(manifest.encode()).hexdigest() + "\n")
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FILE = {"path": "part-0.safetensors", "bytes": 1, "sha256": "0" * 64, "rank": 0}
+MANIFESTS = st.one_of(
+    JSON_VALUES,
+    st.fixed_dictionaries({"schema": st.just(1), "step": st.just(20)}, optional={"facts": JSON_VALUES}),
+    st.fixed_dictionaries(
+        {
+            "schema": st.just(1) | JSON_VALUES,
+            "step": st.just(20) | JSON_VALUES,
+            "facts": st.just({}),
+            "files": JSON_VALUES
+            | st.lists(
+                JSON_VALUES
+                | st.fixed_dictionaries(
+                    {
+                        name: st.just(value) | JSON_VALUES | st.just("../../etc/passwd")
+                        for name, value in FILE.items()
+                    }
+                ),
+                max_size=2,
+            ),
+        }
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(manifest=MANIFESTS)
+@example(manifest={"schema": 1, "step": 20})
+@example(manifest=[])
+@example(manifest=None)
+@example(manifest={"schema": 2, "step": 20, "facts": {}, "files": [FILE]})
+def test_a_manifest_of_any_shape_with_a_right_hash_is_passed_over(
+    two_checkpoints: Path, manifest: Any
+) -> None:
+    write_committed(two_checkpoints / "step-00000020", json.dumps(manifest))
+    assert find_problems(two_checkpoints / "step-00000020", ALONE)
+    assert find_latest_checkpoint(two_checkpoints, ALONE) == two_checkpoints / "step-00000010"
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path: Path) -> Path:
+    for step in (10, 20):
+        save(tmp_path, step)
+    return tmp_path
+
+
+def test_a_manifest_that_is_nested_too_deeply_is_passed_over(two_checkpoints: Path) -> None:
+    write_committed(two_checkpoints / "step-00000020", "[" * 100_000 + "]" * 100_000)
+    assert find_latest_checkpoint(two_checkpoints, ALONE) == two_checkpoints / "step-00000010"
+
+
+@pytest.mark.parametrize("reason", ["schema", "bytes", "commit", "transient"])
+def test_checkpoints_of_which_none_is_usable_are_an_error_that_touches_nothing(
+    two_checkpoints: Path, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for checkpoint in list_committed(two_checkpoints):
+        if reason == "schema":
+            write_committed(checkpoint, json.dumps(load_manifest(checkpoint) | {"schema": 2}))
+        elif reason == "bytes":
+            flip_bit(checkpoint / "part-0.safetensors", 300)
+        elif reason == "commit":
+            (checkpoint / "COMMIT").unlink()
+    if reason == "transient":
+
+        def fail(path: Path) -> str:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr("training.checkpoint_files.sha256_of", fail)
+    before = snapshot_of(two_checkpoints)
+    with pytest.raises(CheckpointError, match=r"holds 2 checkpoint\(s\) and none can be used.*nothing was"):
+        find_latest_checkpoint(two_checkpoints, ALONE)
+    lines = [record.getMessage() for record in caplog.records if "passing over" in record.getMessage()]
+    assert [re.search(r"step-\d+", line)[0] for line in lines] == ["step-00000020", "step-00000010"]
+    assert snapshot_of(two_checkpoints) == before
+    monkeypatch.undo()
+    if reason == "transient":
+        assert find_latest_checkpoint(two_checkpoints, ALONE) == two_checkpoints / "step-00000020"
+
+
+def test_a_directory_that_cannot_be_listed_is_an_error_on_all_ranks(
+    two_checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(root: Path) -> list[Path]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("training.checkpoint.list_checkpoints", fail)
+    results = on_ranks(2, lambda peers: find_latest_checkpoint(two_checkpoints, peers))
+    assert all(isinstance(result, CheckpointError) and "Stale" in str(result) for result in results)
+
+
+def test_looking_for_a_checkpoint_writes_nothing(two_checkpoints: Path) -> None:
+    """An export or an evaluation beside a running training looks too."""
+    flip_bit(two_checkpoints / "step-00000020" / "part-0.safetensors", 300)
+    before = snapshot_of(two_checkpoints)
+    found = find_latest_checkpoint(two_checkpoints, ALONE)
+    assert snapshot_of(two_checkpoints) == before
+    settle_on(found)
+    assert (two_checkpoints / "step-00000020" / "REJECTED").exists()
+
+
+FOREIGN = (
+    "step-00000010-best",
+    "step-000000010",
+    "step-10",
+    "step-00000010.tmp.old",
+    "step-00000010.bak",
+    "step-best",
+    "my-step-00000010",
+    "step-\u0660\u0660\u0660\u0660\u0660\u0660\u0661\u0660",
+)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_only_directories_that_a_save_made_are_loaded_or_deleted(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 10)
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / name)
+    elsewhere = tmp_path.with_name(tmp_path.name + "-elsewhere")
+    shutil.copytree(tmp_path / "step-00000010", elsewhere)
+    (tmp_path / "step-00000011").symlink_to(elsewhere)
+    before = snapshot_of(tmp_path / name)
+    for step in (20, 30, 40):
+        save(tmp_path, step, keep_last=1)
+    assert snapshot_of(tmp_path / name) == before
+    assert (tmp_path / "step-00000011" / "COMMIT").is_file(), "a link and what it points to stay"
+    assert [path.name for path in list_committed(tmp_path)] == ["step-00000040"]
+
+
+def test_a_ninth_digit_is_a_step_only_where_it_is_needed(tmp_path: Path) -> None:
+    save(tmp_path, 80)
+    (tmp_path / "step-00000080").rename(tmp_path / "step-000000080")
+    assert find_latest_checkpoint(tmp_path, ALONE) is None
+    save(tmp_path, 100_000_000)
+    save(tmp_path, 99_999_999)
+    assert find_latest_checkpoint(tmp_path, ALONE).name == "step-100000000"
+
+
+def test_a_rank_of_a_killed_start_does_not_write_into_the_next_starts_save(tmp_path: Path) -> None:
+    step, temporary, key = open_temporary(tmp_path, 10, 1)
+    again = open_temporary(tmp_path, 10, 1)
+    with pytest.raises(OSError, match="No such file"):
+        write_part(temporary, step, 0, key, lambda directory: (directory / "late").write_text("x"))
+    assert write_part(again[1], 10, 0, again[2], writer(1.0)).entries
+
+
+def test_the_store_knows_its_newest_whole_step(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, ALONE, asynchronous=True, newest_step=5)
+
+    def full(directory: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.save(10, full)
+    assert (store.newest_step, store.pending_step) == (5, 10)
+    store.save(20, writer(1.0))  # completes the first, which failed
+    assert (store.newest_step, store.pending_step) == (5, 20)
+    store.finish()
+    assert (store.newest_step, store.pending_step) == (20, None)
+
+
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["dict", "list", "tuple", "tensor", "array", "dtype", "x"]), inner, max_size=2
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=TREES)
+@example(tree={"dict": [["python", {"dict": []}]]})
+def test_a_tree_of_any_json_shape_is_loaded_or_refused(tmp_path: Path, tree: Any) -> None:
+    (tmp_path / "tree.json").write_text(json.dumps(tree))
+    with contextlib.suppress(CheckpointError):
+        check_rng_state(load_tree(tmp_path, "tree"))

@@ -1,5 +1,6 @@
 """The record of a run and its view in wandb, with a stand-in for wandb that writes down what it was given."""
 
+import contextlib
 import json
 import logging
 import math
@@ -166,3 +167,31 @@ def test_replay_sends_everything_again_into_the_same_run(
 def test_replay_refuses_in_one_line(arguments: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         main(arguments)
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path, caplog):
+    record = MetricsRecord(tmp_path, resume_step=0)
+    record.write(1, 32, {"loss/total": 1.0})
+    whole, record._file = record._file, Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
+    record.write(2, 64, {"loss/total": 2.0})
+    record.write(3, 96, {"loss/total": 3.0})
+    assert caplog.text.count("cannot be written: [Errno 28] No space left") == 1
+    record._file.close()
+    record._file = whole
+    record.write(4, 128, {"loss/total": 4.0})
+    assert record.num_bytes == (tmp_path / "metrics.jsonl").stat().st_size
+    record.close()
+    record.close()
+    assert [line["step"] for line in read_record(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_costs_the_log_one_line_and_no_traceback(tmp_path, capsys):
+    from runtime.logging_setup import _LogFile
+
+    handler = _LogFile("/dev/full")
+    for _ in range(3):
+        handler.handle(logging.makeLogRecord({"msg": "a line", "levelno": logging.INFO}))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "/dev/full cannot be written: No space left on device" in said
+    with contextlib.suppress(OSError):
+        handler.close()
