@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 Role = Literal["teacher", "student"]
-_STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
+_STEP_DIRECTORY = re.compile(
+    r"step-([0-9]{8}|[1-9][0-9]{8,})"
+)  # as saves name them: nine digits only from 10^8 on
 
 
 class EncoderError(ValueError):
@@ -35,13 +37,13 @@ def find_exported_folder(spec: str, role: Role = "teacher") -> ExportedFolder:
     require_folder(path, spec)
     if (path / "checkpoints").is_dir():
         found = [p for p in (path / "checkpoints").iterdir() if _STEP_DIRECTORY.fullmatch(p.name)]
-        complete = sorted(p for p in found if (p / "COMMIT").is_file() and not (p / "REJECTED").exists())
+        complete = [p for p in found if (p / "COMMIT").is_file() and not (p / "REJECTED").exists()]
         if not complete:
             raise EncoderError(
                 f"encoder is {spec!r}; expected a complete checkpoint (with COMMIT) under checkpoints/; "
                 "let the run reach its first checkpoint or set encoder to another run"
             )
-        path = complete[-1]
+        path = max(complete, key=lambda p: int(p.name.removeprefix("step-")))
     match = _STEP_DIRECTORY.fullmatch(path.name)
     if match is None:
         return ExportedFolder(path)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 PROTOTYPES_NAME = "prototypes.safetensors"
 CARD_NAME = "README.md"
+# What an export writes, and all that a later export to the same folder replaces.
+EXPORTED_NAMES = frozenset({"config.json", "model.safetensors", PROTOTYPES_NAME, CARD_NAME})
 
 
 def export_encoder(
@@ -174,13 +177,13 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
                 f"{run} has no whole checkpoint; expected a run directory or a checkpoint; set RUN"
             )
         checkpoint = latest
-    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "config.json").exists():
-        raise UserError(f"OUT is {out_dir}, which holds other files; expected an empty folder; set OUT")
+    held = {path.name for path in out_dir.iterdir()} if out_dir.is_dir() else set()
+    if foreign := sorted(held - EXPORTED_NAMES):
+        raise UserError(f"OUT is {out_dir}, which holds {foreign[0]}; expected an empty folder; set OUT")
     config = load_config(PretrainConfig, str(run_dir / "config.yaml"))
     backbone = assemble_backbone(config.model, ConsolidatedState(checkpoint), which)
     exported = checkpoint / "teacher"
-    temporary = out_dir.with_name(out_dir.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     export_encoder(
         backbone,
         temporary,

@@ -18,9 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evaluation.exported import find_exported_folder
 from runtime.distributed import Process
+from runtime.program import UserError
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
 from training.checkpoint_files import CheckpointError, list_committed
+from training.export import EXPORTED_NAMES, export_from_run
 from training.saved_run import read_saved_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -276,3 +279,26 @@ def test_a_set_smaller_than_a_batch_is_refused_and_a_warm_up_longer_than_the_run
     assert "batch.global_batch_size is 512; expected at most the 384 images of split 'train'" in said
     said = run(shards, tmp_path / "run", "optim.warmup_epochs=1", "optim.steps=1")
     assert said.count("the warm-up takes 12 steps and the run 1") == 1
+
+
+def test_an_export_replaces_an_export_and_nothing_else(finished: Path, tmp_path: Path) -> None:
+    out, neighbour = tmp_path / "out", tmp_path / "out.tmp"
+    neighbour.mkdir()
+    (neighbour / "mine").write_text("x")
+    before = content(finished)
+    for _ in range(2):
+        export_from_run(finished, out, "teacher")
+    assert {path.name for path in out.iterdir()} == EXPORTED_NAMES and (neighbour / "mine").exists()
+    assert content(finished) == before, "an export beside a running training only reads"
+    (out / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"OUT is .*, which holds notes\.txt"):
+        export_from_run(finished, out, "teacher")
+    assert (out / "notes.txt").exists()
+
+
+def test_evaluation_takes_the_newest_step_and_no_directory_that_no_save_made(copy: Path) -> None:
+    checkpoints = copy / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000003", checkpoints / "step-000000099")
+    assert find_exported_folder(str(copy)).step == STEPS
+    shutil.copytree(checkpoints / "step-00000003", checkpoints / "step-100000000")
+    assert find_exported_folder(str(copy)).step == 10**8

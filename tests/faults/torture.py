@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -34,10 +35,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-import evaluation.knn  # noqa: F401 (what a rank imports late is imported before it is forked)
 import pretrain
-import training.build
-import training.deepspeed_engine  # noqa: F401
 from runtime.distributed import free_port
 from runtime.program import run_program
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
@@ -61,6 +59,8 @@ SHAPES = (
     {"list": [1]},
     {"tensor": "x"},
 )
+# What a rank imports late is imported once, before ranks are forked.
+IMPORTED = ("training.build", "training.deepspeed_engine", "evaluation.knn")
 UNCOMPARED = ("teacher/README.md", "record.json")  # the run's name; seconds
 
 
@@ -458,6 +458,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--work", type=Path, help="where to work; a new directory by default")
     options = parser.parse_args(arguments)
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    for name in IMPORTED:
+        importlib.import_module(name)
     work = options.work or Path(tempfile.mkdtemp(prefix="torture-"))
     work.mkdir(parents=True, exist_ok=True)
     print(f"seed {options.seed}, {options.minutes:g} minutes, in {work}", flush=True)
