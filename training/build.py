@@ -58,7 +58,7 @@ def build_trainer(
     """
     root = directory.path / "checkpoints"
     on_saved = build_evaluation_job(config, directory.path)
-    resumption = Resumption(root, process, config.prototypes.num_prototypes) if config.run.resume else None
+    resumption = Resumption(root, process) if config.run.resume else None
     begins = resumption is None or resumption.saved is None
     stream = _build_stream(config, process, None)
     check_length(config, stream.num_samples)

@@ -23,7 +23,6 @@ class Resumption:
     Args:
         root: the run's `checkpoints` directory.
         process: this process.
-        num_prototypes: K, which the saved usage counts must have.
 
     Attributes:
         saved: what the run goes on from; None where there is no checkpoint.
@@ -32,10 +31,9 @@ class Resumption:
         CheckpointError: checkpoints are there and none is usable; on all ranks alike, nothing was changed.
     """
 
-    def __init__(self, root: Path, process: Process, num_prototypes: int) -> None:
+    def __init__(self, root: Path, process: Process) -> None:
         self._root = root
         self._process = process
-        self._num_prototypes = num_prototypes
         self._spoiled: dict[str, str] = {}
         self.saved = self._find()
 
@@ -82,7 +80,7 @@ class Resumption:
 
         def inspect(checkpoint: Path) -> list[str]:
             try:
-                read[checkpoint] = read_saved_run(checkpoint, self._process, self._num_prototypes)
+                read[checkpoint] = read_saved_run(checkpoint, self._process)
             except (CheckpointError, OSError) as error:
                 return [" ".join(str(error).split())]
             return []

@@ -32,7 +32,7 @@ class SavedRun:
         record: how far its record was.
         state: the engine's full tensors by name, read when asked for.
         estimator: the estimator's state.
-        usage_hits: usage counts of the epoch so far, of all ranks together [K].
+        usage_counts: of the epoch so far, of all ranks together; `restore` compares their shape.
         spike_guard: the guard's window.
         rng: this rank's generators; None where the checkpoint was written by another number of ranks.
     """
@@ -42,12 +42,12 @@ class SavedRun:
     record: RecordPosition
     state: ConsolidatedState
     estimator: dict[str, Any]
-    usage_hits: Tensor
+    usage_counts: Tensor
     spike_guard: dict[str, Any]
     rng: dict[str, Any] | None
 
 
-def read_saved_run(checkpoint: Path, process: Process, num_prototypes: int) -> SavedRun:
+def read_saved_run(checkpoint: Path, process: Process) -> SavedRun:
     """Returns a checkpoint's content; not collective, and nothing of the run changes.
 
     Raises:
@@ -57,9 +57,9 @@ def read_saved_run(checkpoint: Path, process: Process, num_prototypes: int) -> S
     progress = _read_progress(saved.get("progress"))
     if progress.step != step_of(checkpoint):
         raise CheckpointError(f"progress.json is of step {progress.step}; expected that of {checkpoint.name}")
-    hits = saved.get("usage_hits")
-    if not isinstance(hits, Tensor) or hits.shape != (num_prototypes,) or hits.dtype != torch.int64:
-        raise CheckpointError(f"progress.json holds no usage counts of {num_prototypes} prototypes")
+    counts = saved.get("usage_counts")
+    if not isinstance(counts, Tensor):
+        raise CheckpointError("progress.json holds no usage counts")
     guard = _mapping(saved.get("spike_guard"), "spike_guard of progress.json")
     losses = guard.get("losses")
     if not isinstance(losses, list) or not all(type(loss) is float for loss in losses):
@@ -75,7 +75,7 @@ def read_saved_run(checkpoint: Path, process: Process, num_prototypes: int) -> S
         record=_read_record_position(load_tree(checkpoint, "record")),
         state=ConsolidatedState(checkpoint),
         estimator=_mapping(load_tree(checkpoint, "estimator"), "estimator.json"),
-        usage_hits=hits,
+        usage_counts=counts,
         spike_guard=guard,
         rng=rng,
     )
@@ -88,10 +88,15 @@ def restore(saved: SavedRun, training_step: TrainingStep, process: Process) -> N
         ValueError: the state belongs to another model, other prototypes or another schema; on all ranks alike, and
             before a tensor has moved in the part that refuses.
     """
+    live = training_step.usage.counts
+    if (saved.usage_counts.shape, saved.usage_counts.dtype) != (live.shape, live.dtype):
+        raise ValueError(
+            f"the checkpoint's usage counts have shape {tuple(saved.usage_counts.shape)}; expected {tuple(live.shape)}"
+        )
     training_step.engine.load_state(saved.state)
     training_step.estimator.load_state_dict(saved.estimator)
     # Usage counts were summed over ranks: one rank takes them over and the others start from zero.
-    training_step.usage.hits.copy_(saved.usage_hits * int(process.is_main))
+    live.copy_(saved.usage_counts * int(process.is_main))
     training_step.spike_guard.load_state_dict(saved.spike_guard)
     if saved.rng is not None:
         restore_rng_state(saved.rng)

@@ -127,7 +127,7 @@ def test_checkpoints_that_do_not_fit_are_passed_over_and_without_a_good_one_noth
     state.pop(next(name for name in state if name.startswith("student/")))
     save_file(state, newest / "state-00000-of-00001.safetensors")
     renew_hashes(newest)
-    assert read_saved_run(newest, ALONE, 64), "only the network can tell that a tensor is missing"
+    assert read_saved_run(newest, ALONE), "only the network can tell that a tensor is missing"
     said = run(shards, copy)
     assert "passing over" in said and "lacks student/" in said and f"{older.name}: 3 steps done" in said
     assert (newest / "teacher" / "model.safetensors").read_bytes() == (
@@ -161,11 +161,11 @@ DAMAGES: dict[str, Any] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_what_is_read_at_a_resume_is_refused_with_its_reason(copy: Path, name: str) -> None:
     newest = list_committed(copy / "checkpoints")[0]
-    assert read_saved_run(newest, ALONE, 64).progress.step == STEPS
+    assert read_saved_run(newest, ALONE).progress.step == STEPS
     for damage in DAMAGES[name]:
         (newest / f"{name}.json").write_text(json.dumps(damage))
         with pytest.raises(CheckpointError):
-            read_saved_run(newest, ALONE, 64)
+            read_saved_run(newest, ALONE)
 
 
 @pytest.mark.parametrize("change", ["step", "used", "samples_seen", "hits", "losses"])
@@ -176,14 +176,14 @@ def test_progress_of_another_shape_is_refused(copy: Path, change: str) -> None:
         "step": ('["step", 6]', '["step", 3]'),
         "used": ('["0", ', '["0", -'),
         "samples_seen": ('"samples_seen", 192]], ', '"samples_seen", null]], '),
-        "hits": ('{"tensor": "/usage_hits"}', "[1, 2]"),
+        "hits": ('{"tensor": "/usage_counts"}', "[1, 2]"),
         "losses": ('["losses", {"list": []}]', '["losses", {"list": ["x"]}]'),
     }[change]
     if old not in text:  # the window of losses is empty or not, as the guard decides
         old, new = '"losses"', '"other"'
     (newest / "progress.json").write_text(text.replace(old, new))
     with pytest.raises(CheckpointError):
-        read_saved_run(newest, ALONE, 64)
+        read_saved_run(newest, ALONE)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x08\0\0\0\0\0\0\0{}      ", b"x" * 100])
@@ -193,10 +193,10 @@ def test_a_state_file_that_is_none_is_refused(copy: Path, damage: bytes) -> None
         whole = (newest / f"{name}.safetensors").read_bytes()
         (newest / f"{name}.safetensors").write_bytes(damage)
         if name == "state-00000-of-00001" and damage.startswith(b"\x08"):
-            assert len(read_saved_run(newest, ALONE, 64).state) == 0  # a whole file without a tensor
+            assert len(read_saved_run(newest, ALONE).state) == 0  # a whole file without a tensor
         else:
             with pytest.raises(CheckpointError):
-                read_saved_run(newest, ALONE, 64)
+                read_saved_run(newest, ALONE)
         (newest / f"{name}.safetensors").write_bytes(whole)
 
 
