@@ -289,10 +289,8 @@ def _describe_steps(config: PretrainConfig) -> list[str]:
     except DataError as error:
         return [f"steps per epoch unknown: {error}"]
     check_length(config, num_samples)
-    per_epoch = num_samples / config.batch.global_batch_size
-    return [
-        f"{num_samples:,} images, {per_epoch:,.1f} steps per epoch, {config.num_steps(num_samples):,} steps"
-    ]
+    per_epoch, steps = num_samples / config.batch.global_batch_size, config.num_steps(num_samples)
+    return [f"{num_samples:,} images, {per_epoch:,.1f} steps per epoch, {steps:,} steps"]
 
 
 def _describe_memory(config: PretrainConfig, cost: Cost, micro_batch: int, world_size: int) -> list[str]:

@@ -41,6 +41,12 @@ class RunDirectory:
         if isinstance(found, str):
             raise ValueError(found)
         self.made_with: dict[str, Any] | None = found
+        if found is not None and process.is_main and config.run.adopt:
+            former = found.get("run", {}).get("name")
+            if former != config.run.name:
+                logger.warning(
+                    "run.adopt: %s was made as %r and goes on as %r", path, former, config.run.name
+                )
 
     def confirm(self) -> None:
         """Returns if this job still holds the directory. Collective; before anything in it is replaced.

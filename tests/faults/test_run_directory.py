@@ -111,6 +111,7 @@ def test_a_finished_run_is_lengthened_and_a_renamed_one_continued_on_purpose(sha
     assert content(renamed) == before
     said = run(shards, renamed, "optim.steps=8", "run.extend=true", "run.adopt=true")
     assert said.count("run.extend: 8 steps instead of 6") == 1 and "learning rate is" in said
+    assert said.count("was made as 'run' and goes on as 'renamed'") == 1
     assert steps_of_record(renamed) == list(range(9))
     assert list_committed(renamed / "checkpoints")[0].name == "step-00000008"
     saved = (renamed / "config.yaml").read_text()
