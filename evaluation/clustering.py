@@ -17,10 +17,10 @@ _BLOCK = 8192
 
 def cluster(
     features: Float[Tensor, "B D"], *, num_clusters: int, restarts: int, max_iterations: int, seed: int
-) -> tuple[Float[Tensor, "K D"], Int64[Tensor, " B"]]:
-    """Returns centres and assignments of k-means on L2-normalised features: k-means++ starts, Lloyd, best inertia.
+) -> tuple[Float[Tensor, "K D"], Int64[Tensor, " B"], bool]:
+    """Returns centres and assignments of k-means on L2-normalised features, and whether it had come to rest.
 
-    Not collective; on the features' device, fp32.
+    k-means++ starts, Lloyd; of the starts the one of smallest inertia. Not collective; on the features' device, fp32.
 
     Raises:
         ValueError: more clusters than images.
@@ -32,13 +32,14 @@ def cluster(
         )
     points = normalize(features.float(), dim=1)
     generator = torch.Generator().manual_seed(seed)
-    best: tuple[float, Tensor, Tensor] | None = None
+    best: tuple[float, Tensor, Tensor, bool] | None = None
     for _ in range(restarts):
         centres = _plus_plus(points, num_clusters, generator)
-        assignments = torch.full((len(points),), -1)
+        assignments, converged = torch.full((len(points),), -1), False
         for _ in range(max_iterations):
             distances, found = assign_to_nearest(points, centres)
-            if torch.equal(found, assignments):
+            converged = torch.equal(found, assignments)
+            if converged:
                 break
             assignments = found
             counts = torch.bincount(found, minlength=num_clusters)
@@ -47,9 +48,9 @@ def cluster(
             centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
         inertia = float(distances.double().sum())
         if best is None or inertia < best[0]:
-            best = (inertia, centres, assignments)
+            best = (inertia, centres, assignments, converged)
     assert best is not None
-    return best[1], best[2]
+    return best[1:]
 
 
 def assign_to_nearest(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,8 @@ def load_splits(config: EvaluationDataConfig) -> tuple[Manifest, Manifest]:
     """Returns the manifests of the training and of the test split.
 
     Raises:
-        ValueError: no such split, no class names, or class maps that differ (which would score noise).
+        ValueError: no such split, no class names, class maps that differ (which would score noise), or images that
+            are in both (which would score memory).
     """
     train = load_manifest(config.shards, config.train_split)
     test = load_manifest(config.test_shards or config.shards, config.test_split)
@@ -121,7 +123,25 @@ def load_splits(config: EvaluationDataConfig) -> tuple[Manifest, Manifest]:
                 "make them with labels or set data.shards"
             )
     require_same_classes(train, test)
+    shared = _count_shared(train, test)
+    if shared:
+        raise FeatureError(
+            f"{shared} of {test.num_samples} images of {test.directory}:{test.split} are training images too "
+            f"({train.directory}:{train.split}); expected splits without a common image; set data.test_split"
+        )
     return train, test
+
+
+def _count_shared(train: Manifest, test: Manifest) -> int:
+    """Returns how many images of the test split lie in the same place of the same tar as a training image."""
+    seen: dict[str, set[int]] = {}
+    for shard in train.shards:
+        seen.setdefault(shard.sha256, set()).update(shard.ordinals or range(shard.samples))
+    return sum(
+        len(seen[shard.sha256].intersection(shard.ordinals or range(shard.samples)))
+        for shard in test.shards
+        if shard.sha256 in seen
+    )
 
 
 def load_features(
@@ -369,12 +389,8 @@ def _check_merged(merged: dict[str, Tensor], manifest: Manifest, limit: int | No
 
 def _locate(manifest: Manifest, sample_id: int) -> str:
     """Returns where a sample lies, as a person finds it: shard and position in it."""
-    position = sample_id
-    for shard in manifest.shards:
-        if position < shard.samples:
-            return f"{manifest.directory}/{shard.name}, sample {position}"
-        position -= shard.samples
-    return f"sample {sample_id} of {manifest.directory}:{manifest.split}"
+    index = bisect_right(manifest.first_ids, sample_id) - 1
+    return f"{manifest.path_of(manifest.shards[index])}, sample {sample_id - manifest.first_ids[index]}"
 
 
 def _read_bank(file: Path, manifest: Manifest, seconds: float) -> FeatureBank:

@@ -84,6 +84,7 @@ def results_directory(config: EvaluationConfig, encoder: Encoder) -> Path:
 
 def _run_probe(session: Session, probe: str, directory: Path) -> Path:
     started = time.perf_counter()
+    session.notes.clear()
     shared = probe in SHARED_PROBES or session.processes.rank == 0
     # What one process fits is fitted once, and everybody goes on with the same outcome.
     outcome = session.processes.gather(PROBE_FUNCTIONS[probe](session) if shared else None)[0]
@@ -100,7 +101,7 @@ def _run_probe(session: Session, probe: str, directory: Path) -> Path:
             directory,
             probe,
             encoder=session.encoder.describe(),
-            figures=outcome.figures,
+            figures={**outcome.figures, "notes": list(session.notes)},
             provenance={**provenance, "num_processes": session.processes.world_size},
             seconds=time.perf_counter() - started,
             predictions=outcome.predictions,

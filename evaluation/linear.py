@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,12 +35,21 @@ class LinearGrid:
 
     def predict(self, features: Float[Tensor, "B D"]) -> Int64[Tensor, "B L"]:
         """Returns the predicted class of every image under every learning rate."""
+        return torch.cat([logits.argmax(dim=2).cpu() for logits in self._logits(features)])
+
+    def loss(self, features: Float[Tensor, "B D"], labels: Int64[Tensor, " B"]) -> list[float]:
+        """Returns the mean cross-entropy in nats for every learning rate."""
+        total = torch.zeros(self.biases.shape[0], dtype=torch.float64)
+        for logits, truth in zip(self._logits(features), labels.split(_PREDICT_BLOCK), strict=True):
+            truth = truth.to(logits.device)[:, None].expand(-1, logits.shape[1])
+            losses = cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="none")
+            total += losses.view(truth.shape).double().sum(dim=0).cpu()
+        return (total / len(labels)).tolist()
+
+    def _logits(self, features: Float[Tensor, "B D"]) -> Iterator[Float[Tensor, "b L C"]]:
         flat = self.weights.flatten(1)
-        blocks = [
-            (block.to(flat) @ flat).view(-1, *self.biases.shape).add(self.biases).argmax(dim=2).cpu()
-            for block in features.split(_PREDICT_BLOCK)
-        ]
-        return torch.cat(blocks)
+        for block in features.split(_PREDICT_BLOCK):
+            yield (block.to(flat) @ flat).view(-1, *self.biases.shape).add(self.biases)
 
     def top1(self, features: Float[Tensor, "B D"], labels: Int64[Tensor, " B"]) -> list[float]:
         """Returns the accuracy in 0..1 for every learning rate."""
@@ -54,7 +63,7 @@ def train_linear_grid(
     *,
     learning_rates: Sequence[float],
     num_classes: int,
-    epochs: int,
+    steps: int,
     batch_size: int,
     momentum: float,
     weight_decay: float,
@@ -73,8 +82,8 @@ def train_linear_grid(
         labels: classes.
         learning_rates: per 256 images of batch.
         num_classes: C.
-        epochs: passes.
-        batch_size: images per step; the last, smaller batch of an epoch is used too.
+        steps: optimizer steps; passes over the images follow each other, in a new order each.
+        batch_size: images per step, or all of them where there are fewer.
         momentum: of SGD.
         weight_decay: of SGD, on weights and not on biases.
         seed: of initial weights and order.
@@ -91,20 +100,21 @@ def train_linear_grid(
     biases = torch.zeros(rates * num_classes, 1, device=device)
     velocity, bias_velocity = torch.zeros_like(table), torch.zeros_like(biases)
     peak = torch.tensor(learning_rates, device=device).repeat_interleave(num_classes)[:, None]
+    batch_size = min(batch_size, num)
     peak = peak * batch_size / _REFERENCE_BATCH
-    total, step = epochs * math.ceil(num / batch_size), 0
-    for _ in range(epochs):
-        order = torch.randperm(num, generator=generator).to(device)
-        for index in order.split(batch_size):
-            batch = inputs[index]
-            logits = torch.addmm(biases, table, batch.T).view(rates, num_classes, len(index))
-            gradient = _logit_gradient(logits, targets[index])
-            lr = peak * (0.5 * (1 + math.cos(math.pi * step / total)))
-            velocity.mul_(momentum).addmm_(gradient, batch).add_(table, alpha=weight_decay)
-            bias_velocity.mul_(momentum).add_(gradient.sum(dim=1, keepdim=True))
-            table.addcmul_(velocity, lr, value=-1)
-            biases.addcmul_(bias_velocity, lr, value=-1)
-            step += 1
+    waiting = torch.empty(0, dtype=torch.int64, device=device)
+    for step in range(steps):
+        if len(waiting) < batch_size:
+            waiting = torch.cat([waiting, torch.randperm(num, generator=generator).to(device)])
+        index, waiting = waiting[:batch_size], waiting[batch_size:]
+        batch = inputs[index]
+        logits = torch.addmm(biases, table, batch.T).view(rates, num_classes, batch_size)
+        gradient = _logit_gradient(logits, targets[index])
+        lr = peak * (0.5 * (1 + math.cos(math.pi * step / steps)))
+        velocity.mul_(momentum).addmm_(gradient, batch).add_(table, alpha=weight_decay)
+        bias_velocity.mul_(momentum).add_(gradient.sum(dim=1, keepdim=True))
+        table.addcmul_(velocity, lr, value=-1)
+        biases.addcmul_(bias_velocity, lr, value=-1)
     weights = (table / scale.to(device)).view(rates, num_classes, dim).permute(2, 0, 1).contiguous()
     return LinearGrid(weights, biases.view(rates, num_classes))
 
@@ -133,10 +143,19 @@ def split_held_out(labels: Int64[Tensor, " B"], share: float, seed: int) -> tupl
 
 @dataclass(frozen=True)
 class Logistic:
-    """Multinomial logistic regression: weights [D, C], biases [C]."""
+    """Multinomial logistic regression.
+
+    Attributes:
+        weights: [D, C], of L2-normalised features.
+        biases: [C].
+        converged: whether the solver stopped by itself and not at its last iteration.
+        iterations: that it took.
+    """
 
     weights: Float[Tensor, "D C"]
     biases: Float[Tensor, " C"]
+    converged: bool
+    iterations: int
 
     def predict(self, features: Float[Tensor, "B D"]) -> Int64[Tensor, " B"]:
         """Returns predicted classes of features, which are L2-normalised here as they were in fitting."""
@@ -150,7 +169,7 @@ def fit_logistic(
     *,
     inverse_regularisation: float,
     num_classes: int,
-    max_iterations: int = 200,
+    max_iterations: int = 1000,
     device: torch.device | None = None,
 ) -> Logistic:
     """Returns the minimiser of C * sum of cross-entropies + |W|^2 / 2 on L2-normalised features, by L-BFGS.
@@ -163,7 +182,7 @@ def fit_logistic(
         labels: classes.
         inverse_regularisation: C.
         num_classes: number of classes; one without images keeps a small probability everywhere.
-        max_iterations: of L-BFGS.
+        max_iterations: of L-BFGS, and 1.25 times as many evaluations (its own limit).
         device: where to fit; the CPU by default.
     """
     device = device or torch.device("cpu")
@@ -189,4 +208,6 @@ def fit_logistic(
         return loss.item()
 
     optimizer.step(closure)
-    return Logistic(weights.detach(), biases.detach())
+    state = optimizer.state[weights]
+    within = state["n_iter"] < max_iterations and state["func_evals"] < max_iterations * 5 // 4
+    return Logistic(weights.detach(), biases.detach(), converged=within, iterations=state["n_iter"])

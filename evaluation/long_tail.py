@@ -86,10 +86,12 @@ def imbalanced_subset(
 ) -> Int64[Tensor, " N"]:
     """Returns indices of a training split thinned to an exponential profile (Cui et al. 2019).
 
-    Class c keeps n_max * ratio^(-c / (C - 1)) images, rounded, n_max the smallest class's size, at least 1.
+    Class c keeps n_max * ratio^(-c / (C - 1)) images, rounded, at least 1; n_max is the size of the smallest class that
+    has images. A class without images keeps none and shortens no other.
     """
     generator = torch.Generator().manual_seed(seed)
-    largest = int(torch.bincount(labels, minlength=num_classes).min())
+    counts = torch.bincount(labels, minlength=num_classes)
+    largest = int(counts[counts > 0].min())
     kept: list[Tensor] = []
     for label in range(num_classes):
         members = (labels == label).nonzero()[:, 0]

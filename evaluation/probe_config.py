@@ -43,12 +43,17 @@ class KnnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig:
-    """Linear probe: a grid of learning rates x features, trained by SGD in one pass (DINOv2's protocol).
+    """Linear probe: a grid of learning rates x features, trained by SGD at once (DINOv2's protocol).
+
+    DINOv2 takes 12,500 steps of 1,024 images whatever the set; ten passes over ImageNet are as many. Training starts
+    with `epochs` passes and doubles until `min_steps`; it stops before where doubling lowers the smallest
+    cross-entropy on the held-out part by less than 1 %. Every length has its own cosine to 0; what was taken is said.
 
     Attributes:
         learning_rates: per 256 images of batch; each trains its own classifier beside the others.
         features: features to try.
-        epochs: passes over the cached training features.
+        epochs: passes over the cached training features, at least.
+        min_steps: optimizer steps, at least, unless the held-out part says that they change nothing.
         batch_size: images per step.
         momentum: of SGD.
         weight_decay: of SGD.
@@ -72,6 +77,7 @@ class LinearConfig:
     )
     features: tuple[str, ...] = ("embedding",)
     epochs: Annotated[int, "[1, 1e6]"] = 10
+    min_steps: Annotated[int, "[0, 1e7]"] = 12_500
     batch_size: Annotated[int, "[1, 1e7]"] = 1024
     momentum: Annotated[float, "[0, 1)"] = 0.9
     weight_decay: Annotated[float, "[0, 10]"] = 0.0
@@ -97,7 +103,7 @@ class LogisticConfig:
 
     inverse_regularisation: tuple[Annotated[float, "[1e-9, 1e9]"], ...] = (0.1, 1.0, 10.0, 100.0, 1000.0)
     feature: str = "embedding"
-    max_iterations: Annotated[int, "[1, 1e6]"] = 200
+    max_iterations: Annotated[int, "[1, 1e6]"] = 1000
     held_out: Annotated[float, "(0, 1)"] = 0.1
 
     def __post_init__(self) -> None:

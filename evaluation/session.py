@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from data.datasets import Manifest
+from evaluation.confidence import bootstrap
 from evaluation.config import EvaluationConfig
 from evaluation.encoder import Encoder
 from evaluation.features import FeatureBank, load_features, load_splits
 from evaluation.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,12 +34,21 @@ class Outcome:
 
 @dataclass
 class Session:
-    """One encoder under evaluation; features are extracted when the first probe asks for them."""
+    """One encoder under evaluation; features are extracted when the first probe asks for them.
+
+    Attributes:
+        config: what is evaluated and how.
+        encoder: which.
+        processes: who evaluates together.
+        outcomes: of the probes that have run.
+        notes: what limits the figures of the probe that runs, one line each.
+    """
 
     config: EvaluationConfig
     encoder: Encoder
     processes: Processes
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     _splits: tuple[Manifest, Manifest] | None = None
     _banks: tuple[FeatureBank, FeatureBank] | None = None
 
@@ -58,6 +71,26 @@ class Session:
             extract_together([self])
         assert self._banks is not None
         return self._banks
+
+    def note(self, text: str) -> None:
+        """Says once what limits a figure of the probe that runs: in the log, and under `notes` of its result."""
+        if text not in self.notes:
+            self.notes.append(text)
+            if self.processes.rank == 0:
+                logger.warning("%s: %s", self.encoder.label, text)
+
+    def note_edge(self, key: str, chosen: float, grid: Sequence[float]) -> None:
+        """Says that a choice fell on the end of its grid: it may be better beyond, the figure is a lower bound."""
+        if len(grid) > 1 and chosen in (min(grid), max(grid)):
+            self.note(f"{key}: {chosen:g} was chosen, the end of the grid; a wider grid may do better")
+
+    def interval(self, predicted: Tensor, labels: Tensor) -> list[float]:
+        """Returns the ends of the bootstrap interval of an accuracy, as configured."""
+        confidence = self.config.confidence
+        right = (predicted == labels).numpy()
+        return bootstrap(
+            right, resamples=confidence.resamples, level=confidence.level, seed=self.config.seed
+        ).as_list()
 
     def features_for(self, requested: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the requested features; for controls without tokens, those that they have."""

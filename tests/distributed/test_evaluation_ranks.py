@@ -25,6 +25,7 @@ def evaluate_with(ranks, root, run, shards, cache):
         "probes=[knn,linear,long_tail]",
         "knn.k=[5,20]",
         "linear.epochs=2",
+        "linear.min_steps=0",
     ]
     processes = start_ranks("evaluate", arguments, ranks, log_dir=root / f"logs-{ranks}-{cache.name}")
     codes = wait_for_ranks(processes, 150)

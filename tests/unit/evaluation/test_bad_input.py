@@ -68,6 +68,12 @@ def test_another_class_map(evaluate, run_dir, digits, tmp_path):
     assert code == 2 and len(errors) == 1 and "class maps" in errors[0]
 
 
+def test_a_test_split_of_training_images(evaluate, run_dir, digits):
+    code, errors = evaluate(f"encoder={run_dir}", f"data.shards={digits}", "data.test_split=train")
+    assert code == 2 and len(errors) == 1
+    assert "384 of 384 images of" in errors[0] and "are training images too" in errors[0]
+
+
 def test_an_encoder_of_another_size(evaluate, digits, tmp_path):
     arguments = {"img_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 1, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **arguments)

@@ -37,7 +37,9 @@ def test_k_means_finds_separated_groups():
     centres = torch.eye(5, 16)
     labels = torch.arange(5).repeat_interleave(40)
     points = centres[labels] + 0.05 * torch.randn(200, 16, generator=generator)
-    _, assignments = cluster(points, num_clusters=5, restarts=5, max_iterations=50, seed=0)
-    assert agreement(assignments, labels)["ari"] == 1.0
+    _, assignments, converged = cluster(points, num_clusters=5, restarts=5, max_iterations=50, seed=0)
+    assert agreement(assignments, labels)["ari"] == 1.0 and converged
+    noise = torch.randn(200, 16, generator=generator)
+    assert not cluster(noise, num_clusters=20, restarts=1, max_iterations=1, seed=0)[2]
     with pytest.raises(ValueError, match=r"clustering.num_clusters is 201"):
         cluster(points, num_clusters=201, restarts=1, max_iterations=1, seed=0)

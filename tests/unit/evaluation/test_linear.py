@@ -4,7 +4,18 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from data.shards import Manifest
+from evaluation.backbones import NoFeatures
+from evaluation.config import EvaluationConfig
+from evaluation.encoder import Encoder
+from evaluation.features import FeatureBank
 from evaluation.linear import fit_logistic, split_held_out, train_linear_grid
+from evaluation.linear_probe import probe_linear
+from evaluation.logistic_probe import probe_few_shot, probe_logistic
+from evaluation.preprocessing import NoPreprocessing
+from evaluation.probe_config import ConfidenceConfig, FewShotConfig, LinearConfig, LogisticConfig
+from evaluation.processes import Processes
+from evaluation.session import Session
 
 
 def digits():
@@ -36,7 +47,7 @@ def test_logistic_regression_is_scikit_learns(strength, record_property):
 def grid_options(**changes):
     options = {
         "num_classes": 10,
-        "epochs": 3,
+        "steps": 54,
         "batch_size": 100,
         "momentum": 0.9,
         "weight_decay": 1e-3,
@@ -55,7 +66,7 @@ def test_classifiers_of_a_grid_do_not_see_each_other():
 def test_the_written_gradient_equals_autograd_and_torchs_sgd():
     features, labels = digits()
     features, labels = features[:300], labels[:300]
-    grid = train_linear_grid(features, labels, learning_rates=(0.2,), **grid_options(batch_size=300))
+    grid = train_linear_grid(features, labels, learning_rates=(0.2,), **grid_options(batch_size=300, steps=3))
     generator = torch.Generator().manual_seed(0)
     scale = features.square().mean().sqrt()
     weight = (torch.randn(64, 1, 10, generator=generator) * 0.01)[:, 0].clone().requires_grad_()
@@ -75,7 +86,7 @@ def test_the_written_gradient_equals_autograd_and_torchs_sgd():
 def test_linear_probe_learns_digits(record_property):
     features, labels = digits()
     grid = train_linear_grid(
-        features[:1200], labels[:1200], learning_rates=(1e-6, 0.5), **grid_options(epochs=20)
+        features[:1200], labels[:1200], learning_rates=(1e-6, 0.5), **grid_options(steps=240)
     )
     low, high = grid.top1(features[1200:], labels[1200:])
     record_property("top1", high)
@@ -88,3 +99,77 @@ def test_held_out_part_is_stratified_and_apart():
     fitted, held_out = split_held_out(labels, 0.1, seed=3)
     assert sorted(torch.cat([fitted, held_out]).tolist()) == list(range(111))
     assert torch.bincount(labels[held_out], minlength=3).tolist() == [10, 1, 0]
+
+
+def session_on_digits(seed=1, keep=1000, **options):
+    """Digits in a random order, `keep` of them to learn from; the encoder is the pixels themselves."""
+    features, labels = digits()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    manifest = Manifest(split="train", shards=(), classes=tuple("0123456789"))
+    banks = tuple(
+        FeatureBank({"embedding": features[part]}, labels[part], part, manifest)
+        for part in (order[:keep], order[1000:])
+    )
+    config = EvaluationConfig(
+        encoder="pixels", seed=seed, confidence=ConfidenceConfig(resamples=20), **options
+    )
+    encoder = Encoder("pixels", "pixels", "released", NoFeatures(), NoPreprocessing(), weights_sha256="")
+    return Session(config, encoder, Processes(), _banks=banks)
+
+
+RATES = (0.002, 0.01, 0.05, 0.2, 1.0)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_linear_probe_is_within_a_point_of_logistic_regression_on_few_images(seed):
+    """Ten passes over 1,000 images are ten steps: they left it four points below."""
+    session = session_on_digits(seed, linear=LinearConfig(learning_rates=RATES))
+    found = probe_linear(session).figures
+    logistic = probe_logistic(session).figures
+    assert found["headline"]["top1"] >= logistic["headline"]["top1"] - 0.01
+    lengths = [int(steps) for steps in found["held_out_loss_by_steps"]]
+    assert lengths == [10 * 2**i for i in range(len(lengths))] and found["steps"] == lengths[-1] >= 320
+    assert any("steps, because doubling lowered the held-out loss" in note for note in session.notes)
+
+
+def test_a_probe_that_took_too_few_steps_is_said_to_be_below_logistic_regression():
+    session = session_on_digits(2, linear=LinearConfig(learning_rates=RATES, min_steps=0))
+    assert probe_linear(session).figures["steps"] == 10
+    (note,) = [note for note in session.notes if "logistic regression on the same features" in note]
+    assert "set linear.min_steps" in note
+
+
+def test_every_image_is_seen_once_before_one_is_seen_twice():
+    """Batches that do not divide the set go on into the next pass instead of ending small."""
+    features, labels = torch.eye(10), torch.arange(10)
+    options = {"learning_rates": (1e-6,), "batch_size": 4, "momentum": 0.0, "weight_decay": 0.0, "seed": 0}
+    grids = [train_linear_grid(features, labels, num_classes=10, steps=s, **options) for s in (5, 10)]
+    # With almost no learning rate, gradients add up: after 20 images, each was seen twice.
+    start = train_linear_grid(features, labels, num_classes=10, steps=0, **options)
+    moved = (grids[0].weights - start.weights)[:, 0].diagonal()
+    assert (moved > 0).all()
+
+
+def test_a_solver_that_has_not_converged_is_said():
+    session = session_on_digits(logistic=LogisticConfig(inverse_regularisation=(1000.0,), max_iterations=20))
+    probe_logistic(session)
+    assert any("C = 1000 has not converged after 20 iterations" in note for note in session.notes)
+    settled = session_on_digits(logistic=LogisticConfig(inverse_regularisation=(1.0, 10.0, 1000.0)))
+    probe_logistic(settled)
+    assert not any("converged" in note for note in settled.notes)
+
+
+def test_shots_that_do_not_exist_are_left_out_and_said():
+    session = session_on_digits(keep=200, few_shot=FewShotConfig(shots=(2, 500), draws=1))
+    smallest = int(torch.bincount(session.banks[0].labels).min())
+    assert set(probe_few_shot(session).figures["shots"]) == {"2"}
+    (note,) = session.notes
+    assert note.startswith("few_shot: 500 shots are left out") and f"has {smallest} training images" in note
+    with pytest.raises(ValueError, match=rf"few_shot.shots is \[500\]; expected at most {smallest}"):
+        probe_few_shot(session_on_digits(keep=200, few_shot=FewShotConfig(shots=(500,))))
+
+
+def test_a_choice_at_the_end_of_the_grid_is_said():
+    session = session_on_digits(logistic=LogisticConfig(inverse_regularisation=(0.001, 0.01)))
+    probe_logistic(session)
+    assert any("0.01 was chosen, the end of the grid" in note for note in session.notes)

@@ -65,6 +65,13 @@ def test_thinning_follows_the_exponential_profile():
     assert torch.equal(kept, imbalanced_subset(labels, 10, 100.0, seed=0))
 
 
+def test_a_class_without_images_thins_no_other():
+    labels = torch.arange(10).repeat_interleave(600)
+    labels = labels[labels != 4]
+    counts = torch.bincount(labels[imbalanced_subset(labels, 10, 100.0, seed=0)], minlength=10).tolist()
+    assert counts == [0 if c == 4 else round(600 * 100 ** (-c / 9)) for c in range(10)]
+
+
 def test_the_interval_covers_a_known_share_about_as_often_as_it_says():
     generator = np.random.default_rng(0)
     covered = 0

@@ -45,7 +45,8 @@ def test_every_probe(save, tmp_path, digits):
     config = tmp_path / "eval.yaml"
     config.write_text(
         f"data: {{shards: {digits}, num_workers: 0}}\nfeatures: {{cache_dir: {tmp_path / 'features'}}}\n"
-        "knn: {k: [5, 20]}\nlinear: {epochs: 2}\nfew_shot: {shots: [1], draws: 2}\nconfidence: {resamples: 50}\n"
+        "knn: {k: [5, 20]}\nlinear: {epochs: 2, min_steps: 0}\nfew_shot: {shots: [1], draws: 2}\n"
+        "confidence: {resamples: 50}\n"
         "fine_tune: {epochs: 1, batch_size: 64, shuffle_buffer: 100}\n"
         "long_tail: {imbalance_ratio: 10, few_at_most: 8, many_above: 20, classifier: linear}\n"
     )

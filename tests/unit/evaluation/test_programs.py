@@ -26,7 +26,7 @@ def evaluated(tmp_path_factory, digits):
     config.write_text(
         f"encoder: unset\ndata: {{shards: {digits}, num_workers: 0}}\n"
         f"features: {{cache_dir: {root / 'features'}}}\nknn: {{k: [5, 20], features: [embedding, mean]}}\n"
-        "linear: {epochs: 2, features: [embedding, both]}\nfew_shot: {shots: [1, 5], draws: 2}\n"
+        "linear: {epochs: 2, min_steps: 0, features: [embedding, both]}\nfew_shot: {shots: [1, 5], draws: 2}\n"
         "long_tail: {imbalance_ratio: 10, few_at_most: 8, many_above: 20}\nconfidence: {resamples: 50}\n"
         "fine_tune: {epochs: 1, batch_size: 64, shuffle_buffer: 100}\n"
     )
