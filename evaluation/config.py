@@ -103,6 +103,7 @@ class EvaluationConfig:
         controls: encoders that are measured beside it by k-NN: `random-init` (the same architecture with fresh
             weights, `control_seeds` of them) and `raw-pixels`.
         control_seeds: fresh initialisations of the control.
+        control_max_gib: largest size of `raw-pixels` as features of both splits; above it that control is left out.
         output_dir: where results go; null means `results/` of the run, else `outputs/evaluations/LABEL/results`.
         seed: of held-out parts, draws, k-means and bootstrap.
         device: `auto` (CUDA where there is one), `cpu` or `cuda`.
@@ -113,6 +114,7 @@ class EvaluationConfig:
     probes: tuple[str, ...] = ("prototypes", "knn")
     controls: tuple[str, ...] = ()
     control_seeds: Annotated[int, "[1, 100]"] = 3
+    control_max_gib: Annotated[float, "(0, 1e6]"] = 4.0
     output_dir: str | None = None
     seed: Annotated[int, "[0, 4294967295]"] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"

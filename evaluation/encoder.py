@@ -6,7 +6,6 @@ encoder declares, and enough about both to key a cache and to stand in a result.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from evaluation.exported import (
 )
 from evaluation.hf_models import TransformersFeatures, hub_transform, load_hub_model
 from evaluation.preprocessing import NoPreprocessing, Preprocessing, ProcessorTransform, from_timm_config
+from evaluation.tensor_files import checksum
 from evaluation.weights_files import is_weights_file, split_name
 from runtime.files import sha256_of
 
@@ -140,15 +140,6 @@ def _from_weights_file(spec: str) -> Encoder:
     )
 
 
-def compute_weights_sha256(module: nn.Module) -> str:
-    """Returns the SHA-256 over every parameter and buffer: name, type, shape and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _from_timm(
     spec: str,
     name: str,
@@ -171,7 +162,7 @@ def _from_timm(
             role=role,
             module=TimmFeatures(model, num_blocks),
             transform=from_timm_config(declared, overrides),
-            weights_sha256=compute_weights_sha256(model),
+            weights_sha256=checksum(model.state_dict()),
             folder=folder.path if ours else None,
             run_dir=folder.run_dir,
             step=folder.step,
@@ -214,7 +205,7 @@ def _from_hub(spec: str, overrides: TransformConfig, num_blocks: int) -> Encoder
             role="released",
             module=TransformersFeatures(model, num_blocks),
             transform=hub_transform(spec, name, model.config, overrides),
-            weights_sha256=compute_weights_sha256(model),
+            weights_sha256=checksum(model.state_dict()),
         )
     )
 
@@ -284,7 +275,7 @@ def _random_init(
             role="control",
             module=TimmFeatures(model, num_blocks),
             transform=from_timm_config(declared, overrides),
-            weights_sha256=compute_weights_sha256(model),
+            weights_sha256=checksum(model.state_dict()),
             run_dir=folder.run_dir,
         )
     )

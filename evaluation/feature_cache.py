@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.datasets import Manifest
 from evaluation.config import FeaturesConfig
 from evaluation.encoder import Encoder
+from evaluation.tensor_files import DamagedFileError, load_tensors
+
+logger = logging.getLogger(__name__)
 
 # Raised when the meaning of a cached file changes: older files are then not found.
-CACHE_SCHEMA = 2
+CACHE_SCHEMA = 3
 
 
 def cache_file(encoder: Encoder, manifest: Manifest, features: FeaturesConfig, limit: int | None) -> Path:
@@ -55,15 +56,15 @@ def describe_network(module: nn.Module) -> str:
     return hashlib.sha256((repr(module) + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
 
 
-def save_features(tensors: dict[str, Tensor], path: Path, about: dict[str, Any]) -> None:
-    """Writes tensors and a word about them so that a reader sees the whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"about": json.dumps(about)})
-    temporary.replace(path)
-
-
-def read_features(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of one file; none where it holds no image."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return tensors if len(tensors["labels"]) else {}
+def read_cached(path: Path) -> dict[str, Tensor] | None:
+    """Returns the features in a cache file; None where there is none, or where it is damaged, which is said."""
+    if not path.is_file():
+        return None
+    try:
+        tensors, _ = load_tensors(path)
+    except DamagedFileError as error:
+        logger.warning("features are extracted again: %s", error)
+        return None
+    # When it was last of use, for `evaluation.cache --prune`. Not the time of access: looking at a file renews that.
+    os.utime(path)
+    return tensors

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data.datasets import EvaluationStream, Manifest, load_manifest, require_same_classes
+from data.datasets import EvaluationStream, Manifest
 from evaluation.config import EvaluationDataConfig, FeaturesConfig
 from evaluation.encoder import Encoder
-from evaluation.feature_cache import cache_file, read_features, save_features
+from evaluation.feature_cache import cache_file, read_cached
 from evaluation.processes import Processes
+from evaluation.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -107,43 +109,6 @@ def select_feature(tensors: Mapping[str, Tensor], name: str) -> Float[Tensor, "B
     return classes if name in ("cls", "blocks") else torch.cat([classes, tensors["mean"]], dim=1)
 
 
-def load_splits(config: EvaluationDataConfig) -> tuple[Manifest, Manifest]:
-    """Returns the manifests of the training and of the test split.
-
-    Raises:
-        ValueError: no such split, no class names, class maps that differ (which would score noise), or images that
-            are in both (which would score memory).
-    """
-    train = load_manifest(config.shards, config.train_split)
-    test = load_manifest(config.test_shards or config.shards, config.test_split)
-    for manifest in (train, test):
-        if not manifest.classes:
-            raise FeatureError(
-                f"{manifest.directory} has no class names for split {manifest.split!r}; expected labelled shards; "
-                "make them with labels or set data.shards"
-            )
-    require_same_classes(train, test)
-    shared = _count_shared(train, test)
-    if shared:
-        raise FeatureError(
-            f"{shared} of {test.num_samples} images of {test.directory}:{test.split} are training images too "
-            f"({train.directory}:{train.split}); expected splits without a common image; set data.test_split"
-        )
-    return train, test
-
-
-def _count_shared(train: Manifest, test: Manifest) -> int:
-    """Returns how many images of the test split lie in the same place of the same tar as a training image."""
-    seen: dict[str, set[int]] = {}
-    for shard in train.shards:
-        seen.setdefault(shard.sha256, set()).update(shard.ordinals or range(shard.samples))
-    return sum(
-        len(seen[shard.sha256].intersection(shard.ordinals or range(shard.samples)))
-        for shard in test.shards
-        if shard.sha256 in seen
-    )
-
-
 def load_features(
     encoders: Sequence[Encoder],
     manifest: Manifest,
@@ -169,14 +134,16 @@ def load_features(
         FeatureError: labels are missing, the stream lost samples, or a feature is not finite.
     """
     files = [cache_file(encoder, manifest, features, limit) for encoder in encoders]
+    cached = [read_cached(file) if features.reuse else None for file in files]
+    # A file counts where every process could read it whole: all agree on what is missing before anybody writes.
+    views = processes.gather([tensors is not None for tensors in cached])
+    whole = [all(found) for found in zip(*views, strict=True)]
     groups: dict[str, list[int]] = {}
     for index, (encoder, file) in enumerate(zip(encoders, files, strict=True)):
-        if features.reuse and file.is_file():
+        if whole[index]:
             logger.info("features of %s, %s: read from %s", encoder.label, manifest.split, file)
         else:
             groups.setdefault(json.dumps(encoder.transform.describe(), sort_keys=True), []).append(index)
-    # Everybody has looked before anybody writes: all processes agree on what is missing.
-    processes.wait()
     seconds = [0.0] * len(encoders)
     for members in groups.values():
         started = time.perf_counter()
@@ -184,12 +151,13 @@ def load_features(
         extracted = _extract_group(chosen, manifest, data, features.precision, processes, limit)
         for index, own in zip(members, extracted, strict=True):
             _merge_into(files[index], own, encoders[index], manifest, processes, limit)
+            cached[index], _ = load_tensors(files[index])
             seconds[index] = time.perf_counter() - started
         if processes.rank == 0:
             names = ", ".join(encoder.label for encoder in chosen)
             took = time.perf_counter() - started
             logger.info("features of %s, %s: extracted in %.1f s", names, manifest.split, took)
-    return [_read_bank(file, manifest, took) for file, took in zip(files, seconds, strict=True)]
+    return [_bank(tensors or {}, manifest, took) for tensors, took in zip(cached, seconds, strict=True)]
 
 
 @torch.inference_mode()
@@ -338,24 +306,33 @@ def _merge_into(
     processes: Processes,
     limit: int | None,
 ) -> None:
-    """Writes the parts of all processes as one cache file. Collective."""
-    if processes.rank == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the parts of all processes as one cache file. Collective.
+
+    Part files carry the first process's host and number: another evaluation of the same encoder has others.
+
+    Raises:
+        FeatureError: on every process, where the parts do not make the split.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    token = processes.gather(f"{socket.gethostname()}-{os.getpid()}")[0]
+    parts = [file.with_name(f".{file.name}.{token}.part-{rank:05d}") for rank in range(processes.world_size)]
+    save_tensors(own, parts[processes.rank], {"split": manifest.split})
     processes.wait()
-    save_file(own, _part_file(file, processes.rank))
-    processes.wait()
+    failed: ValueError | OSError | None = None
     if processes.rank == 0:
-        parts = [_part_file(file, rank) for rank in range(processes.world_size)]
-        merged = merge_parts([read_features(part) for part in parts])
+        try:
+            loaded = [load_tensors(part)[0] for part in parts]
+            merged = merge_parts([tensors for tensors in loaded if len(tensors["labels"])])
+            _check_merged(merged, manifest, limit, encoder.label)
+            save_tensors(merged, file, {"encoder": encoder.describe(), "split": manifest.split})
+        except (ValueError, OSError) as error:
+            failed = error
         for part in parts:
-            part.unlink()
-        _check_merged(merged, manifest, limit, encoder.label)
-        save_features(merged, file, {"encoder": encoder.describe(), "split": manifest.split})
-    processes.wait()
-
-
-def _part_file(file: Path, rank: int) -> Path:
-    return file.with_name(f".{file.name}.part-{rank:05d}")
+            part.unlink(missing_ok=True)
+    # The others learn it too: they would wait for the next collective for hours.
+    failed = processes.gather(failed)[0]
+    if failed is not None:
+        raise failed
 
 
 def _check_merged(merged: dict[str, Tensor], manifest: Manifest, limit: int | None, encoder: str) -> None:
@@ -393,8 +370,7 @@ def _locate(manifest: Manifest, sample_id: int) -> str:
     return f"{manifest.path_of(manifest.shards[index])}, sample {sample_id - manifest.first_ids[index]}"
 
 
-def _read_bank(file: Path, manifest: Manifest, seconds: float) -> FeatureBank:
-    tensors = read_features(file)
+def _bank(tensors: dict[str, Tensor], manifest: Manifest, seconds: float) -> FeatureBank:
     labels, sample_ids = (tensors.pop(name) for name in _KEYS)
     return FeatureBank(
         tensors=tensors, labels=labels, sample_ids=sample_ids, manifest=manifest, seconds=seconds

@@ -9,6 +9,7 @@ from pathlib import Path
 from evaluation.config import EvaluationConfig
 from evaluation.encoder import Encoder, load_controls, load_encoder
 from evaluation.figures import draw_audit
+from evaluation.preprocessing import Preprocessing
 from evaluation.probes import PROBE_FUNCTIONS
 from evaluation.processes import start_processes
 from evaluation.results import collect_provenance, write_result
@@ -18,6 +19,7 @@ from runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
+_FP32_BYTES = 4
 # Controls are measured by what needs no fitting.
 CONTROL_PROBES = ("knn",)
 # What deals its work to all processes; the others run in the first one.
@@ -49,7 +51,7 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
         num_blocks=num_blocks,
     )
     session = Session(config, encoder, processes)
-    beside = [Session(config, control, processes) for control in controls]
+    beside = [Session(config, control, processes) for control in controls if _is_affordable(control, session)]
     if _needs_features(config) or beside:
         extract_together([session, *beside])
     written = [_run_probe(session, probe, directory) for probe in config.probes]
@@ -57,6 +59,27 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
         place = directory / "controls" / control.encoder.label
         written += [_run_probe(control, probe, place) for probe in CONTROL_PROBES]
     return written if processes.rank == 0 else []
+
+
+def _is_affordable(control: Encoder, session: Session) -> bool:
+    """Returns whether a control's features are small enough to keep; pixels of large images are not, which is said."""
+    if control.spec != "raw-pixels" or not isinstance(control.transform, Preprocessing):
+        return True
+    config, transform = session.config, control.transform
+    limits = (config.data.max_train_images, config.data.max_test_images)
+    images = sum(
+        manifest.num_samples if limit is None else min(limit, manifest.num_samples)
+        for manifest, limit in zip(session.splits, limits, strict=True)
+    )
+    gib = images * transform.channels * transform.image_size**2 * _FP32_BYTES / 2**30
+    if gib > config.control_max_gib and session.processes.rank == 0:
+        logger.warning(
+            "control raw-pixels is left out: %d images of %d x %d x %d are %.3g GiB of features; set control_max_gib "
+            "(now %g) higher, or data.max_train_images lower",
+            *(images, transform.channels, transform.image_size, transform.image_size, gib),
+            config.control_max_gib,
+        )
+    return gib <= config.control_max_gib
 
 
 def _refuse_features_of_a_file(config: EvaluationConfig, encoder: Encoder) -> None:

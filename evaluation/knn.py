@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from evaluation.config import EvaluationDataConfig
-from evaluation.features import NonFiniteFeatureError, extract_together, load_splits
+from evaluation.features import NonFiniteFeatureError, extract_together
 from evaluation.preprocessing import Preprocessing
 from evaluation.processes import Processes
+from evaluation.splits import load_splits
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64

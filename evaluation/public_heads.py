@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, gelu, layer_norm, linear, normalize, relu
 
-from evaluation.weights_files import WeightsFileError, read_weights_file, split_name
+from evaluation.weights_files import WeightsFileError, read_weights_file, refuse_part, split_name
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -108,9 +108,12 @@ def read_prototypes(spec: str) -> list[PrototypeMatrix]:
     """Returns the prototype matrices in a weights file, or the one that `PATH#NAME` names.
 
     Raises:
-        WeightsFileError: nothing in the file looks like prototypes of a known family, or no such matrix.
+        WeightsFileError: nothing in the file looks like prototypes of a known family, no such matrix, or the file is
+            one rank's part and no matrix is named.
     """
     path, name = split_name(spec)
+    if name is None:
+        refuse_part(path)
     tensors = _compose_weight_norm(read_weights_file(path))
     if name is not None:
         return [_named(path, name, {key: value for key, (value, _) in tensors.items()})]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from evaluation.comparison import accuracy_rows, difference_rows
+from evaluation.comparison import accuracy_rows, difference_rows, why_not_comparable
 from evaluation.page import Section
 from evaluation.tables import Row, compare_knn, control_sentence, knn_rows, percent, prototype_rows
 
@@ -19,8 +19,10 @@ def table_sections(runs: Sequence[Run]) -> list[Section]:
     for run in runs:
         knn = run.result("knn")
         if knn:
-            comparison = compare_knn(knn, run.controls)
-            sections.append(Section(f"k-NN: {run.name}", control_sentence(comparison), knn_rows(comparison)))
+            alike, left_out = _controls_measured_alike(knn, run.controls)
+            comparison = compare_knn(knn, alike)
+            text = " ".join(part for part in (control_sentence(comparison), *left_out) if part)
+            sections.append(Section(f"k-NN: {run.name}", text, knn_rows(comparison)))
     sections += [
         Section(
             "Prototypes",
@@ -66,6 +68,20 @@ def table_sections(runs: Sequence[Run]) -> list[Section]:
         ),
     ]
     return [section for section in sections if section.rows]
+
+
+def _controls_measured_alike(
+    knn: dict[str, Any], controls: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns the controls that may stand beside a k-NN result, and a sentence for each that may not."""
+    alike, left_out = [], []
+    for control in controls:
+        reason = why_not_comparable(knn, control) if control["probe"] == "knn" else ""
+        if reason:
+            left_out.append(f"{control['encoder']['label']} is not compared: {reason}; evaluate again.")
+        elif control["probe"] == "knn":
+            alike.append(control)
+    return alike, left_out
 
 
 def probe_rows(runs: Sequence[Run]) -> list[Row]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from evaluation.tensor_files import DamagedFileError, load_tensors, save_tensors
 from runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def write_result(
         predictions: predicted classes by name, and `labels`: what paired intervals between runs are made from.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    content = {
+    content: dict[str, Any] = {
         "schema": RESULT_SCHEMA,
         "probe": probe,
         "encoder": encoder,
@@ -76,9 +76,9 @@ def write_result(
     }
     if predictions:
         small = {name: tensor.to(torch.int32).contiguous() for name, tensor in predictions.items()}
-        temporary = directory / f".{probe}.predictions.tmp"
-        save_file(small, temporary)
-        temporary.replace(directory / f"{probe}.predictions.safetensors")
+        content["predictions_sha256"] = save_tensors(
+            small, directory / f"{probe}.predictions.safetensors", {"probe": probe}
+        )
     path = directory / f"{probe}.json"
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path
@@ -99,9 +99,21 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
 
 
 def read_predictions(result: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns the predictions beside a result of `read_results`; empty where it has none."""
+    """Returns the predictions beside a result of `read_results`; empty where it has none.
+
+    Predictions that are damaged, or that another evaluation wrote, are named in the log and left out.
+    """
     path: Path = result["path"].with_name(f"{result['probe']}.predictions.safetensors")
-    return load_file(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        tensors, found = load_tensors(path)
+        if found != result.get("predictions_sha256"):
+            raise DamagedFileError(f"{path} is not of the evaluation that wrote {result['path'].name}")
+    except DamagedFileError as error:
+        logger.warning("no intervals for %s: %s; evaluate again", result["path"], error)
+        return {}
+    return tensors
 
 
 def _commit() -> str:

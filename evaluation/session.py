@@ -13,8 +13,9 @@ from data.datasets import Manifest
 from evaluation.confidence import bootstrap
 from evaluation.config import EvaluationConfig
 from evaluation.encoder import Encoder
-from evaluation.features import FeatureBank, load_features, load_splits
+from evaluation.features import FeatureBank, load_features
 from evaluation.processes import Processes
+from evaluation.splits import load_splits
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,9 @@ from torch import Tensor
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 # Optimizer states are many times the weights and hold no prototypes.
 _SKIPPED = ("optimizer", "opt", "clustering_optimizer", "fp16_scaler", "amp")
+# One rank's part of sharded weights: CAPI's and DINOv2's `model.N.rank_0.pth`, ZeRO-3's `zero_pp_rank_0_...`. What
+# DeepSpeed calls `mp_rank_00` holds whole tensors where nothing else is sharded.
+_RANK_PART = re.compile(r"(?<!mp)(?:^|[._-])rank[._-]?(\d+)(?=[._-])")
 # What wrappers put between the names of modules: DDP and SimpleFSDP, torch.compile, FSDP1, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Classes that official checkpoints carry besides tensors (the command line, a loss as a NumPy number) and that
@@ -47,6 +50,24 @@ def is_weights_file(spec: str) -> bool:
     """Returns whether an encoder's name is a weights file, with or without `#NAME`, there or not."""
     path, name = split_name(spec)
     return path.is_file() or name is not None or path.suffix in _SUFFIXES
+
+
+def refuse_part(path: Path) -> None:
+    """Raises WeightsFileError where a file's name says that it is one rank's part: its rows are not all there are."""
+    found = _RANK_PART.search(path.name)
+    if found is None:
+        return
+    before, after = path.name[: found.start(1)], path.name[found.end(1) :]
+    beside = [
+        other.name
+        for other in path.parent.glob("*")
+        if other != path and other.name.startswith(before) and other.name.endswith(after)
+    ]
+    parts = f"beside {len(beside)} others such as {min(beside)}" if beside else "the others are not beside it"
+    raise WeightsFileError(
+        f"{path} is the part of rank {found.group(1)} of a sharded checkpoint ({parts}); expected whole tensors; join "
+        "the parts along dimension 0 into one file, or set PATH#TENSOR where this one is known to be whole"
+    )
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:

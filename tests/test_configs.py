@@ -66,7 +66,7 @@ def test_deepspeed_config_that_sets_the_batch_is_refused(tmp_path):
         read_mechanics(str(path))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("eval_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("eval*.yaml")), ids=lambda path: path.stem)
 def test_evaluation_config_loads(path):
     load_config(EvaluationConfig, str(path))
 

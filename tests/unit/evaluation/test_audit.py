@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from evaluation import audit, audit_report
 from evaluation.audit import Cell, iterate_cells, run_missing, submit_commands
 from evaluation.audit_config import AuditConfig
 from evaluation.audit_report import difference_rows, spread, write_audit
 from evaluation.config import EvaluationConfig
+from evaluation.results import write_result
 from runtime.config import load_config
 from runtime.program import run_program
 
@@ -73,9 +73,15 @@ def write_run(directory: Path, *, used: float, right: list[bool]) -> None:
     labels = torch.arange(4, dtype=torch.int32)
     predicted = torch.where(torch.tensor(right), labels, (labels + 1) % 4).to(torch.int32)
     for probe, found in figures.items():
-        result = {"schema": 1, "probe": probe, "encoder": encoder, "figures": found, "seconds": 1.0}
-        (results / f"{probe}.json").write_text(json.dumps({**result, "provenance": provenance}))
-        save_file({"p": predicted, "labels": labels}, results / f"{probe}.predictions.safetensors")
+        write_result(
+            results,
+            probe,
+            encoder=encoder,
+            figures=found,
+            provenance=provenance,
+            seconds=1.0,
+            predictions={"p": predicted, "labels": labels},
+        )
 
 
 def write_all(tmp_path):

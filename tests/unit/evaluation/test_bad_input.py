@@ -112,5 +112,5 @@ def test_a_hostile_pickle(evaluate, prefix, run_dir, digits, tmp_path):
 
 def test_every_option_is_read_and_every_configuration_loads():
     assert unread_options(EvaluationConfig) == []
-    for path in (ROOT / "configs").glob("eval_*.yaml"):
+    for path in (ROOT / "configs").glob("eval*.yaml"):
         load_config(EvaluationConfig, str(path))

@@ -1,14 +1,22 @@
 """Features that a probe must never see, and features that two processes keep on one disk."""
 
 import dataclasses
+import multiprocessing
+import os
+import time
 
 import pytest
+import torch
 
+from evaluation import cache, features
 from evaluation.backbones import FeatureModule
 from evaluation.config import EvaluationDataConfig, FeaturesConfig
 from evaluation.encoder import load_encoder
-from evaluation.features import FeatureError, load_features, load_splits
+from evaluation.features import FeatureError, load_features
 from evaluation.processes import Processes
+from evaluation.splits import load_splits
+from evaluation.tensor_files import DamagedFileError, load_tensors, save_tensors
+from runtime.program import run_program
 
 
 class OneBadImage(FeatureModule):
@@ -44,3 +52,127 @@ def test_a_feature_that_is_not_finite_names_encoder_and_image(value, run_dir, di
     with pytest.raises(FeatureError, match=r"feature 'mean' of tiny holds NaN.*test-000001.tar, sample 2"):
         load(broken, digits, tmp_path)
     assert not list(tmp_path.glob("*.safetensors")), "a probe could read them from the cache"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def without_checksum(path):
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(path), path)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, empty, without_checksum])
+def test_a_damaged_cache_is_said_and_made_again(damage, run_dir, digits, tmp_path, caplog):
+    encoder = load_encoder(str(run_dir))
+    first = load(encoder, digits, tmp_path)
+    (path,) = tmp_path.iterdir()
+    damage(path)
+    again = load(encoder, digits, tmp_path)
+    assert torch.equal(first.select("embedding"), again.select("embedding"))
+    assert "features are extracted again" in caplog.text and again.seconds > 0
+    caplog.clear()
+    assert load(encoder, digits, tmp_path).seconds == 0 and "again" not in caplog.text
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    from evaluation import tensor_files
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(tensor_files, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_tensors({"x": torch.ones(2)}, tmp_path / "x.safetensors", {})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DamagedFileError, match="cannot be read"):
+        load_tensors(tmp_path / "x.safetensors")
+
+
+def _extract(run_dir, digits, cache_dir, barrier):
+    encoder = load_encoder(run_dir)
+    check = features._check_merged
+
+    def wait_for_the_other(*arguments):
+        barrier.wait(60)  # both have written their parts, neither has merged
+        check(*arguments)
+
+    features._check_merged = wait_for_the_other
+    load(encoder, digits, cache_dir)
+
+
+def test_two_evaluations_at_once_do_not_meet(run_dir, digits, tmp_path):
+    """Part files had one name for all: the second evaluation lost its parts to the first."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    both = [
+        context.Process(target=_extract, args=(str(run_dir), digits, tmp_path, barrier)) for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    (path,) = tmp_path.iterdir()
+    load_tensors(path)
+
+
+def test_what_the_first_process_finds_wrong_reaches_the_others(run_dir, digits, tmp_path):
+    """They waited for the next collective, for hours, while the first one had left."""
+    encoder = load_encoder(str(run_dir))
+    gathered = []
+
+    def gather(item):
+        gathered.append(item)
+        return [item]
+
+    broken = dataclasses.replace(encoder, module=OneBadImage(encoder.module, float("nan"), at=50))
+    data = EvaluationDataConfig(shards=str(digits), num_workers=0)
+    with pytest.raises(FeatureError):
+        load_features(
+            [broken],
+            load_splits(data)[1],
+            data=data,
+            features=FeaturesConfig(cache_dir=str(tmp_path)),
+            processes=Processes(gather=gather),
+        )
+    assert isinstance(gathered[-1], FeatureError)
+
+
+def test_pruning_removes_what_is_unused_and_nothing_of_others(run_dir, digits, tmp_path, capsys):
+    load(load_encoder(str(run_dir)), digits, tmp_path)
+    (used,) = tmp_path.iterdir()
+    old = tmp_path / used.name.replace("test-", "other-")
+    old.write_bytes(used.read_bytes())
+    unfinished = tmp_path / f".{used.name}.host-7.part-00000"
+    foreign = [tmp_path / "notes.txt", tmp_path / "model-0123456789abcdef.safetensors"]
+    for path in (unfinished, *foreign):
+        path.write_bytes(b"x" * 100)
+    long_ago = time.time() - 40 * 24 * 3600
+    for path in (old, unfinished, *foreign):
+        os.utime(path, (long_ago, long_ago))
+    assert run_program(cache.main, [str(tmp_path)]) == 0
+    assert old.exists() and "3 files" in capsys.readouterr().out
+    assert run_program(cache.main, [str(tmp_path), "--prune"]) == 0
+    assert not old.exists() and not unfinished.exists() and used.exists()
+    os.utime(used, (long_ago, long_ago))
+    load(load_encoder(str(run_dir)), digits, tmp_path)  # read again: used today
+    assert run_program(cache.main, [str(tmp_path), "--prune"]) == 0 and used.exists()
+    assert run_program(cache.main, [str(tmp_path), "--prune", "--unused-days", "0"]) == 0
+    assert sorted(tmp_path.iterdir()) == sorted(foreign)
+    assert run_program(cache.main, [str(tmp_path / "nowhere")]) == 2

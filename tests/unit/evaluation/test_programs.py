@@ -84,10 +84,10 @@ def test_thinned_training_set_has_three_groups(evaluated):
 
 def test_a_second_evaluation_reads_the_cache_and_says_the_same(evaluated):
     before = result(evaluated, "first", "knn")["figures"]
-    files = {path: path.stat().st_mtime_ns for path in (evaluated / "features").iterdir()}
+    files = {path: path.stat().st_ino for path in (evaluated / "features").iterdir()}
     program.main([str(evaluated / "eval.yaml"), f"encoder={evaluated / 'first'}", "probes=[knn]"])
     assert result(evaluated, "first", "knn")["figures"] == before
-    assert files == {path: path.stat().st_mtime_ns for path in (evaluated / "features").iterdir()}
+    assert files == {path: path.stat().st_ino for path in (evaluated / "features").iterdir()}
 
 
 class _Page(HTMLParser):
@@ -198,6 +198,19 @@ def test_a_typo_is_reported_before_torch_is_loaded():
         "assert rc == 2 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_pixels_that_would_fill_the_disk_are_left_out_with_one_line(evaluated, capsys, tmp_path):
+    arguments = [str(evaluated / "eval.yaml"), f"encoder={evaluated / 'first'}", "probes=[knn]"]
+    arguments += [
+        "controls=[raw-pixels]",
+        f"output_dir={tmp_path}",
+        f"features.cache_dir={tmp_path / 'cache'}",
+    ]
+    assert program.main([*arguments, "control_max_gib=0.001"]) == 0
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "raw-pixels is left out" in text]
+    assert "480 images of 1 x 28 x 28" in line and "set control_max_gib" in line
+    assert not list(tmp_path.rglob("controls")) and not list((tmp_path / "cache").glob("raw-pixels*"))
 
 
 def test_predictions_are_saved_beside_figures(evaluated):

@@ -297,3 +297,20 @@ def test_usage_of_a_head_beside_its_backbone(tmp_path, run_dir, digits):
         0 < usage["teacher"]["used_by_logits"] <= usage["teacher"]["used_ceiling"] == 1
         and sum(usage["teacher"]["largest_counts"]) == 96
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["model.100.rank_0.pth", "model_0124999.rank_0.pth", "zero_pp_rank_0_mp_rank_00.pt"]
+)
+def test_one_ranks_part_is_not_taken_for_the_whole(name, tmp_path):
+    """Of 380 prototypes on two ranks, 190 were audited and reported as all."""
+    for rank in range(2):
+        torch.save(
+            {"head.layer.weight": torch.randn(190, 8)}, tmp_path / name.replace("rank_0", f"rank_{rank}", 1)
+        )
+    with pytest.raises(WeightsFileError, match=r"is the part of rank 0 .*beside 1 others.*join the parts"):
+        read_prototypes(str(tmp_path / name))
+    (named,) = read_prototypes(f"{tmp_path / name}#head.layer.weight")
+    assert named.tensor.shape == (190, 8)
+    torch.save({"teacher.head.layer.weight": torch.randn(38, 8)}, tmp_path / "mp_rank_00_model_states.pt")
+    assert read_prototypes(str(tmp_path / "mp_rank_00_model_states.pt"))[0].tensor.shape == (38, 8)

@@ -1,0 +1,47 @@
+"""The two splits of an evaluation: the same classes, no common image."""
+
+from __future__ import annotations
+
+from data.datasets import Manifest, load_manifest, require_same_classes
+from evaluation.config import EvaluationDataConfig
+
+
+class SplitError(ValueError):
+    """Splits on which no encoder can be measured; the message is one line."""
+
+
+def load_splits(config: EvaluationDataConfig) -> tuple[Manifest, Manifest]:
+    """Returns the manifests of the training and of the test split.
+
+    Raises:
+        ValueError: no such split, no class names, class maps that differ (which would score noise), or images that
+            are in both (which would score memory).
+    """
+    train = load_manifest(config.shards, config.train_split)
+    test = load_manifest(config.test_shards or config.shards, config.test_split)
+    for manifest in (train, test):
+        if not manifest.classes:
+            raise SplitError(
+                f"{manifest.directory} has no class names for split {manifest.split!r}; expected labelled shards; "
+                "make them with labels or set data.shards"
+            )
+    require_same_classes(train, test)
+    shared = _count_shared(train, test)
+    if shared:
+        raise SplitError(
+            f"{shared} of {test.num_samples} images of {test.directory}:{test.split} are training images too "
+            f"({train.directory}:{train.split}); expected splits without a common image; set data.test_split"
+        )
+    return train, test
+
+
+def _count_shared(train: Manifest, test: Manifest) -> int:
+    """Returns how many images of the test split lie in the same place of the same tar as a training image."""
+    seen: dict[str, set[int]] = {}
+    for shard in train.shards:
+        seen.setdefault(shard.sha256, set()).update(shard.ordinals or range(shard.samples))
+    return sum(
+        len(seen[shard.sha256].intersection(shard.ordinals or range(shard.samples)))
+        for shard in test.shards
+        if shard.sha256 in seen
+    )

@@ -1,0 +1,65 @@
+"""Tensors on the disk that are whole or known to be damaged: a checksum inside, a name of one's own while writing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch import uint8 as torch_uint8
+
+
+class DamagedFileError(ValueError):
+    """A tensor file that is cut, changed or not ours; the message is one line."""
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """Returns the SHA-256 over every tensor: name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch_uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, Any]) -> str:
+    """Writes tensors, a word about them and their checksum, which is returned; a reader sees the whole file or none.
+
+    Two processes that write the same path do not meet: each has a temporary name of its own, and the last rename wins.
+
+    Raises:
+        OSError: the disk is full or not writable; the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    digest = checksum(tensors)
+    try:
+        save_file(tensors, temporary, metadata={"about": json.dumps(about), "sha256": digest})
+        temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({' '.join(str(error).split())[:200]})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Returns the tensors of a file of `save_tensors` and their checksum.
+
+    Raises:
+        DamagedFileError: the file is cut, no tensor file, without checksum, or its content is not what was written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            stated = (file.metadata() or {}).get("sha256")
+            # Copies: the originals are the file's own pages, and a file that is cut later would end this process.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
+    if stated != checksum(tensors):
+        raise DamagedFileError(f"{path} does not hold what was written: its checksum differs")
+    return tensors, stated
