@@ -167,7 +167,7 @@ def test_what_is_neither_is_refused_before_it_sizes_anything(value):
         parse_label("k", value)
 
 
-@pytest.mark.parametrize("label", [b"3000000000", b"-7", b"", b"1.5", b"\xff"])
+@pytest.mark.parametrize("label", [b"1000000", b"-7", b"", b"1.5", b"\xff"])
 def test_unusable_labels_are_one_finding(tmp_path, label):
     members = [
         (f"k{i}.{s}", data) for i in range(40) for s, data in (("png", encode_image(i)), ("cls", label))
