@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.ticker import PercentFormatter
@@ -20,9 +20,7 @@ from evaluation.figures import (
     series,
 )
 from evaluation.long_tail import GROUPS
-
-if TYPE_CHECKING:
-    from evaluation.report import Run
+from evaluation.report_runs import Run
 
 Figures = Mapping[str, Mapping[str, Mapping[str, float]]]
 

@@ -18,7 +18,8 @@ from evaluation.audit_config import AuditConfig
 from evaluation.comparison import correctness
 from evaluation.long_tail import GROUPS
 from evaluation.page import Section, render_page
-from evaluation.report import Run, load_runs, provenance_rows
+from evaluation.report import provenance_rows
+from evaluation.report_runs import Run, load_runs
 from evaluation.results import read_predictions
 from evaluation.tables import Row, markdown_table
 from runtime.files import write_atomically

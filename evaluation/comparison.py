@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from evaluation.confidence import Interval, bootstrap
+from evaluation.report_runs import Run
 from evaluation.results import read_predictions
 from evaluation.tables import Row
-
-if TYPE_CHECKING:
-    from evaluation.report import Run
 
 # The prediction that stands for a probe is the first that it saved besides the labels.
 _RESAMPLES, _LEVEL, _SEED = 1000, 0.95, 0

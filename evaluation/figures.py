@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # no display on a compute node
 
@@ -16,10 +17,13 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
 
 # Okabe & Ito's palette, without yellow: distinguishable with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", ":", "-.")
+# A confusion matrix of more classes cannot be read; the table of the most frequent confusions can.
+MOST_NAMED_CLASSES = 30
 # Wide enough for a laptop's column, and still legible at a phone's 360 pixels.
 _SIZE = (4.6, 3.4)
 _DPI = 190
@@ -35,53 +39,6 @@ class Chart:
     title: str
     caption: str
     png: bytes
-
-
-def draw_losses(runs: Mapping[str, Records]) -> Chart | None:
-    """Returns loss terms over steps for every run; None where no run has any."""
-    terms = (("total", "-"), ("consistency", "--"), ("entropy", ":"))
-    figure, axes = new_axes("Step", "Loss")
-    drawn = False
-    for colour, (run, records) in zip(_cycle(), runs.items(), strict=False):
-        for term, dash in terms:
-            steps, values = series(records, f"loss/{term}")
-            if steps:
-                axes.plot(steps, values, dash, color=colour, label=_label(run, term, runs))
-                drawn = True
-    caption = (
-        "Consistency draws two views of an image together; entropy keeps all prototypes of a block in use."
-    )
-    return finish(figure, axes, "loss", "Loss terms", caption, drawn)
-
-
-def draw_unique_over_time(run: str, records: Records) -> Chart | None:
-    """Returns the share of unique prototypes over steps at every eps of one run; None without data."""
-    figure, axes = new_axes("Step", "Unique prototypes")
-    keys = sorted({key for r in records for key in r if key.startswith("prototypes/unique_")}, key=_eps_of)
-    for colour, dash, key in zip(_cycle(), DASHES * 2, keys, strict=False):
-        steps, values = series(records, key)
-        axes.plot(
-            steps,
-            values,
-            dash,
-            color=colour,
-            marker="o",
-            markersize=3,
-            label=f"ε = {_eps_of(key):g}",
-        )
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    caption = (
-        "Share of prototypes farther than ε (cosine distance) from every earlier one. Collapse shows early."
-    )
-    return finish(
-        figure,
-        axes,
-        f"unique_over_time_{file_name(run)}",
-        f"Unique prototypes over time: {run}",
-        caption,
-        bool(keys),
-    )
 
 
 def draw_unique_by_eps(audits: Mapping[str, Mapping[str, float]]) -> Chart | None:
@@ -107,64 +64,6 @@ def draw_unique_by_eps(audits: Mapping[str, Mapping[str, float]]) -> Chart | Non
     return finish(figure, axes, "unique_by_eps", "Unique prototypes against ε", caption, bool(audits))
 
 
-def draw_usage(runs: Mapping[str, Records]) -> Chart | None:
-    """Returns used prototypes and usage perplexity over steps; None without data."""
-    figure, axes = new_axes("Step", "Share of prototypes")
-    drawn = False
-    for colour, (run, records) in zip(_cycle(), runs.items(), strict=False):
-        for key, title, dash, marker in (
-            ("used", "used", "-", "o"),
-            ("used_by_logits", "used by logits", ":", "^"),
-            ("usage_perplexity", "usage perplexity / K", "--", "s"),
-        ):
-            steps, values = series(records, f"prototypes/{key}")
-            if steps:
-                axes.plot(
-                    steps,
-                    values,
-                    dash,
-                    color=colour,
-                    marker=marker,
-                    markersize=4,
-                    label=_label(run, title, runs),
-                )
-                drawn = True
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    caption = (
-        "Used: won a teacher view of the epoch in the E-step (learned prototypes: by the logits), before a revival; "
-        "by logits: the argmax of the dot products. Perplexity: 100 % if all are used equally."
-    )
-    return finish(figure, axes, "usage", "Prototype usage", caption, drawn)
-
-
-def draw_knn_over_time(runs: Mapping[str, Records]) -> Chart | None:
-    """Returns the in-training k-NN accuracy over steps; None without data."""
-    figure, axes = new_axes("Step", "k-NN top-1 (k = 20)")
-    drawn = False
-    for colour, dash, (run, records) in zip(_cycle(), DASHES * 2, runs.items(), strict=False):
-        steps, values = series(records, "eval/knn20_top1")
-        if steps:
-            axes.plot(steps, values, dash, color=colour, marker="o", markersize=4, label=run)
-            drawn = True
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    caption = "Teacher's features on a fixed subset of the test images."
-    return finish(figure, axes, "knn_over_time", "k-NN during training", caption, drawn)
-
-
-def draw_feature_rank(runs: Mapping[str, Records]) -> Chart | None:
-    """Returns the effective rank of projections over steps; None without data."""
-    figure, axes = new_axes("Step", "Effective rank")
-    drawn = False
-    for colour, dash, (run, records) in zip(_cycle(), DASHES * 2, runs.items(), strict=False):
-        steps, values = series(records, "features/effective_rank")
-        if steps:
-            axes.plot(steps, values, dash, color=colour, label=run)
-            drawn = True
-    caption = "Of the teacher's projections of one batch; 1 means that all features point one way."
-    return finish(figure, axes, "effective_rank", "Spread of the features", caption, drawn)
-
-
 def draw_angle_density(densities: Mapping[str, Sequence[float]]) -> Chart | None:
     """Returns the density of prototype directions on a random plane; None without audits."""
     figure, axes = new_axes("Angle on a random plane (radians)", "Density")
@@ -180,50 +79,79 @@ def draw_angle_density(densities: Mapping[str, Sequence[float]]) -> Chart | None
     return finish(figure, axes, "angle_density", "Where prototypes point", caption, bool(densities))
 
 
-def draw_probes(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """Returns accuracies with intervals side by side.
+def draw_probes(rows: Sequence[Mapping[str, Any]], runs: Sequence[str]) -> Chart | None:
+    """Returns accuracies with intervals, one line for each encoder below its probe's name; None without rows.
 
     Args:
         rows: `probe`, `encoder`, `value`, `low`, `high`, each share in 0..1; in the order in which to draw them.
+        runs: names of the runs, in the order of their colours; every other encoder is a control, drawn in grey.
     """
+    shown = dict(zip(runs, short_names(runs), strict=True))
     probes = list(dict.fromkeys(row["probe"] for row in rows))
-    encoders = list(dict.fromkeys(row["encoder"] for row in rows))
-    height = max(2.2, 0.8 + 0.32 * len(rows) + 0.3 * len(probes))
-    figure, axes = plt.subplots(figsize=(_SIZE[0], height), layout="constrained")
-    ticks, position = [], 0.0
-    for probe in probes:
-        members = [row for row in rows if row["probe"] == probe]
-        ticks.append(position + (len(members) - 1) / 2)
-        for row in members:
-            index = encoders.index(row["encoder"])
-            bounds = [[max(0.0, row["value"] - row["low"])], [max(0.0, row["high"] - row["value"])]]
-            first = row is next(r for r in rows if r["encoder"] == row["encoder"])
-            axes.errorbar(
-                [row["value"]],
-                [position],
-                xerr=bounds,
-                fmt="os^Dv<>"[index % 7],
-                capsize=3,
-                color=COLOURS[index % len(COLOURS)],
-                label=row["encoder"] if first else None,
-            )
-            axes.annotate(
-                f"{100 * row['value']:.1f}",
-                (row["high"], position),
-                xytext=(6, -3),
-                textcoords="offset points",
-                fontsize=8,
-            )
-            position += 1
-        position += 0.8
-    axes.set_yticks(ticks, probes)
+    lines = [line for probe in probes for line in (probe, *(row for row in rows if row["probe"] == probe))]
+    figure, axes = plt.subplots(figsize=(_SIZE[0], 0.9 + 0.21 * len(lines)), layout="constrained")
+    for position, row in enumerate(lines):
+        if isinstance(row, str):
+            continue
+        is_run = row["encoder"] in shown
+        axes.errorbar(
+            [row["value"]],
+            [position],
+            xerr=[[max(0.0, row["value"] - row["low"])], [max(0.0, row["high"] - row["value"])]],
+            fmt="o" if is_run else "s",
+            markersize=4,
+            capsize=2.5,
+            color=COLOURS[list(runs).index(row["encoder"]) % len(COLOURS)] if is_run else "#777777",
+        )
+        axes.annotate(
+            f"{100 * row['value']:.1f}",
+            (row["high"], position),
+            xytext=(4, -2.5),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    axes.set_yticks(
+        range(len(lines)),
+        [row if isinstance(row, str) else _encoder_name(row["encoder"], shown) for row in lines],
+        fontsize=7.5,
+    )
+    for label, row in zip(axes.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("bold" if isinstance(row, str) else "normal")
+    axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlabel("Top-1 accuracy on the test split")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.margins(x=0.12, y=0.12)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.margins(x=0.14, y=0.02)
     axes.grid(axis="x", alpha=0.3)
     caption = "Bars: bootstrap intervals over test images. For two encoders on the same images, see the differences."
     return finish(figure, axes, "probes", "Probes side by side", caption, bool(rows))
+
+
+def draw_confusion(counts: NDArray[np.int64], classes: Sequence[str], run: str) -> Chart | None:
+    """Returns the k-NN probe's confusions; None for more classes than a picture can name.
+
+    Args:
+        counts: int [C, C], test images of true class (row) classified as (column).
+        classes: names, C of them.
+        run: the run's name.
+    """
+    if len(classes) > MOST_NAMED_CLASSES:
+        return None
+    names = short_names(classes, longest=12)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = plt.subplots(figsize=(_SIZE[0], _SIZE[0] * 0.92), layout="constrained")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    size = 7 if len(classes) <= 12 else 5
+    for row, column in np.argwhere(shares >= 0.005):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        text = f"{100 * shares[row, column]:.0f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size + 0.5)
+    axes.set_yticks(range(len(names)), names, fontsize=size + 0.5)
+    axes.set_xlabel("Classified as")
+    axes.set_ylabel("Class")
+    caption = "k-NN on the test split, percent of the class's images (rows sum to 100)."
+    return finish(figure, axes, f"confusion_{file_name(run)}", f"Confusions: {run}", caption, True)
 
 
 def draw_audit(label: str, figures: Mapping[str, Any]) -> bytes:
@@ -281,10 +209,8 @@ def finish(figure: Figure, axes: Axes, name: str, title: str, caption: str, draw
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    handles, _ = axes.get_legend_handles_labels()
-    if handles:
-        # Below the axes: a legend inside hides data on small charts.
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(fontsize=7.5, framealpha=0.8, loc="best")
     return Chart(name=name, title=title, caption=caption, png=to_png(figure))
 
 
@@ -296,10 +222,6 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _cycle() -> tuple[str, ...]:
-    return COLOURS * 4
-
-
 def series(records: Records, key: str) -> tuple[list[int], list[float]]:
     """Returns steps and values of one key in order; of a step that was logged twice, the later value."""
     points = {
@@ -309,14 +231,21 @@ def series(records: Records, key: str) -> tuple[list[int], list[float]]:
     return steps, [points[step] for step in steps]
 
 
-def _label(run: str, term: str, runs: Mapping[str, Records]) -> str:
-    return term if len(runs) == 1 else f"{run}: {term}"
-
-
-def _eps_of(key: str) -> float:
-    return float(key.rsplit("_", 1)[-1])
-
-
 def file_name(text: str) -> str:
     """Returns `text` with whatever a file name should not hold replaced by an underscore."""
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in text)
+
+
+def short_names(names: Sequence[str], longest: int = 22) -> list[str]:
+    """Returns names as a legend can hold them: those that are too long lose their middle; they stay unique."""
+    keep = longest // 2
+    shown = [name if len(name) <= longest else f"{name[: keep - 1]}…{name[-keep:]}" for name in names]
+    return [f"{i + 1}: {name}" if shown.count(name) > 1 else name for i, name in enumerate(shown)]
+
+
+def _encoder_name(encoder: str, shown: Mapping[str, str]) -> str:
+    """Returns a run's short name, or a control's own name behind that of the run it belongs to, if there are many."""
+    run, _, control = encoder.rpartition(": ")
+    if encoder in shown or run not in shown:
+        return shown.get(encoder, encoder)
+    return control if len(shown) == 1 else f"{shown[run]}: {control}"

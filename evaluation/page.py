@@ -37,8 +37,9 @@ figure img { display: block; width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: #4a5560; font-size: .9rem; margin-top: .5rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .5rem; border-bottom: 1px solid #e6eaee; white-space: nowrap; }
-th { background: #eef2f6; font-weight: 600; white-space: normal; vertical-align: bottom; }
+th, td { text-align: left; padding: .35rem .5rem; border-bottom: 1px solid #e6eaee; vertical-align: top;
+  max-width: 15rem; overflow-wrap: anywhere; min-width: 3.6rem; }
+th { background: #eef2f6; font-weight: 600; vertical-align: bottom; overflow-wrap: normal; }
 tbody tr:last-child td { border-bottom: 0; }
 details summary { cursor: pointer; font-weight: 600; }
 footer { color: #4a5560; font-size: .85rem; padding: 0 1rem 2rem; max-width: 1180px; margin: 0 auto; }
@@ -54,12 +55,14 @@ class Section:
         text: how to read it.
         rows: of text.
         folded: closed until it is asked for.
+        most_rows: rows on the page; None shows all of them.
     """
 
     title: str
     text: str
     rows: Sequence[Row]
     folded: bool = False
+    most_rows: int | None = _MOST_ROWS
 
 
 def render_page(
@@ -102,9 +105,9 @@ def render_page(
 
 def _table_card(section: Section) -> str:
     title, text = html.escape(section.title), section.text
-    if len(section.rows) > _MOST_ROWS:
-        text += f" The first {_MOST_ROWS} of {len(section.rows)} rows; all of them are in results.csv."
-    body = (f"<p>{html.escape(text)}</p>" if text else "") + _table(section.rows[:_MOST_ROWS])
+    if section.most_rows is not None and len(section.rows) > section.most_rows:
+        text += f" The first {section.most_rows} of {len(section.rows)} rows; all of them are in results.csv."
+    body = (f"<p>{html.escape(text)}</p>" if text else "") + _table(section.rows[: section.most_rows])
     if section.folded:
         return f'<section class="card"><details><summary>{title}</summary>{body}</details></section>'
     return f'<section class="card"><h3>{title}</h3>{body}</section>'

@@ -35,6 +35,7 @@ _Cell = tuple[Tensor, str] | None
 BANK_IMAGES = 4000
 _SIDE = 64
 _ROWS, _NEIGHBOURS = 8, 7
+_MAP_IMAGES, _MAP_CLASSES = 2000, 20
 # Inches of a cell: a whole panel is as wide as a chart, so that its letters are as large, on a phone too.
 _CELL = 0.52
 _RIGHT, _WRONG, _QUERY = "#009E73", "#D55E00", "#000000"
@@ -160,6 +161,34 @@ def draw_patch_components(gallery: Gallery, run: str) -> Chart | None:
     return Chart(f"patch_components_{run}", title, caption, to_png(figure))
 
 
+def draw_feature_map(gallery: Gallery, run: str) -> Chart:
+    """Returns the test images' embeddings on their two main axes, one colour a class."""
+    bank = gallery.session.banks[1]
+    features = bank.select("embedding")[:_MAP_IMAGES].float()
+    labels, classes = bank.labels[:_MAP_IMAGES], bank.manifest.classes
+    points, share = _two_components(normalize(features, dim=1))
+    figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    colours = plt.get_cmap("tab10" if len(classes) <= 10 else "tab20")
+    counted = torch.bincount(labels, minlength=len(classes))
+    for label in counted.argsort(descending=True, stable=True)[:_MAP_CLASSES].sort().values.tolist():
+        own = points[labels == label]
+        colour = colours(label % colours.N)
+        axes.scatter(own[:, 0], own[:, 1], s=5, color=colour, alpha=0.55, linewidths=0)
+        if len(own):
+            x, y = own.median(dim=0).values.tolist()
+            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": colour, "boxstyle": "round,pad=0.15"}
+            axes.text(x, y, classes[label][:16], fontsize=6.5, ha="center", va="center", bbox=box)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(f"Feature map: {run}", loc="left", fontsize=10, fontweight="bold")
+    caption = (
+        f"Unit embeddings of the first {len(features)} test images on their first two principal components "
+        f"({100 * share:.0f} % of the variance), names at the classes' medians"
+        + (f"; the {_MAP_CLASSES} most frequent classes." if len(classes) > _MAP_CLASSES else ".")
+    )
+    return Chart(f"feature_map_{run}", f"Feature map: {run}", caption, to_png(figure))
+
+
 def draw_crops(config: DataConfig, seed: int, run: str) -> Chart:
     """Returns the first images' global and local crops as the student sees them, colours included."""
     stream = TrainingStream(
@@ -205,6 +234,16 @@ def _three_components(tokens: Float[Tensor, "B N D"]) -> UInt8[Tensor, "B 3 S S"
     side = round(tokens.shape[1] ** 0.5)
     maps = scaled.view(len(tokens), side, side, 3).permute(0, 3, 1, 2)
     return (interpolate(maps, size=_SIDE, mode="nearest") * 255).to(torch.uint8)
+
+
+def _two_components(rows: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N 2"], float]:
+    """Returns the scores on the first two principal components, signs fixed, and their share of the variance."""
+    centred = rows - rows.mean(dim=0)
+    variances, axes = torch.linalg.eigh(centred.double().T @ centred.double())
+    first = axes[:, [-1, -2]]
+    signs = first.gather(0, first.abs().argmax(dim=0, keepdim=True)).sign()
+    share = float(variances[-2:].sum() / variances.sum().clamp_min(1e-30))
+    return (centred.double() @ (first * signs)).float(), share
 
 
 def _to_bytes(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "3 S S"]:

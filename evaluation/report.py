@@ -12,59 +12,31 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
-from evaluation import figures, panels
+from evaluation import curves, figures, panels
 from evaluation.comparison import accuracy_rows
 from evaluation.config import EvaluationConfig
+from evaluation.confusion import class_names, count_confusions
 from evaluation.encoder import load_encoder
 from evaluation.figures import Chart
 from evaluation.page import Section, render_page
 from evaluation.processes import Processes
+from evaluation.report_runs import Run, load_runs
 from evaluation.report_tables import table_sections
-from evaluation.results import read_results
 from evaluation.session import Session
 from evaluation.tables import Row, markdown_table
-from runtime.config import ConfigError, build_config, read_yaml
+from runtime.config import ConfigError, build_config
 from runtime.files import write_atomically
 from runtime.logging_setup import set_up_logging
-from runtime.program import UserError, run_program
+from runtime.program import run_program
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a report knows of a run.
-
-    Attributes:
-        name: unique among the runs of the report.
-        path: its directory.
-        metrics: lines of `metrics.jsonl`.
-        results: of the encoder itself.
-        controls: of the encoders beside it.
-        in_training: of checkpoints that were evaluated as jobs while the run went on.
-        training: its resolved pretraining configuration, as plain values; empty where it is missing.
-    """
-
-    name: str
-    path: Path
-    metrics: list[dict[str, Any]]
-    results: list[dict[str, Any]]
-    controls: list[dict[str, Any]]
-    in_training: list[dict[str, Any]]
-    training: dict[str, Any]
-
-    def result(self, probe: str) -> dict[str, Any] | None:
-        """Returns the result of one probe, or None."""
-        return next((r for r in self.results if r["probe"] == probe), None)
 
 
 def main(arguments: list[str]) -> int:
@@ -111,84 +83,32 @@ def write_report(run_dirs: list[Path], out: Path, *, with_images: bool = True) -
     return page
 
 
-def load_runs(run_dirs: list[Path]) -> list[Run]:
-    """Returns what is known of every run; names are made unique.
-
-    Raises:
-        UserError: a directory is missing, or holds neither metrics nor results.
-    """
-    runs: list[Run] = []
-    for path in run_dirs:
-        resolved = path.resolve()
-        metrics = read_metrics(path / "metrics.jsonl")
-        results = read_results(path / "results") if (path / "results").is_dir() else []
-        if not metrics and not results:
-            raise UserError(
-                f"run is {str(path)!r}; expected a run directory with metrics.jsonl or results/; pass its path"
-            )
-        name = resolved.name
-        while name in {run.name for run in runs}:
-            name = f"{resolved.parent.name}/{name}" if "/" not in name else f"{name}'"
-        place = {id(r): r["path"].relative_to(path / "results").parts[0] for r in results}
-        in_training = [r for r in results if place[id(r)] == "in_training"]
-        runs.append(
-            Run(
-                name=name,
-                path=path,
-                metrics=with_jobs(metrics, in_training),
-                results=[r for r in results if place[id(r)] not in ("controls", "in_training")],
-                controls=[r for r in results if place[id(r)] == "controls"],
-                in_training=in_training,
-                training=read_yaml(str(path / "config.yaml")) if (path / "config.yaml").is_file() else {},
-            )
-        )
-    return runs
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics file; a cut last line, which a killed run leaves, is passed over."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            logger.warning("%s: a line of %d characters is not JSON and is left out", path, len(line))
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
-def with_jobs(metrics: list[dict[str, Any]], in_training: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the record with the k-NN of checkpoints that jobs evaluated, under the key of the probe in process."""
-    lines = [
-        {"step": result["encoder"]["step"], "eval/knn20_top1": result["figures"]["headline"]["top1"]}
-        for result in in_training
-        if result["probe"] == "knn" and result["encoder"]["step"] is not None
-    ]
-    return [*metrics, *lines]
-
-
 def draw_charts(runs: list[Run]) -> list[Chart]:
     """Returns every chart for which there are figures."""
-    metrics = {run.name: run.metrics for run in runs}
     unique, density = {}, {}
-    for run in runs:
+    for name, run in zip(figures.short_names([run.name for run in runs]), runs, strict=True):
         audited = run.result("prototypes")
-        for role, values in (audited["figures"]["roles"] if audited else {}).items():
-            name = f"{run.name}: {role}"
+        roles = audited["figures"]["roles"] if audited else {}
+        # One line a run: the teacher's prototypes where there are several; the table has the others.
+        for values in [roles.get("teacher") or next(iter(roles.values()))] if roles else []:
             unique[name], density[name] = values["unique_fraction"], values["angle_density"]
     drawn = [
-        figures.draw_losses(metrics),
-        figures.draw_knn_over_time(metrics),
-        figures.draw_probes(accuracy_rows(runs)),
-        *(figures.draw_unique_over_time(run.name, run.metrics) for run in runs),
+        figures.draw_probes(accuracy_rows(runs), [run.name for run in runs]),
+        *curves.draw_curves({run.name: run.metrics for run in runs if run.metrics}),
         figures.draw_unique_by_eps(unique),
-        figures.draw_usage(metrics),
         figures.draw_angle_density(density),
-        figures.draw_feature_rank(metrics),
+        *(draw_confusions(run) for run in runs),
     ]
     return [chart for chart in drawn if chart is not None]
+
+
+def draw_confusions(run: Run) -> Chart | None:
+    """Returns the confusions of the run's k-NN probe; None without predictions, or with too many classes."""
+    knn = run.result("knn")
+    counts = count_confusions(knn) if knn else None
+    if knn is None or counts is None:
+        return None
+    return figures.draw_confusion(counts, class_names(knn, len(counts)), run.name)
 
 
 def _draw_panels(run: Run) -> list[Chart]:
@@ -219,6 +139,7 @@ def _draw_gallery(knn: dict[str, Any], safe: str) -> list[Chart | None]:
         panels.draw_neighbours(gallery, safe),
         panels.draw_prototype_images(gallery, safe),
         panels.draw_patch_components(gallery, safe),
+        panels.draw_feature_map(gallery, safe),
     ]
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evaluation.comparison import accuracy_rows, difference_rows, why_not_comparable
+from evaluation.confusion import confusion_rows
 from evaluation.page import Section
+from evaluation.report_runs import Run, configuration_rows, difference_of_configurations, run_rows
 from evaluation.tables import Row, compare_knn, control_sentence, knn_rows, percent, prototype_rows
-
-if TYPE_CHECKING:
-    from evaluation.report import Run
 
 
 def table_sections(runs: Sequence[Run]) -> list[Section]:
     """Returns every table for which there are figures, in the order in which they are read."""
-    sections: list[Section] = []
+    sections = [
+        Section("Runs", "How each run ended, what it trained and how fast.", run_rows(runs)),
+        Section(
+            "Configuration: differences",
+            "Options that are not the same in all runs.",
+            difference_of_configurations(runs),
+        ),
+    ]
     for run in runs:
         knn = run.result("knn")
         if knn:
@@ -45,6 +51,12 @@ def table_sections(runs: Sequence[Run]) -> list[Section]:
             folded=True,
         ),
         Section(
+            "Confusions of k-NN",
+            "The most frequent ones on the test split.",
+            _of_each(runs, "knn", confusion_rows),
+            folded=True,
+        ),
+        Section(
             "Few-shot",
             "Top-1 of logistic regression on so many images per class: mean and standard deviation over draws.",
             _of_each(runs, "few_shot", few_shot_rows),
@@ -65,6 +77,13 @@ def table_sections(runs: Sequence[Run]) -> list[Section]:
             "Every class with its training images and its accuracy.",
             _of_each(runs, "long_tail", class_rows),
             folded=True,
+        ),
+        Section(
+            "Configuration",
+            "Every option as it was resolved.",
+            configuration_rows(runs),
+            folded=True,
+            most_rows=None,
         ),
     ]
     return [section for section in sections if section.rows]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evaluate as program
-from evaluation import report
+from evaluation import report, report_runs
 from evaluation.tables import prototype_rows
 from runtime.program import run_program
 from tests.unit.evaluation.conftest import write_run
@@ -111,8 +111,10 @@ def test_report_is_one_page_that_fetches_nothing(evaluated, tmp_path):
     assert parser.images == len(list((tmp_path / "report").glob("*.png")))
     names = {path.stem for path in (tmp_path / "report").glob("*.png")}
     assert {
-        "loss",
-        "usage",
+        "loss_over_time",
+        "prototypes_over_time",
+        "confusion_first",
+        "feature_map_second",
         "probes",
         "unique_by_eps",
         "neighbours_first",
@@ -121,8 +123,10 @@ def test_report_is_one_page_that_fetches_nothing(evaluated, tmp_path):
     markdown = (tmp_path / "report" / "results.md").read_text()
     assert "second minus first" in markdown
     for table in (
+        "Runs",
         "Probes",
         "k-NN by k",
+        "Confusions of k-NN",
         "Few-shot",
         "Clustering",
         "Long tail",
@@ -144,7 +148,7 @@ def test_checkpoints_that_jobs_evaluated_stand_in_the_curve_and_not_among_the_re
     content = json.loads(source.read_text())
     content["encoder"]["step"] = 777
     (target / "knn.json").write_text(json.dumps(content))
-    (loaded,) = report.load_runs([run])
+    (loaded,) = report_runs.load_runs([run])
     assert {line["step"]: line.get("eval/knn20_top1") for line in loaded.metrics}[777] == pytest.approx(
         content["figures"]["headline"]["top1"]
     )
