@@ -118,10 +118,10 @@ def draw_probes(rows: Sequence[Mapping[str, Any]], runs: Sequence[str]) -> Chart
     for label, row in zip(axes.get_yticklabels(), lines, strict=True):
         label.set_fontweight("bold" if isinstance(row, str) else "normal")
     axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlabel("Top-1 accuracy on the test split")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.margins(x=0.14, y=0.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.margins(x=0.14)
     axes.grid(axis="x", alpha=0.3)
     caption = "Bars: bootstrap intervals over test images. For two encoders on the same images, see the differences."
     return finish(figure, axes, "probes", "Probes side by side", caption, bool(rows))

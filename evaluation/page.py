@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,14 +32,15 @@ section.card, figure { background: #fff; border: 1px solid #dde2e8; border-radiu
   margin: 0; min-width: 0; }
 section.card { margin-bottom: 1rem; }
 section.card p { margin: 0 0 .6rem; }
-.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-.panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); }
+.charts { columns: 2 420px; column-gap: 1rem; }
+.panels { columns: 2 520px; column-gap: 1rem; }
+.charts figure, .panels figure { break-inside: avoid; margin-bottom: 1rem; }
 figure img { display: block; width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: #4a5560; font-size: .9rem; margin-top: .5rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .35rem .5rem; border-bottom: 1px solid #e6eaee; vertical-align: top;
-  max-width: 15rem; overflow-wrap: anywhere; min-width: 3.6rem; }
+  max-width: 15rem; overflow-wrap: break-word; }
 th { background: #eef2f6; font-weight: 600; vertical-align: bottom; overflow-wrap: normal; }
 tbody tr:last-child td { border-bottom: 0; }
 details summary { cursor: pointer; font-weight: 600; }
@@ -117,10 +119,15 @@ def _table(rows: Sequence[Row]) -> str:
     titles = list(dict.fromkeys(title for row in rows for title in row))
     head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     lines = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(row.get(title, ''))}</td>" for title in titles) + "</tr>"
+        "<tr>" + "".join(f"<td>{_breakable(row.get(title, ''))}</td>" for title in titles) + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _breakable(text: str) -> str:
+    """Returns text as HTML that a narrow column may break after the joints of a long name."""
+    return re.sub(r"(?<=[\w%)])([._/:-])(?=\w{3})", r"\1<wbr>", html.escape(text))
 
 
 def _grid(name: str, charts: Sequence[Chart]) -> str:
