@@ -52,9 +52,15 @@ GROUPS = (
     Group(
         "prototypes",
         "Prototypes",
-        "unique ε: share farther than ε (cosine distance) from every earlier one; read it beside use, for random "
-        "directions are unique too. usage perplexity: 100 % if all are used equally.",
-        (("unique_0.025", "unique ε = 0.025"), ("used", "used"), ("usage_perplexity", "usage perplexity")),
+        "unique ε: share farther than ε (cosine distance) from every earlier one; random directions are unique too, "
+        "so read it beside use. used: won a teacher view of the epoch in the E-step (learned prototypes: by the "
+        "logits), before a revival; by logits: the argmax of the dot products. Perplexity: 100 % if used equally.",
+        (
+            ("unique_0.025", "unique ε = 0.025"),
+            ("used", "used"),
+            ("used_by_logits", "used by logits"),
+            ("usage_perplexity", "usage perplexity"),
+        ),
         shares=True,
     ),
     Group(
