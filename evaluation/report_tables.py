@@ -14,13 +14,22 @@ from evaluation.tables import Row, compare_knn, control_sentence, knn_rows, perc
 
 def table_sections(runs: Sequence[Run]) -> list[Section]:
     """Returns every table for which there are figures, in the order in which they are read."""
+    sections = [*_run_sections(runs), *_probe_sections(runs), *_long_tail_sections(runs)]
+    every_option = Section(
+        "Configuration",
+        "Every option as it was resolved.",
+        configuration_rows(runs),
+        folded=True,
+        most_rows=None,
+    )
+    return [section for section in [*sections, every_option] if section.rows]
+
+
+def _run_sections(runs: Sequence[Run]) -> list[Section]:
+    differences = difference_of_configurations(runs)
     sections = [
         Section("Runs", "How each run ended, what it trained and how fast.", run_rows(runs)),
-        Section(
-            "Configuration: differences",
-            "Options that are not the same in all runs.",
-            difference_of_configurations(runs),
-        ),
+        Section("Configuration: differences", "Options that are not the same in all runs.", differences),
     ]
     for run in runs:
         knn = run.result("knn")
@@ -29,7 +38,11 @@ def table_sections(runs: Sequence[Run]) -> list[Section]:
             comparison = compare_knn(knn, alike)
             text = " ".join(part for part in (control_sentence(comparison), *left_out) if part)
             sections.append(Section(f"k-NN: {run.name}", text, knn_rows(comparison)))
-    sections += [
+    return sections
+
+
+def _probe_sections(runs: Sequence[Run]) -> list[Section]:
+    return [
         Section(
             "Prototypes",
             "Unique prototypes by Definition 2.1, and which of them are used.",
@@ -67,6 +80,11 @@ def table_sections(runs: Sequence[Run]) -> list[Section]:
             "purity by each cluster's majority.",
             _of_each(runs, "clustering", clustering_rows),
         ),
+    ]
+
+
+def _long_tail_sections(runs: Sequence[Run]) -> list[Section]:
+    return [
         Section(
             "Long tail",
             "Top-1 by how often a class was seen in training, with intervals.",
@@ -78,15 +96,7 @@ def table_sections(runs: Sequence[Run]) -> list[Section]:
             _of_each(runs, "long_tail", class_rows),
             folded=True,
         ),
-        Section(
-            "Configuration",
-            "Every option as it was resolved.",
-            configuration_rows(runs),
-            folded=True,
-            most_rows=None,
-        ),
     ]
-    return [section for section in sections if section.rows]
 
 
 def _controls_measured_alike(
