@@ -43,7 +43,8 @@ class EvaluationStream:
     """Every image of a split once: an iterable over batches (images, labels, sample_ids).
 
     Ranks get contiguous parts whose sizes differ by at most one, so their numbers of batches may differ: gather by
-    sample id, outside of this stream. Images that cannot be decoded are left out and counted in `skipped`.
+    sample id, outside of this stream; no rank has more than `most_batches`, which all ranks know alike. Images that
+    cannot be decoded are left out and counted in `skipped`.
 
     Args:
         directory: folder or address of shards.
@@ -73,6 +74,8 @@ class EvaluationStream:
         if cache is None:
             check_shard_files(self.manifest)
         self.num_samples = self.manifest.num_samples
+        part = -(-self.num_samples // (world_size * max(1, num_workers)))
+        self.most_batches = max(1, num_workers) * -(-part // batch_size)
         self.skipped: list[str] = []
         self._dataset = _EvaluationDataset(self.manifest, cache, transform, batch_size, rank, world_size)
         self._num_workers = num_workers

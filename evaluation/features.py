@@ -13,10 +13,10 @@ import os
 import socket
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -163,31 +163,40 @@ def load_features(
 @torch.inference_mode()
 def extract_batches(
     module: nn.Module,
-    batches: Iterable[Any],
+    stream: EvaluationStream,
+    blank: Float[Tensor, "C H W"],
     *,
     device: torch.device,
     precision: str,
     before: int | None = None,
 ) -> dict[str, Tensor]:
-    """Returns fp32 features, labels and sample ids of all batches, on the CPU. Not collective.
+    """Returns fp32 features, labels and sample ids of this process's batches, on the CPU.
+
+    Every process runs the network equally often, `stream.most_batches` times: a forward pass through sharded
+    parameters (FSDP2, ZeRO-3) is collective, and one rank's part may have fewer batches than another's, or batches of
+    which nothing is kept. It then passes a blank image, whose features are dropped.
 
     Args:
         module: images to named features.
-        batches: (images, labels, sample_ids) triples.
+        stream: this process's part.
+        blank: any preprocessed image.
         device: where `module` lives.
         precision: `fp32` or `bf16` (autocast).
         before: keep only samples whose id is below this; None keeps all.
     """
     collected: dict[str, list[Tensor]] = {}
-    for images, labels, sample_ids in batches:
+    batches = iter(stream)
+    nothing = torch.empty(0, dtype=torch.int64)
+    for _ in range(stream.most_batches):
+        images, labels, sample_ids = next(batches, (blank[None][:0], nothing, nothing))
         if before is not None:
             keep = sample_ids < before
             images, labels, sample_ids = images[keep], labels[keep], sample_ids[keep]
-        if len(labels) == 0:
-            continue
+        number = len(labels)
+        images = images if number else blank[None]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             named = module(images.to(device, non_blocking=True))
-        named = {name: tensor.float().cpu() for name, tensor in named.items()}
+        named = {name: tensor[:number].float().cpu() for name, tensor in named.items()}
         for name, tensor in {**named, "labels": labels, "sample_ids": sample_ids}.items():
             collected.setdefault(name, []).append(tensor)
     return {name: torch.cat(tensors) for name, tensors in collected.items()}
@@ -207,10 +216,16 @@ def extract_together(
     """
     stream = open_stream(manifest, transform, data=data, processes=processes, limit=limit)
     before = first_id_after(manifest, limit)
-    part = extract_batches(module, stream, device=processes.device, precision="fp32", before=before)
+    part = extract_batches(
+        module, stream, _blank_image(transform), device=processes.device, precision="fp32", before=before
+    )
     merged = merge_parts(processes.gather(part))
     _check_merged(merged, manifest, limit, "the network")
     return merged
+
+
+def _blank_image(transform: Callable[[Image.Image], Tensor]) -> Float[Tensor, "C H W"]:
+    return transform(Image.new("RGB", (64, 64)))
 
 
 def merge_parts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -288,7 +303,8 @@ def _extract_group(
     stream = open_stream(manifest, encoders[0].transform, data=data, processes=processes, limit=limit)
     module = _SideBySide(encoders).to(processes.device)
     before = first_id_after(manifest, limit)
-    part = extract_batches(module, stream, device=processes.device, precision=precision, before=before)
+    blank = _blank_image(encoders[0].transform)
+    part = extract_batches(module, stream, blank, device=processes.device, precision=precision, before=before)
     # An empty part is still a file: the merging process must find one from everybody.
     about = {name: part.get(name, torch.empty(0, dtype=torch.int64)) for name in _KEYS}
     parts: list[dict[str, Tensor]] = []

@@ -29,15 +29,16 @@ def compute_sinkhorn_targets(
     Args:
         logits: logits / target temperature, fp32.
         weight: weight of each row.
-        group: balance within groups (token positions, as CAPI); every rank must hold the same set of groups.
-            None: one group.
+        group: balance within groups 0, 1, ... (token positions, as CAPI), of which a rank may lack some: as many are
+            gone through as any rank has. None: one group.
         num_iterations: at least 1.
         collectives: the exchange between ranks.
     """
     if group is None:
         return _balance(logits, weight, num_iterations, collectives).exp_()
     targets = torch.empty_like(logits)
-    for value in torch.unique(group).tolist():
+    last = torch.cat([group, group.new_full((1,), -1)]).max()
+    for value in range(int(collectives.start_gather(last[None]).wait().max()) + 1):
         chosen = group == value
         targets[chosen] = _balance(logits[chosen], weight[chosen], num_iterations, collectives).exp_()
     return targets

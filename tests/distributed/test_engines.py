@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.digits import write_digit_shards
 from tests.helpers.engine_scenarios import ENGINES, iterate
 from tests.helpers.ranks import run_ranks
 from training.config import OptimConfig
@@ -62,7 +63,10 @@ def two_ranks(work: Path) -> list[dict[str, Any]]:
         {"scenario": "continue_from", "engine": engine, "root": root_of(work, other)}
         for engine, other in (("fsdp2", "zero3"), ("zero3", "fsdp2"), ("zero1", "zero0"), ("zero2", "zero3"))
     ]
-    return run_scenarios(FAST + crossing + ONE_STEP, 2, work, "two")
+    # 520 images in two parts of a full and a small batch; of 300 the second rank keeps none of its small one.
+    shards = write_digit_shards(work / "digits", num_train=520, num_test=60, per_shard=130)
+    probing = [{"scenario": "probe_with_unequal_parts", "engine": e, "shards": shards} for e in ENGINES]
+    return run_scenarios(FAST + crossing + ONE_STEP + probing, 2, work, "two")
 
 
 def check_resume(found: dict[str, Any]) -> None:
@@ -91,6 +95,15 @@ def test_a_bad_gradient_on_one_rank_moves_nothing_anywhere(
 ) -> None:
     (found,) = iterate(two_ranks, scenario="skip_moves_nothing", engine=engine)
     assert found["applied"] is False and found["differing"] == [] and found["trace"] == []
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ranks_with_unequal_parts_probe_together(two_ranks: list[dict[str, Any]], engine: str) -> None:
+    (found,) = iterate(two_ranks, scenario="probe_with_unequal_parts", engine=engine)
+    reference = next(iterate(two_ranks, scenario="probe_with_unequal_parts", engine="zero0"))
+    assert found["top1"][0] == found["top1"][1] > 0.2
+    assert found["top1"] == pytest.approx(reference["top1"], abs=0.04)
+    assert found["probed"] == found["plain"]
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from data.augmentations import Crops
+from evaluation.knn import build_knn_probe
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
@@ -420,6 +422,28 @@ def one_step(
     }
 
 
+def probe_with_unequal_parts(engine_name: str, process: Process, work: Path, shards: str) -> dict[str, Any]:
+    """The in-training k-NN between steps, where ranks keep images of unequally many batches, and without it."""
+    config = SimpleNamespace(
+        data=SimpleNamespace(
+            shards=shards, split="train", channels=1, interpolation="bicubic", mean=(0.5,), std=(0.5,)
+        ),
+        model=SimpleNamespace(image_size=VIT.image_size),
+        evaluation=SimpleNamespace(test_split="test", knn_train_images=300, knn_test_images=60),
+    )
+    losses: list[list[float]] = []
+    for probe in (build_knn_probe(config, process.device, process), None):
+        engine, values = build_engine(engine_name, process, work), {}
+        found = []
+        for step in range(3):
+            found.append(train_step(engine, step, process)["loss"])
+            if probe is not None and step < 2:
+                values = probe(engine.teacher_network().backbone)
+                top1 = process.all_gather_object(values["eval/knn20_top1"])
+        losses.append(found)
+    return {"top1": top1, "probed": losses[0], "plain": losses[1]}
+
+
 def run(scenario: dict[str, Any], process: Process, work: Path) -> dict[str, Any]:
     arguments = dict(scenario)
     return SCENARIOS[arguments.pop("scenario")](
@@ -437,6 +461,7 @@ SCENARIOS: dict[str, Any] = {
         live_bytes,
         options_change_nothing,
         one_step,
+        probe_with_unequal_parts,
     )
 }
 
