@@ -12,16 +12,23 @@ from __future__ import annotations
 
 import sys
 
-from evaluation.config import EvaluationConfig
-from runtime.config import load_config
 from runtime.program import UserError, run_program
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code of one evaluation."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    # Inside `run_program`, so that Ctrl-C is one line from here on.
+    from evaluation.config import EvaluationConfig
+    from runtime.config import load_config
+    from runtime.usage import asks_for_help, describe_usage
+
+    if asks_for_help(arguments):
+        print(describe_usage(__doc__, EvaluationConfig), end="")
+        return 0
+    if not arguments:
         raise UserError(
-            "no configuration given; expected CONFIG.yaml [encoder=SPEC] [key.sub=value ...]; see configs/eval_*.yaml"
+            "no configuration given; expected CONFIG.yaml [encoder=SPEC] [key.sub=value ...]; see configs/eval_*.yaml, "
+            "or --help"
         )
     config = load_config(EvaluationConfig, arguments[0], arguments[1:])
     # Imported once the configuration is known to be right: torch takes seconds.

@@ -11,18 +11,31 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from runtime.config import load_config
-from runtime.preemption import PreemptionFlag
 from runtime.program import UserError, faults_unless, run_program
-from training.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from runtime.preemption import PreemptionFlag
+    from training.config import PretrainConfig
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code of one pretraining job."""
+    # Inside `run_program`, so that Ctrl-C is one line from here on.
+    from runtime.config import load_config
+    from runtime.preemption import PreemptionFlag
+    from runtime.usage import asks_for_help, describe_usage
+    from training.config import PretrainConfig
+
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        raise UserError("no configuration given; expected CONFIG.yaml [key.sub=value ...]; see configs/")
+    if asks_for_help(arguments):
+        print(describe_usage(__doc__, PretrainConfig), end="")
+        return 0
+    if not arguments:
+        raise UserError(
+            "no configuration given; expected CONFIG.yaml [key.sub=value ...]; see configs/, or --help"
+        )
     config = load_config(PretrainConfig, arguments[0], arguments[1:])
     # Before the slow imports, because until then the signals kill; and for the whole process, because a rank that
     # is still tearing down when srun passes a signal on must not die of it.

@@ -15,6 +15,28 @@ import subprocess
 import sys
 import time
 
+from runtime.usage import HelpFormatter
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.comm", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="processes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where they compute")
+    parser.add_argument(
+        "--overlap-ms", type=float, default=100.0, help="work behind which to hide an exchange"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all methods")
+    for name, value, meaning in (("N", 128, "rows"), ("K", 8192, "prototypes"), ("D", 256, "dimension")):
+        parser.add_argument(f"--{name}", type=int, default=value, help=meaning)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # usage and mistakes are answered before the slow imports
+    parse(sys.argv[1:])
+
 import torch
 
 from benchmarks._timing import describe_noise
@@ -33,7 +55,7 @@ _BANDWIDTH_BYTES = 2**26
 
 def main() -> int:
     """Starts the ranks, or is one of them; returns the exit code."""
-    arguments = parse_arguments()
+    arguments = parse(sys.argv[1:])
     if "RANK" in os.environ:
         run_rank(arguments)
         return 0
@@ -45,18 +67,6 @@ def main() -> int:
         for rank in range(arguments.ranks)
     ]
     return max(abs(rank.wait()) for rank in ranks)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Returns the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--overlap-ms", type=float, default=100.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    for name, value in (("N", 128), ("K", 8192), ("D", 256)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    return parser.parse_args()
 
 
 def run_rank(arguments: argparse.Namespace) -> None:

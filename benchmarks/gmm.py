@@ -11,6 +11,28 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from runtime.usage import HelpFormatter
+
+SMALL = (128, 2048, 256)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gmm", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--large", action="store_true", help="also K = 65,536")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all contestants")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    for name, value in zip("NKD", SMALL, strict=True):
+        parser.add_argument(f"--{name}", type=int, default=value, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # usage and mistakes are answered before the slow imports
+    parse(sys.argv[1:])
+
 import numpy as np
 import torch
 
@@ -24,7 +46,6 @@ from prototypes.gmm_config import AnnealingConfig, GmmConfig, VarianceConfig
 MAX_L1_ERROR = 5e-3
 MAX_EXTRA_GIB = 0.3
 FLOOR_GOAL = 1.5
-SMALL = (128, 2048, 256)
 LARGE = (128, 65536, 256)
 HUGE = (128, 262144, 256)
 _FORGETTING = 0.95
@@ -32,7 +53,7 @@ _FORGETTING = 0.95
 
 def main() -> int:
     """Runs the comparison, prints one line per ratio, returns the exit code."""
-    arguments = parse_arguments()
+    arguments = parse(sys.argv[1:])
     if arguments.contestant:
         torch.manual_seed(0)
         build = CONTESTANTS[arguments.contestant]
@@ -49,18 +70,6 @@ def main() -> int:
     if arguments.large:
         passed &= report(LARGE, ceiling, {"eager": 1.4}, arguments)
     return 0 if passed else 1
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Returns the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--large", action="store_true", help="also K = 65,536")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contestant", choices=sorted(CONTESTANTS), help="used by the parent")
-    for name, value in zip("NKD", SMALL, strict=True):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    return parser.parse_args()
 
 
 def describe_device(device: str) -> str:

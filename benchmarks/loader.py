@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from benchmarks.photographs import make_photographs
+from runtime.usage import HelpFormatter
 
 _MEMORY = "memory"
 _LOADER_BAR, _LOADER_GOAL, _ALIKE_BAR = 4.0, 7.0, 1.2
@@ -216,7 +217,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.loader",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--images", default="", help="folder of class folders of JPEGs; default: wallpapers")
     parser.add_argument("--num-images", type=int, default=240)

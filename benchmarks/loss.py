@@ -7,6 +7,23 @@ import math
 import sys
 from collections.abc import Callable
 
+from runtime.usage import HelpFormatter
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loss", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--K", type=int, default=65536, help="prototypes")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of both contestants")
+    parser.add_argument("--contestant", choices=("ours", "whole"), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # usage and mistakes are answered before the slow imports
+    parse(sys.argv[1:])
+
 import torch
 
 from benchmarks._timing import compare, describe_noise, serve
@@ -18,11 +35,7 @@ NUM_VIEWS, NUM_SAMPLES, DIM, BLOCK_SIZE = 4, 32, 128, 512
 
 def main() -> int:
     """Prints both contestants' times and memory; returns 1 unless ours needs at most half the memory."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--K", type=int, default=65536)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--contestant", choices=sorted(CONTESTANTS), help="used by the parent")
-    arguments = parser.parse_args()
+    arguments = parse(sys.argv[1:])
     if arguments.contestant:
         torch.manual_seed(0)
         # A small run first: modules loaded on first use are not the loss's memory.

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from runtime.usage import HelpFormatter
 
 COMMANDS = {
     "gmm": "benchmarks.gmm --large",
@@ -30,7 +30,9 @@ COMMANDS = {
 
 def main() -> int:
     """Runs what was asked for, writes and prints; returns 1 if any benchmark failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COMMANDS)}; all by default")
     parser.add_argument("--out", default="outputs/benchmarks", help="folder of the JSON files and report.md")
     arguments = parser.parse_args()
@@ -73,6 +75,8 @@ def run(name: str, out: Path) -> dict[str, Any]:
 
 def describe_machine() -> dict[str, Any]:
     """Returns commit, versions and hardware."""
+    import torch
+
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "commit": git.stdout.strip() or None,

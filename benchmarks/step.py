@@ -25,6 +25,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runtime.usage import HelpFormatter
+
+CONTESTANTS = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
+MODEL_NAMES = ("tiny", "vits", "vitl")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--model", choices=MODEL_NAMES, default="tiny", help="size of the encoder")
+    parser.add_argument(
+        "--engines", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="who competes"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder")
+    parser.add_argument("--batch", type=int, nargs="+", help="images a rank; the model's own where left out")
+    parser.add_argument("--local-crops", type=int, help="number of local crops")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks")
+    parser.add_argument("--compile", action="store_true", help="compile blocks where the engine allows it")
+    parser.add_argument("--ranks", type=int, default=2, help="processes")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the order and its reverse")
+    parser.add_argument("--steps", type=int, default=3, help="steps a turn")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
+    parser.add_argument("--timeout-s", type=float, default=1200, help="for one group of ranks")
+    parser.add_argument("--result", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # usage and mistakes are answered before the slow imports
+    parse(sys.argv[1:])
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,7 +82,6 @@ from training.synchronization import Synchronization
 
 FLOORS = {"zero1": 0.75, "zero2": 0.75, "zero3": 0.4, "fsdp2": 0.4}
 FULL_OVER_JOINT = 0.95
-CONTESTANTS = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 MODES = ("full", "joint", "frozen_random")
 SCHEDULE = StepSchedule(lr=1e-4, weight_decay=0.04, ema_momentum=0.99)
 
@@ -287,27 +318,6 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> bool:
     return failed or not passed
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    parser.add_argument("--model", choices=MODELS, default="tiny")
-    parser.add_argument("--engines", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch", type=int, nargs="+", help="images a rank")
-    parser.add_argument("--local-crops", type=int, help="number of local crops")
-    parser.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="compile blocks where the engine allows it")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the order and its reverse")
-    parser.add_argument("--steps", type=int, default=3, help="steps a turn")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--timeout-s", type=float, default=1200)
-    parser.add_argument("--result", help="used by the parent")
-    options = parser.parse_args(arguments)
-    options.batch = options.batch or [MODELS[options.model].batch]
-    return options
-
-
 def spec_of(options: argparse.Namespace) -> ModelSpec:
     """Returns the model with what the command line changes of it."""
     spec = MODELS[options.model]
@@ -350,7 +360,8 @@ def run_group(options: argparse.Namespace, engines: Sequence[str], batch: int) -
 
 def main() -> int:
     """Starts the ranks (or is one of them) and prints the table."""
-    options = parse()
+    options = parse(sys.argv[1:])
+    options.batch = options.batch or [MODELS[options.model].batch]
     if options.result:
         found = race(options)
         if found is not None:

@@ -6,6 +6,22 @@ import argparse
 import sys
 import time
 
+from runtime.usage import HelpFormatter
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.unique", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--K", type=int, default=65536, help="prototypes")
+    parser.add_argument("--D", type=int, default=256, help="their dimension")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # usage and mistakes are answered before the slow imports
+    parse(sys.argv[1:])
+
 import torch
 
 from benchmarks._ceiling import measure
@@ -17,10 +33,7 @@ MAX_SECONDS = 60.0
 
 def main() -> int:
     """Prints counts, seconds and the floor of the products; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--K", type=int, default=65536)
-    parser.add_argument("--D", type=int, default=256)
-    arguments = parser.parse_args()
+    arguments = parse(sys.argv[1:])
     torch.manual_seed(0)
     prototypes = torch.randn(arguments.K, arguments.D)
     ceiling = measure()

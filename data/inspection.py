@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.config import MAX_IMAGE_PIXELS
-from data.decoding import BadImageError, decode_image
 from data.findings import Finding
 from data.labels import Label, LabelError, read_label
 from data.local_errors import raise_if_local
@@ -151,6 +150,9 @@ def _take_in(scan: ShardScan, ordinal: int, sample: EncodedSample, image_key: st
     except DataError as error:
         scan.find(ordinal, "holds several labels", str(error))
     scan.labels.append(label)
+    # Here, so that the programs that inspect answer --help without torch.
+    from data.decoding import BadImageError, decode_image
+
     images = image_members(sample.members)
     if len(images) > 1 and not image_key:
         scan.find(ordinal, "holds several images", describe_several(sample.key, images))

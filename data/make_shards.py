@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 # What a command needs is imported by its function: a usage line should not wait for torch.
 from data.shards import MANIFEST_NAME, DataError, Manifest, load_manifest, split_names
+from data.usage import Parser
 
 if TYPE_CHECKING:
     from data.image_sources import FileSource, Listing
@@ -56,10 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.make_shards",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_known_sets(commands)
@@ -68,7 +68,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _add_known_sets(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_known_sets(commands: argparse._SubParsersAction[Parser]) -> None:
     fashion = commands.add_parser("fashion-mnist", help="fetch Fashion-MNIST and write its two splits")
     fashion.add_argument(
         "--cache", default=f"{_DOWNLOADS}/fashion-mnist", help="where fetched files are kept"
@@ -93,7 +93,7 @@ def _add_known_sets(commands: argparse._SubParsersAction[argparse.ArgumentParser
         _add_common_options(command)
 
 
-def _add_own_images(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_own_images(commands: argparse._SubParsersAction[Parser]) -> None:
     folder = commands.add_parser(
         "imagefolder", help="a folder of class folders, of images, or of splits of them"
     )
@@ -135,7 +135,7 @@ def _add_own_images(commands: argparse._SubParsersAction[argparse.ArgumentParser
         )
 
 
-def _add_sets_of_sets(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_sets_of_sets(commands: argparse._SubParsersAction[Parser]) -> None:
     tail = commands.add_parser("lt", help="a long-tailed sub-sample of a set, without copying images")
     tail.add_argument("shards", help="folder of the whole set")
     tail.add_argument("--split", default="train", help="the split to thin out; the others are kept whole")

@@ -23,7 +23,6 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data.local_errors import raise_if_local
 from data.members import split_name
@@ -246,6 +245,9 @@ def iterate_samples(
         name: of the tar, for messages.
         split: a member's name to its key and suffix.
     """
+    # Here, because it loads torch, which usage lines do not wait for.
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
     files = tar_file_expander(iter([{"url": name, "stream": file}]))
     for sample in group_by_keys(files, keys=split):
         yield to_encoded(sample)

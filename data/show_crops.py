@@ -9,16 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from data.augmentations import Crops, DeviceAugmentation
 from data.config import RECIPES, DataConfig
-from data.pipeline import TrainingStream
+from data.usage import Parser
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data.augmentations import Crops
 
 _MARGIN = 4
 _BACKGROUND = 255
@@ -50,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def draw_crops(config: DataConfig, *, num_images: int, seed: int) -> Crops:
     """Returns the first augmented crops of a run with this configuration and seed."""
+    # Here, so that --help needs no torch.
+    from data.augmentations import DeviceAugmentation
+    from data.pipeline import TrainingStream
+
     stream = TrainingStream(
         config, seed=seed, global_batch_size=num_images, micro_batch_size=num_images, rank=0, world_size=1
     )
@@ -85,10 +92,9 @@ def _to_pixels(crops: Tensor, config: DataConfig) -> NDArray[Any]:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.show_crops",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", help="folder of shards")
     parser.add_argument("--split", default="train")

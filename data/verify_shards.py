@@ -10,7 +10,6 @@ class histogram, and how well the order of the samples mixes the classes within 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import os
@@ -28,16 +27,16 @@ from data.inspection import ShardScan
 from data.labels import number_classes
 from data.mixing import measure_mixing, report_mixing
 from data.shards import DataError, Manifest, Shard, load_index, load_manifest, split_names
+from data.usage import Parser
 
 _BATCH_SIZE = 1024  # of the run that is imagined to say how mixed its batches will be
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Verifies or describes a folder; returns 0 when all is well, 2 when anything is wrong."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.verify_shards",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", help="folder of shards")
     parser.add_argument(

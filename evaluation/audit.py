@@ -29,6 +29,7 @@ from runtime.config import config_to_yaml, load_config
 from runtime.files import write_atomically
 from runtime.logging_setup import set_up_logging
 from runtime.program import EXIT_DONE, EXIT_FAULT, UserError, run_program
+from runtime.usage import asks_for_help, describe_usage
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,12 @@ class Cell:
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code of one audit."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if asks_for_help(arguments):
+        print(describe_usage(__doc__, AuditConfig), end="")
+        return EXIT_DONE
+    if not arguments:
         raise UserError(
-            "no configuration given; expected CONFIG.yaml [key.sub=value ...]; see configs/audit_*.yaml"
+            "no configuration given; expected CONFIG.yaml [key.sub=value ...]; see configs/audit_*.yaml, or --help"
         )
     path, *rest = arguments
     if "--slurm" in rest:

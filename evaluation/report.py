@@ -18,6 +18,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.program import run_program
+from runtime.usage import HelpFormatter
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.report", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument("--out", required=True, help="directory of the page")
+    parser.add_argument(
+        "--no-images", action="store_true", help="leave out the panels that need encoder and data"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # usage and mistakes are answered before the slow imports
+    parse(sys.argv[1:])
+
 from data.config import DataConfig
 from evaluation import curves, figures, panels
 from evaluation.comparison import accuracy_rows
@@ -34,20 +54,13 @@ from evaluation.tables import Row, markdown_table
 from runtime.config import ConfigError, build_config
 from runtime.files import write_atomically
 from runtime.logging_setup import set_up_logging
-from runtime.program import run_program
 
 logger = logging.getLogger(__name__)
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code of the report's command line."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
-    parser.add_argument("--out", required=True, help="directory of the page")
-    parser.add_argument(
-        "--no-images", action="store_true", help="leave out the panels that need encoder and data"
-    )
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     set_up_logging(rank=0)
     page = write_report(
         [Path(run) for run in options.runs], Path(options.out), with_images=not options.no_images

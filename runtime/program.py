@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_USER_MISTAKE = 2
+EXIT_INTERRUPTED = 130  # a shell's own number for Ctrl-C
 EXIT_PREEMPTED = 75  # sysexits' EX_TEMPFAIL: the state is saved, please start the same command again
 
 logger = logging.getLogger(__name__)
@@ -46,6 +50,10 @@ def run_program(main: Callable[[list[str]], int], arguments: list[str]) -> int:
 
 
 def _run(main: Callable[[list[str]], int], arguments: list[str]) -> int:
+    # Not where somebody has chosen otherwise: a shell makes its background jobs ignore it.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         return main(arguments)
     except (ValueError, Fault) as error:
@@ -56,13 +64,26 @@ def _run(main: Callable[[list[str]], int], arguments: list[str]) -> int:
         return EXIT_FAULT if isinstance(error, Fault) else EXIT_USER_MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        return 130
+        return EXIT_INTERRUPTED
     except Exception:
         if logging.getLogger().handlers:
             logger.exception("a fault ends this process")
         else:
             traceback.print_exc()
         return EXIT_FAULT
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ends the process where it is importing, which most of its first seconds go into; else raises KeyboardInterrupt.
+
+    Inside an import that exception becomes whatever the libraries in between make of it, in thirty lines.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(EXIT_INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 @contextmanager

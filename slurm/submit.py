@@ -241,14 +241,20 @@ def _sbatch(*arguments: str, script: str | None = None) -> str:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(
-        prog="python -m slurm.submit", description="Submit a pretraining run to SLURM.", allow_abbrev=False
+        prog="python -m slurm.submit",
+        description=__doc__,
+        epilog="What is left out is the description's, slurm/clusters/NAME.yaml.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
-    parser.add_argument("--cluster", help="description in slurm/clusters/NAME.yaml")
-    parser.add_argument("--nodes", type=int)
-    parser.add_argument("--gpus-per-node", type=int)
-    parser.add_argument("--partition")
+    parser.add_argument(
+        "--cluster", help=f"description in slurm/clusters/NAME.yaml; else ${CLUSTER_VARIABLE}, else example"
+    )
+    parser.add_argument("--nodes", type=int, help="machines of one job")
+    parser.add_argument("--gpus-per-node", type=int, help="GPUs of each, one process a GPU; 0 for none")
+    parser.add_argument("--partition", help="as sinfo lists them; several with commas")
     parser.add_argument("--time", help="limit of one start: minutes, HH:MM:SS or D-HH:MM:SS")
     parser.add_argument("--array", action="append", metavar="KEY=V,V", help="one run per value: seeds=0,1,2")
     parser.add_argument("--after", metavar="JOB", help="start once this job is done")

@@ -20,6 +20,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.program import UserError, run_program
+from runtime.usage import HelpFormatter
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.export", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run directory, or one of its checkpoints")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--which", choices=("teacher", "student"), default="teacher", help="the network to export"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # usage and mistakes are answered before the slow imports
+    parse(sys.argv[1:])
+
 import timm
 import torch
 from safetensors import SafetensorError
@@ -31,7 +51,6 @@ from models.config import ModelConfig
 from runtime.config import load_config
 from runtime.distributed import Process
 from runtime.files import fsync_directory, write_atomically
-from runtime.program import UserError, run_program
 from training.checkpoint import check_checkpoint, find_latest_checkpoint
 from training.checkpoint_files import CheckpointError, load_manifest
 from training.config import PretrainConfig
@@ -301,11 +320,7 @@ def _model_card(
 
 def main(arguments: list[str]) -> int:
     """Runs the command line and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m training.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run directory, or one of its checkpoints")
-    parser.add_argument("out", type=Path, help="the folder to write")
-    parser.add_argument("--which", choices=("teacher", "student"), default="teacher")
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     checkpoint = export_from_run(options.run, options.out, options.which)
     print(f"exported the {options.which} of {checkpoint} to {options.out}")
     return 0

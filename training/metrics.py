@@ -8,6 +8,7 @@ finished or interrupted record to wandb as one run, for nodes without a network.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ from runtime.files import write_atomically
 from runtime.logging_setup import set_up_logging
 from runtime.preemption import ignore_preemption_signals
 from runtime.program import EXIT_DONE, EXIT_FAULT, UserError, run_program
+from runtime.usage import asks_for_help
 
 logger = logging.getLogger("training.metrics")  # also where this file is the program
 
@@ -277,6 +279,9 @@ def main(arguments: list[str]) -> int:
     """Runs `python -m training.metrics replay RUN_DIRECTORY [mode=offline] [project=NAME]`."""
     if len(arguments) == 2 and arguments[0] == "follow":
         return _follow_for_parent(Path(arguments[1]))
+    if asks_for_help(arguments):
+        print(f"{inspect.cleandoc(__doc__)}\n\n{inspect.cleandoc(main.__doc__ or '')}")
+        return EXIT_DONE
     if len(arguments) < 2 or arguments[0] != "replay":
         raise UserError(
             "arguments are {}; expected replay RUN_DIRECTORY [mode=online|offline] [project=NAME]; pass them".format(

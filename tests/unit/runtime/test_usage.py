@@ -1,0 +1,163 @@
+"""Programs greet: `--help` costs no torch, names every option, and an early Ctrl-C is one line."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluation.audit_config import AuditConfig
+from evaluation.config import EvaluationConfig
+from runtime.config import iterate_keys
+from runtime.usage import describe_usage, iterate_options
+from tests.helpers.digits import DEMO
+from training.config import PretrainConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+PROGRAMS = {
+    "pretrain.py": ["pretrain.py"],
+    "evaluate.py": ["evaluate.py"],
+    **{
+        name: ["-m", name]
+        for name in (
+            "data.make_shards",
+            "data.verify_shards",
+            "data.show_crops",
+            "training.export",
+            "training.metrics",
+            "evaluation.report",
+            "evaluation.audit",
+            "evaluation.cache",
+            "slurm.submit",
+            "benchmarks.report",
+            "benchmarks.gmm",
+            "benchmarks.loss",
+            "benchmarks.unique",
+            "benchmarks.comm",
+            "benchmarks.step",
+            "benchmarks.loader",
+        )
+    },
+}
+# Placed on PYTHONPATH, Python runs it first: says which modules a program has loaded, or sends SIGINT at an import.
+SITE = """
+import atexit, os, signal, sys
+if os.environ.get("SAY_MODULES"):
+    atexit.register(lambda: print("TORCH" if "torch" in sys.modules else "no torch", file=sys.stderr))
+if os.environ.get("INTERRUPT_AT"):  # shells start background jobs with SIGINT ignored, test suites among them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ.get("INTERRUPT_AT"):
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    return {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+
+
+def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_list_of_programs_is_whole() -> None:
+    rooms = ("data", "training", "evaluation", "slurm", "benchmarks", "runtime", "models", "prototypes")
+    found = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        for room in rooms
+        for path in (ROOT / room).rglob("*.py")
+        if '__name__ == "__main__"' in path.read_text()
+    }
+    assert found == set(PROGRAMS) - {"pretrain.py", "evaluate.py"}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_costs_no_torch(name: str, site: dict[str, str]) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run([*PROGRAMS[name], "--help"], site | {"SAY_MODULES": "1"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and done.stderr == "no torch\n", done.stderr[-1500:]
+    assert len(done.stdout.splitlines()) > 3 and "python" in done.stdout
+    # A tenth to a half of a second on an idle machine; the bar of one second, with room for a busy one.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_help_is_found_wherever_it_stands(site: dict[str, str]) -> None:
+    for arguments in (
+        ["pretrain.py", "-h"],
+        ["pretrain.py", DEMO, "--help"],
+        ["-m", "evaluation.audit", "-h"],
+    ):
+        done = run(arguments, site)
+        assert done.returncode == 0 and "Options, with their defaults:" in done.stdout and not done.stderr
+    nothing = run(["pretrain.py"], site)
+    assert nothing.returncode == 2 and nothing.stderr.startswith("error: no configuration given")
+
+
+@pytest.mark.parametrize("config_class", [PretrainConfig, EvaluationConfig, AuditConfig])
+def test_every_option_is_listed_with_its_default_and_meaning(config_class: type) -> None:
+    listed = {key: (default, text) for key, default, text in iterate_options(config_class)}
+    assert list(listed) == list(iterate_keys(config_class))
+    assert [key for key, (default, text) in listed.items() if not default or not text] == []
+    usage = describe_usage("What it does.", config_class)
+    assert all(f"  {key}={default}\n" in usage for key, (default, _) in listed.items())
+    assert max(map(len, usage.splitlines())) <= 140
+
+
+def test_an_option_is_described_in_full() -> None:
+    listed = {key: (default, text) for key, default, text in iterate_options(PretrainConfig)}
+    assert listed["optim.lr"] == ("0.0005", "peak learning rate per 256 images. [0 <= lr <= 100]")
+    assert listed["optim.betas"][0] == "[0.9, 0.999]" and "0 <= each < 1" in listed["optim.betas"][1]
+    assert listed["model.patch_size"][0] == "null" and "or null" in listed["model.patch_size"][1]
+    assert listed["data.shards"][0] == "..."
+    assert "auto, cpu, cuda" in listed["run.device"][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("pretrain.py", "omegaconf"),
+        ("pretrain.py", "training.config"),
+        ("pretrain.py", "torch"),
+        ("pretrain.py", "torch.nn"),
+        ("evaluate.py", "omegaconf"),
+        ("evaluate.py", "torch"),
+    ],
+)
+def test_an_early_interrupt_is_one_line(name: str, module: str, site: dict[str, str], tmp_path: Path) -> None:
+    """At an import, where most of the first second goes, and where Python's own answer is thirty lines."""
+    config = DEMO if name == "pretrain.py" else "configs/eval_fashion_mnist.yaml"
+    place = [f"run.output_dir={tmp_path}"] if name == "pretrain.py" else ["encoder=raw-pixels"]
+    done = run([name, config, *place], site | {"INTERRUPT_AT": module})
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_the_planted_interrupt_has_its_usual_effect_elsewhere(site: dict[str, str]) -> None:
+    done = run(["-c", "import omegaconf"], site | {"INTERRUPT_AT": "omegaconf"})
+    assert "Traceback" in done.stderr and done.stderr.count("\n") > 3
+
+
+def test_an_ignored_interrupt_stays_ignored(site: dict[str, str]) -> None:
+    """A shell starts background jobs so; their run must not end with somebody's Ctrl-C."""
+    code = "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code += "from runtime.program import run_program\n"
+    code += "sys.exit(run_program(lambda _: os.kill(os.getpid(), signal.SIGINT) or 7, []))"
+    assert run(["-c", code], site).returncode == 7
+
+
+@pytest.mark.parametrize("path", ["a" * 300 + ".yaml", "a/" * 3000, "missing.yaml", "configs", "a\x01b"])
+def test_a_path_that_is_none_is_one_line(path: str, site: dict[str, str]) -> None:
+    done = run(["pretrain.py", path], site)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert re.match(r"error: configuration file is .{1,200}; expected an existing YAML file", done.stderr)
