@@ -104,24 +104,30 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
         load_tensors(tmp_path / "x.safetensors")
 
 
-def _extract(run_dir, digits, cache_dir, barrier):
+def _extract(run_dir, digits, cache_dir, written, merged, is_late):
     encoder = load_encoder(run_dir)
-    check = features._check_merged
+    save = features.save_tensors
 
-    def wait_for_the_other(*arguments):
-        barrier.wait(60)  # both have written their parts, neither has merged
-        check(*arguments)
+    def save_and_meet(tensors, path, about):
+        digest = save(tensors, path, about)
+        if ".part-" in path.name:
+            written.wait(60)
+            if is_late:
+                merged.wait(60)
+        return digest
 
-    features._check_merged = wait_for_the_other
+    features.save_tensors = save_and_meet
     load(encoder, digits, cache_dir)
+    merged.set()
 
 
 def test_two_evaluations_at_once_do_not_meet(run_dir, digits, tmp_path):
-    """Part files had one name for all: the second evaluation lost its parts to the first."""
+    """Part files had one name for all: the first to merge removed those of the second."""
     context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
+    written, merged = context.Barrier(2), context.Event()
     both = [
-        context.Process(target=_extract, args=(str(run_dir), digits, tmp_path, barrier)) for _ in range(2)
+        context.Process(target=_extract, args=(str(run_dir), digits, tmp_path, written, merged, is_late))
+        for is_late in (False, True)
     ]
     for process in both:
         process.start()
