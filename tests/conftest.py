@@ -42,6 +42,12 @@ def _log_as_before():
     root.setLevel(level)
 
 
+@pytest.fixture
+def record_property(record_property):
+    """Figures as plain numbers: a tensor or a NumPy scalar does not cross to the process of pytest-xdist that reports."""
+    return lambda name, value: record_property(name, float(value))
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
