@@ -35,7 +35,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m data.make_shards fashion-mnist --out $(FASHION)
 	$(BIN)/python pretrain.py $(DEMO) run.name=demo run.output_dir=$(OUTPUTS) data.shards=$(FASHION)
 	$(BIN)/python evaluate.py configs/eval_fashion_mnist.yaml encoder=$(OUTPUTS)/demo 'probes=[prototypes,knn]' data.shards=$(FASHION)
-	$(BIN)/python -m evaluation.report $(OUTPUTS)/demo --out $(OUTPUTS)/demo/report
+	$(BIN)/python -m report $(OUTPUTS)/demo --out $(OUTPUTS)/demo/report
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "$(FAST)" -n 2 --dist loadscope -q
@@ -49,19 +49,19 @@ $(FASHION)/manifest.json: | $(VENV)/.installed
 
 # Stopped and started again, an audit goes on where it was.
 audit: $(FASHION)/manifest.json
-	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m audit configs/audit_fashion-mnist.yaml output_dir=$(OUTPUTS)
 
 audit-all: audit $(VENV)/.installed-dev
-	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_collapse.yaml output_dir=$(OUTPUTS)
-	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_ablations.yaml output_dir=$(OUTPUTS)
-	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_more.yaml output_dir=$(OUTPUTS)
-	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist_few.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m audit configs/audit_fashion-mnist_collapse.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m audit configs/audit_fashion-mnist_ablations.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m audit configs/audit_fashion-mnist_more.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m audit configs/audit_fashion-mnist_few.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m data.make_shards lt $(FASHION) --imbalance 100 --out $(FASHION)-lt100
-	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist-lt100.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m audit configs/audit_fashion-mnist-lt100.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m data.make_shards lt $(FASHION) --imbalance 1000 --out $(FASHION)-lt1000
-	$(BIN)/python -m evaluation.audit configs/audit_fashion-mnist-lt1000.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m audit configs/audit_fashion-mnist-lt1000.yaml output_dir=$(OUTPUTS)
 	$(BIN)/python -m data.make_shards digits --out datasets/digits
-	$(BIN)/python -m evaluation.audit configs/audit_digits.yaml output_dir=$(OUTPUTS)
+	$(BIN)/python -m audit configs/audit_digits.yaml output_dir=$(OUTPUTS)
 
 # What the slow tests start besides Python: a Slurm, a browser, network namespaces. Without root they skip by name.
 slow-tools:

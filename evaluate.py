@@ -33,12 +33,14 @@ def main(arguments: list[str]) -> int:
     config = load_config(EvaluationConfig, arguments[0], arguments[1:])
     # Imported once the configuration is known to be right: torch takes seconds.
     from evaluation.harness import evaluate
-    from evaluation.tables import summarise
+    from report.charts import draw_audits
+    from report.tables import summarise
     from runtime.logging_setup import set_up_logging
 
     set_up_logging(rank=0)
     written = evaluate(config)
     if written:
+        draw_audits(written)
         print(summarise(written))
     return 0
 

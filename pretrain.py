@@ -64,7 +64,7 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
         with held_run_directory(config, run_dir, process) as directory:
             add_log_file(run_dir / "console.log", process.rank)
             from data.shards import DataError
-            from evaluation.knn import build_knn_probe
+            from evaluation.probes.knn import build_knn_probe
             from training.build import build_trainer
 
             trainer = build_trainer(config, process, directory, preemption, build_knn_probe)

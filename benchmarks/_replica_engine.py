@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from models.student_teacher import update_ema_
 from training.config import OptimConfig
-from training.engine import Engine, NetworkOutput, TrainedNetwork
-from training.optimizer import build_optimizer, set_schedule_
+from training.engines.interface import Engine, NetworkOutput, TrainedNetwork
+from training.engines.optimizer import build_optimizer, set_schedule_
 from training.schedules import StepSchedule
 
 

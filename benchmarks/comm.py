@@ -40,14 +40,15 @@ if __name__ == "__main__":  # usage and mistakes are answered before the slow im
 import torch
 
 from benchmarks._timing import describe_noise
+from prototypes.build import build_estimator
 from prototypes.config import PartitionConfig, PrototypesConfig
-from prototypes.estimator import PrototypeEstimator, build_estimator
-from prototypes.exchange import estimate_costs
-from prototypes.gmm_config import GmmConfig, SynchronizationConfig
+from prototypes.estimator import PrototypeEstimator
+from prototypes.mixture.config import GmmConfig, SynchronizationConfig
+from prototypes.mixture.exchange import estimate_costs
 from runtime import distributed
 from runtime.distributed import Process
 from runtime.rendezvous import free_port
-from training.synchronization import Synchronization
+from training.engines.synchronization import Synchronization
 
 METHODS = ("all_reduce", "all_gather", "sharded")
 _BANDWIDTH_BYTES = 2**26

@@ -38,10 +38,10 @@ import torch
 
 from benchmarks._ceiling import Ceiling, measure
 from benchmarks._timing import Timing, compare, describe_noise, serve
+from prototypes.build import build_estimator
 from prototypes.config import PartitionConfig, PrototypesConfig
-from prototypes.estimator import build_estimator
-from prototypes.gmm import DiagonalGmm
-from prototypes.gmm_config import AnnealingConfig, GmmConfig, VarianceConfig
+from prototypes.families.gmm_diag import DiagonalGmm
+from prototypes.mixture.config import AnnealingConfig, GmmConfig, VarianceConfig
 
 MAX_L1_ERROR = 5e-3
 MAX_EXTRA_GIB = 0.3

@@ -117,7 +117,7 @@ def measure_colour_stage(shards: str) -> dict[str, float | str]:
     import torch
 
     from benchmarks.loader_contestants import data_config, open_stream
-    from data.augmentations import DeviceAugmentation
+    from data.views.augmentations import DeviceAugmentation
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
@@ -142,8 +142,8 @@ def measure_colour_stage(shards: str) -> dict[str, float | str]:
 
 def make_shards(images: Path, work: Path) -> Path:
     """Returns a folder of shards with the same files."""
-    from data.image_sources import FileSource, list_image_folder
-    from data.shard_writing import write_split
+    from data.writing.image_sources import FileSource, list_image_folder
+    from data.writing.shard_writing import write_split
 
     out = work / f"{images.name}-shards"
     out.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,9 @@ from torchvision import datasets, transforms
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from data.augmentations import DeviceAugmentation
 from data.config import RECIPES, DataConfig
-from data.pipeline import TrainingStream
+from data.stream.pipeline import TrainingStream
+from data.views.augmentations import DeviceAugmentation
 
 GLOBAL_SIZE, LOCAL_SIZE, NUM_LOCAL = 224, 96, 10
 BATCH_SIZE = 32

@@ -14,9 +14,9 @@ from PIL import Image
 
 from benchmarks.loader_contestants import BATCH_SIZE, data_config
 from data.config import DataConfig
-from data.pipeline import TrainingStream
 from data.shards import INDEX_DTYPE, Manifest, Shard, load_index, load_manifest, save_index, save_manifest
-from data.workers import measure_rss_mib
+from data.stream.pipeline import TrainingStream
+from data.stream.workers import measure_rss_mib
 
 _IMAGENET_SAMPLES, _IMAGENET_SHARDS = 1_281_167, 1024
 RESUME_AT = 1_000_000
@@ -94,8 +94,8 @@ def measure_memory(shards: str, num_samples: int) -> dict[str, float]:
 
 def _make_imagenet_sized(folder: Path) -> Manifest:
     """Returns the manifest of 1,281,167 samples in 1,024 tars, which are names of two files."""
-    from data.shard_writing import write_split
-    from data.sources import ImageSource, SourceSample
+    from data.writing.shard_writing import write_split
+    from data.writing.sources import ImageSource, SourceSample
 
     class TinyImages(ImageSource):
         fingerprint = "tiny"

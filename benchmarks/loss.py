@@ -27,8 +27,8 @@ if __name__ == "__main__":  # usage and mistakes are answered before the slow im
 import torch
 
 from benchmarks._timing import compare, describe_noise, serve
-from prototypes.losses import carp_loss
-from prototypes.partitions import draw_partition
+from prototypes.objectives.carp import carp_loss
+from prototypes.objectives.partitions import draw_partition
 
 NUM_VIEWS, NUM_SAMPLES, DIM, BLOCK_SIZE = 4, 32, 128, 512
 

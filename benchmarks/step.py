@@ -66,19 +66,19 @@ from benchmarks._timing import describe_noise
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
+from prototypes.build import build_estimator
 from prototypes.config import PartitionConfig, PrototypesConfig
-from prototypes.estimator import build_estimator
-from prototypes.losses import carp_loss
-from prototypes.partitions import draw_partition
+from prototypes.objectives.carp import carp_loss
+from prototypes.objectives.partitions import draw_partition
 from runtime import distributed
 from runtime.distributed import Process
 from runtime.rendezvous import free_port
 from training.config import BatchConfig, OptimConfig
-from training.deepspeed_engine import DeepSpeedEngine
-from training.engine import Engine, TrainedNetwork
-from training.fsdp_engine import FSDPEngine
+from training.engines.deepspeed import DeepSpeedEngine
+from training.engines.fsdp import FSDPEngine
+from training.engines.interface import Engine, TrainedNetwork
+from training.engines.synchronization import Synchronization
 from training.schedules import StepSchedule
-from training.synchronization import Synchronization
 
 FLOORS = {"zero1": 0.75, "zero2": 0.75, "zero3": 0.4, "fsdp2": 0.4}
 FULL_OVER_JOINT = 0.95

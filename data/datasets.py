@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.config import MAX_IMAGE_PIXELS, DataConfig
-from data.decoding import BadImageError, decode_to_pil, find_image
-from data.labels import number_classes, number_label, read_label
-from data.reader import EncodedSample, Failure, ShardReader
-from data.remote import ShardCache, open_shards
+from data.members import EncodedSample
 from data.shards import DataError, Manifest, check_shard_files, load_manifest
-from data.workers import start_worker
+from data.stream.reader import Failure, ShardReader
+from data.stream.remote import ShardCache, open_shards
+from data.stream.workers import start_worker
+from data.views.decoding import BadImageError, decode_to_pil, find_image
+from data.writing.labels import number_classes, number_label, read_label
 
 __all__ = ["DataError", "EvaluationStream", "Manifest", "load_manifest", "require_same_classes"]
 

@@ -31,8 +31,8 @@ from data.shards import MANIFEST_NAME, DataError, Manifest, load_manifest, split
 from data.usage import Parser
 
 if TYPE_CHECKING:
-    from data.image_sources import FileSource, Listing
-    from data.sources import ImageSource, Rejected
+    from data.writing.image_sources import FileSource, Listing
+    from data.writing.sources import ImageSource, Rejected
 
 _DOWNLOADS = "datasets/downloads"
 _MIB = 1024 * 1024
@@ -184,7 +184,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _source(listed: Listing, options: argparse.Namespace) -> FileSource:
-    from data.image_sources import FileSource
+    from data.writing.image_sources import FileSource
 
     for line in listed.passed_over.lines():
         print(f"  {line}")
@@ -198,7 +198,7 @@ def _source(listed: Listing, options: argparse.Namespace) -> FileSource:
 
 
 def _make_fashion_mnist(options: argparse.Namespace) -> None:
-    from data.fashion_mnist import SPLITS, FashionMnistSource, fetch
+    from data.writing.fashion_mnist import SPLITS, FashionMnistSource, fetch
 
     folder = fetch(options.cache)
     for split in SPLITS:
@@ -206,29 +206,29 @@ def _make_fashion_mnist(options: argparse.Namespace) -> None:
 
 
 def _make_digits(options: argparse.Namespace) -> None:
-    from data.digits import DigitsSource
+    from data.writing.digits import DigitsSource
 
     for split in ("train", "test"):
         _write(DigitsSource(split), split, options)
 
 
 def _make_cifar(options: argparse.Namespace) -> None:
-    from data.cifar import open_cifar
+    from data.writing.cifar import open_cifar
 
     for split, source in open_cifar(options.command, options.archive, options.cache).items():
         _write(source, split, options)
 
 
 def _make_tiny_imagenet(options: argparse.Namespace) -> None:
-    from data.tiny_imagenet import open_tiny_imagenet
+    from data.writing.tiny_imagenet import open_tiny_imagenet
 
     for split, source in open_tiny_imagenet(options.archive, options.cache).items():
         _write(source, split, options)
 
 
 def _make_image_folder(options: argparse.Namespace) -> None:
-    from data.folder_walk import PassedOver, find_split_folders
-    from data.image_sources import list_image_folder
+    from data.writing.folder_walk import PassedOver, find_split_folders
+    from data.writing.image_sources import list_image_folder
 
     auto = options.split_folders == "auto"
     folders, beside = find_split_folders(options.root) if auto else ([], PassedOver())
@@ -253,7 +253,7 @@ def _make_image_folder(options: argparse.Namespace) -> None:
 
 
 def _make_csv(options: argparse.Namespace) -> None:
-    from data.image_sources import list_csv
+    from data.writing.image_sources import list_csv
 
     listed = list_csv(
         options.path,
@@ -266,7 +266,7 @@ def _make_csv(options: argparse.Namespace) -> None:
 
 
 def _make_inat(options: argparse.Namespace) -> None:
-    from data.image_sources import list_inaturalist
+    from data.writing.image_sources import list_inaturalist
 
     by_split = {
         split: list_inaturalist(path, root=options.root, categories_path=options.categories)
@@ -281,7 +281,7 @@ def _make_inat(options: argparse.Namespace) -> None:
 
 
 def _make_long_tail(options: argparse.Namespace) -> None:
-    from data.subsets import write_long_tail
+    from data.writing.subsets import write_long_tail
 
     for manifest in write_long_tail(
         options.shards, options.out, split=options.split, imbalance=options.imbalance, seed=options.seed
@@ -290,7 +290,7 @@ def _make_long_tail(options: argparse.Namespace) -> None:
 
 
 def _reshuffle(options: argparse.Namespace) -> None:
-    from data.reshuffling import ReshuffleOptions, reshuffle
+    from data.writing.reshuffling import ReshuffleOptions, reshuffle
 
     started = time.monotonic()
     reshuffle(
@@ -319,7 +319,7 @@ def _known_classes(directory: str, splits: set[str]) -> tuple[str, ...]:
 
 
 def _write(source: ImageSource, split: str, options: argparse.Namespace) -> None:
-    from data.shard_writing import write_split
+    from data.writing.shard_writing import write_split
 
     Path(options.out).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from data.shards import DataError
@@ -22,6 +23,14 @@ _SYSTEM_NAMES = frozenset(("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "$R
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
 _NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")
 _NUM_NAMED = 6
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample as it lies in its tar: its key and the bytes of its members by suffix (`jpg`, `cls`, ...)."""
+
+    key: str
+    members: dict[str, bytes]
 
 
 class NoImageError(ValueError):

@@ -21,7 +21,7 @@ from data.usage import Parser
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.augmentations import Crops
+    from data.views.augmentations import Crops
 
 _MARGIN = 4
 _BACKGROUND = 255
@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
 def draw_crops(config: DataConfig, *, num_images: int, seed: int) -> Crops:
     """Returns the first augmented crops of a run with this configuration and seed."""
     # Here, so that --help needs no torch.
-    from data.augmentations import DeviceAugmentation
-    from data.pipeline import TrainingStream
+    from data.stream.pipeline import TrainingStream
+    from data.views.augmentations import DeviceAugmentation
 
     stream = TrainingStream(
         config, seed=seed, global_batch_size=num_images, micro_batch_size=num_images, rank=0, world_size=1

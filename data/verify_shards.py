@@ -21,13 +21,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from data.config import DataConfig
-from data.findings import Finding, count, summarise
-from data.foreign_shards import NUM_DECODED, log_passed_over, number_labels, scan_all, write_manifests
-from data.inspection import ShardScan
-from data.labels import number_classes
-from data.mixing import measure_mixing, report_mixing
 from data.shards import DataError, Manifest, Shard, load_index, load_manifest, split_names
+from data.stream.mixing import measure_mixing, report_mixing
 from data.usage import Parser
+from data.writing.findings import Finding, count, summarise
+from data.writing.foreign_shards import NUM_DECODED, log_passed_over, number_labels, scan_all, write_manifests
+from data.writing.inspection import ShardScan
+from data.writing.labels import number_classes
 
 _BATCH_SIZE = 1024  # of the run that is imagined to say how mixed its batches will be
 

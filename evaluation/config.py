@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from evaluation.probe_config import (
+from evaluation.probes.config import (
     ClusteringConfig,
     ConfidenceConfig,
     FewShotConfig,

@@ -7,15 +7,13 @@ import time
 from pathlib import Path
 
 from evaluation.config import EvaluationConfig
-from evaluation.encoder import Encoder, load_controls, load_encoder
-from evaluation.figures import draw_audit
-from evaluation.preprocessing import Preprocessing
-from evaluation.probes import PROBE_FUNCTIONS
-from evaluation.processes import start_processes
+from evaluation.encoders.load import Encoder, load_controls, load_encoder
+from evaluation.encoders.preprocessing import Preprocessing
+from evaluation.features.processes import start_processes
+from evaluation.features.session import Session, extract_together
+from evaluation.probes.run import PROBE_FUNCTIONS
 from evaluation.results import collect_provenance, write_result
-from evaluation.session import Session, extract_together
 from runtime.config import config_hash, config_to_dict
-from runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +127,6 @@ def _run_probe(session: Session, probe: str, directory: Path) -> Path:
             seconds=time.perf_counter() - started,
             predictions=outcome.predictions,
         )
-        if probe == "prototypes":
-            write_atomically(directory / "prototypes.png", draw_audit(session.encoder.label, outcome.figures))
         logger.info("%s: %s -> %s", session.encoder.label, probe, path)
     return path
 

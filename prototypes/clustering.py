@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prototypes.candidate import CandidateTables
-from prototypes.config import ClusteringConfig, PrototypesConfig
-from prototypes.estimator import EstimatorContext, Observation, PrototypeEstimator, Role
-from prototypes.initialisation import draw_unit_vectors
-from prototypes.learned import LearnedPrototypes, require_learned
-from prototypes.sinkhorn import compute_sinkhorn_targets
-from prototypes.statistics import drop_non_finite, find_finite, full_precision
+from .config import ClusteringConfig, PrototypesConfig
+from .estimator import EstimatorContext, Observation, PrototypeEstimator, Role
+from .learned import LearnedPrototypes, require_learned
+from .mixture.candidate import CandidateTables
+from .objectives.sinkhorn import compute_sinkhorn_targets
+from .random_numbers import draw_unit_vectors
+from .statistics import drop_non_finite, find_finite, full_precision
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from prototypes.gmm_config import GmmConfig, require
+from .mixture.config import GmmConfig, require
 
 Mode = Literal["full", "joint", "joint_kp", "partial", "frozen_random"]
 EstimatorName = Literal[

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from prototypes.statistics import full_precision
+from .statistics import full_precision
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
     from torch import Tensor
 
-    from prototypes.assignments import Assignment
+    from .estimator import Assignment
 
 UNIQUE_THRESHOLDS = (0.025, 0.05, 0.1, 0.25, 0.5)
 _BLOCK_ROWS = 1024

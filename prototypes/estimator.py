@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from prototypes.assignments import Assignment
-from prototypes.config import PrototypesConfig
-from prototypes.statistics import Collectives, Gather, Handle, ReduceSum
+from .config import PrototypesConfig
+from .statistics import Collectives, Handle
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
@@ -52,6 +51,18 @@ class Observation:
 
     handle: Handle | None = None
     rows: Tensor | None = None
+
+
+class Assignment(NamedTuple):
+    """How one step's E-step shared out its rows, before any component was revived; a sum over ranks is the total.
+
+    Attributes:
+        hits: [K] rows that each prototype won, the argmax of the responsibilities; this rank's part.
+        mass: [K] summed responsibilities; this rank's part.
+    """
+
+    hits: Tensor
+    mass: Tensor
 
 
 class PrototypeEstimator(nn.Module, ABC):
@@ -248,72 +259,3 @@ class PrototypeEstimator(nn.Module, ABC):
                 return f"{key} has dtype {found.dtype}, expected {value.dtype}"
         unexpected = sorted(set(state_dict) - set(expected) - {"_extra_state"})
         return f"{unexpected[0]} is not expected" if unexpected else None
-
-
-def build_estimator(
-    config: PrototypesConfig,
-    *,
-    seed: int,
-    num_observations_per_epoch: int,
-    total_steps: int,
-    rank: int = 0,
-    world_size: int = 1,
-    rows_per_rank: int = 128,
-    reduce_sum: ReduceSum | None = None,
-    gather: Gather | None = None,
-    device: torch.device | str = "cpu",
-) -> PrototypeEstimator:
-    """Returns the estimator of `config.mode` and `config.estimator`, its state on `device`, fp32.
-
-    Every rank builds the same state from `seed`; nothing is sent.
-
-    Args:
-        config: the prototypes' options.
-        seed: the run's seed.
-        num_observations_per_epoch: teacher rows in one epoch over all ranks, V_t * images.
-        total_steps: optimizer steps of the whole training; schedules run over them.
-        rank: this process's rank.
-        world_size: number of ranks.
-        rows_per_rank: teacher rows that one rank observes in one step; the cost rule's only use.
-        reduce_sum: asynchronous in-place all-reduce(SUM); required for more than one rank.
-        gather: asynchronous all-gather of equal shapes to [world_size, ...]; None builds it on `reduce_sum`.
-        device: where the state lives.
-
-    Raises:
-        ValueError: more than one rank without `reduce_sum`.
-    """
-    from prototypes import clustering, learned
-
-    context = EstimatorContext(
-        seed=seed,
-        num_observations_per_epoch=num_observations_per_epoch,
-        total_steps=total_steps,
-        rows_per_rank=rows_per_rank,
-        collectives=Collectives(rank=rank, world_size=world_size, reduce_sum=reduce_sum, gather=gather),
-    )
-    estimator: PrototypeEstimator
-    if config.mode in ("joint", "joint_kp"):
-        estimator = learned.JointEstimator(config, context)
-    elif config.mode == "partial":
-        estimator = clustering.PartialEstimator(config, context)
-    elif config.mode == "frozen_random":
-        estimator = learned.FrozenRandomEstimator(config, context)
-    else:
-        estimator = _build_family(config, context)
-    return estimator.to(device)
-
-
-def _build_family(config: PrototypesConfig, context: EstimatorContext) -> PrototypeEstimator:
-    from prototypes import clustering, gmm, gmm_covariances, spherical_kmeans, vb_gmm, vmf
-
-    families: tuple[type[PrototypeEstimator], ...] = (
-        gmm.DiagonalGmm,
-        gmm_covariances.SphericalGmm,
-        gmm_covariances.TiedDiagonalGmm,
-        gmm_covariances.TiedSphericalGmm,
-        vmf.VonMisesFisherMixture,
-        spherical_kmeans.SphericalKMeans,
-        vb_gmm.VariationalGmm,
-        clustering.SinkhornCodes,
-    )
-    return {family.name: family for family in families}[config.estimator](config, context)  # type: ignore[call-arg]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prototypes.config import PrototypesConfig
-from prototypes.estimator import EstimatorContext, PrototypeEstimator, Role
-from prototypes.initialisation import draw_unit_vectors
-from prototypes.koleo import compute_koleo
+from .config import PrototypesConfig
+from .estimator import EstimatorContext, PrototypeEstimator, Role
+from .objectives.koleo import compute_koleo
+from .random_numbers import draw_unit_vectors
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64

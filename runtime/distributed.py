@@ -1,6 +1,6 @@
 """The process we are in: rank, device, rendezvous, and the small collectives that agree on plain values.
 
-Tensor collectives of training live in `training/synchronization.py`; here are only those that any program
+Tensor collectives of training live in `training/engines/synchronization.py`; here are only those that any program
 needs. Every object collective uses a gloo group of its own, so that it works beside NCCL and never queues
 behind gradients.
 """

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("models", "prototypes", "data", "training", "evaluation", "runtime", "slurm", "benchmarks")
+ROOMS = (
+    "models", "prototypes", "data", "training", "evaluation", "report", "audit", "runtime", "slurm", "benchmarks",
+)  # fmt: skip
 
 # room or program -> the rooms of ours that it may import besides itself
 MAY_IMPORT = {
@@ -16,20 +18,75 @@ MAY_IMPORT = {
     "runtime": set(),
     "training": {"models", "prototypes", "data", "runtime"},
     "evaluation": {"models", "prototypes", "data", "runtime"},
+    "report": {"evaluation", "data", "runtime"},
+    "audit": {"report", "evaluation", "runtime"},
     "slurm": {"runtime", "training", "evaluation"},
     "benchmarks": set(ROOMS),
     "pretrain": {"training", "evaluation", "runtime", "data"},
-    "evaluate": {"evaluation", "runtime"},
+    "evaluate": {"evaluation", "report", "runtime"},
+}
+# room -> its floors from the top: a file imports from its own floor and from those below. A name is a file or a
+# sub-room; config files stand below everything, wherever they lie.
+FLOORS = {
+    "models": (("student_teacher",), ("released_weights", "vit", "heads")),
+    "prototypes": (
+        ("build",),
+        ("families",),
+        ("clustering",),
+        ("mixture",),
+        ("learned", "coupling"),
+        ("objectives",),
+        ("diagnostics", "alarms"),
+        ("estimator",),
+        ("statistics", "random_numbers"),
+    ),
+    "data": (
+        ("make_shards", "verify_shards", "show_crops"),
+        ("datasets",),
+        ("writing",),
+        ("stream",),
+        ("views",),
+        ("labels",),
+        ("members", "local_errors"),
+        ("shards", "usage"),
+    ),
+    "training": (
+        ("build",),
+        ("trainer", "dry_run", "export", "evaluation_job"),
+        ("initialisation", "run_directory", "health", "cost"),
+        ("checkpoints",),
+        ("step",),
+        ("accumulation",),
+        ("engines",),
+        ("guards", "metrics", "schedules", "run_length", "config_difference"),
+    ),
+    "evaluation": (
+        ("harness", "cache"),
+        ("probes",),
+        ("features",),
+        ("encoders",),
+        ("results", "confidence"),
+        ("tensor_files",),
+    ),
+    "report": (
+        ("__main__",),
+        ("write",),
+        ("sections",),
+        ("comparison", "confusion", "curves", "page", "panels"),
+        ("runs",),
+        ("charts", "tables"),
+    ),
+    "audit": (("__main__",), ("run",), ("write",), ("charts",)),
 }
 # package -> the only modules that may import it
 ONLY_IN = {
-    "deepspeed": ("training.deepspeed_engine",),
+    "deepspeed": ("training.engines.deepspeed",),
     "torch.distributed": (
         "runtime.distributed",
-        "training.synchronization",
-        "training.checkpoint",
-        "training.deepspeed_engine",
-        "training.fsdp_engine",
+        "training.engines.synchronization",
+        "training.checkpoints.store",
+        "training.engines.deepspeed",
+        "training.engines.fsdp",
     ),
     "omegaconf": ("runtime.config",),
     "wandb": ("training.metrics",),
@@ -48,13 +105,48 @@ def modules():
     ]
 
 
-def imported_names(tree):
+def imported_names(name, tree):
+    """Every dotted name that a module imports: what it imports from, and the names themselves."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split(".")[: -node.level] if node.level else []
+            source = ".".join([*package, *([node.module] if node.module else [])])
+            yield source
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def floor_of(name):
+    """The floor of a module in its room, counted from the top; None where the room has none, or does not know it."""
+    room, *inside = name.split(".")
+    if room not in FLOORS or not inside:
+        return None
+    if inside[-1] == "config" or (len(inside) > 1 and inside[1] == "config"):
+        return len(FLOORS[room])
+    return next((i for i, floor in enumerate(FLOORS[room]) if inside[0] in floor), None)
+
+
+def find_circles(sources):
+    """Returns the circles of files that import each other; `sources`: module name to its text."""
+    arrows = {
+        name: {imported for imported in imported_names(name, ast.parse(text)) if imported in sources} - {name}
+        for name, text in sources.items()
+    }
+    free = set()
+    while found := {name for name, targets in arrows.items() if name not in free and targets <= free}:
+        free |= found
+    # What is left stands on a circle, or imports one; the former alone are reached from themselves.
+    return {name for name in arrows.keys() - free if name in _reached(name, arrows)}
+
+
+def _reached(start, arrows):
+    reached, frontier = set(), [start]
+    while frontier:
+        for target in arrows[frontier.pop()] - reached:
+            reached.add(target)
+            frontier.append(target)
+    return reached
 
 
 def find_violations(name, source):
@@ -62,17 +154,20 @@ def find_violations(name, source):
     tree = ast.parse(source)
     room = name.split(".")[0]
     found = []
-    imports = list(imported_names(tree))
+    imports = list(imported_names(name, tree))
     for imported in imports:
         target = imported.split(".")[0]
         if target in MAY_IMPORT and target != room and target not in MAY_IMPORT[room]:
             found.append(
                 f"{name} imports {imported}: {room} may import {sorted(MAY_IMPORT[room]) or 'nothing of ours'}"
             )
+        below, above = floor_of(name), floor_of(imported)
+        if target == room and None not in (below, above) and above < below:
+            found.append(f"{name} imports {imported}, which stands on a higher floor of {room}")
         for package, owners in ONLY_IN.items():
             if (imported == package or imported.startswith(package + ".")) and name not in owners:
                 found.append(f"{name} imports {package}: only {', '.join(owners)} may")
-        is_config = name.endswith(("config", "_config"))
+        is_config = name.endswith("config")
         if (
             is_config
             and room != "runtime"
@@ -91,6 +186,8 @@ def find_violations(name, source):
             and not imported.startswith(f"{target}.config")
         ):
             found.append(f"{name} imports {imported}: slurm may use config classes only")
+    if room in FLOORS and floor_of(name) is None and not name.endswith("__init__"):
+        found.append(f"{name} stands on no floor of {room}; FLOORS names its neighbours")
     if source.count("\n") > MAX_FILE_LINES:
         found.append(f"{name} has {source.count(chr(10))} lines, more than {MAX_FILE_LINES}")
     for node in ast.walk(tree):
@@ -109,18 +206,48 @@ def test_module_keeps_the_rules(name, source):
     assert find_violations(name, source) == []
 
 
+def test_no_files_import_each_other_in_a_circle():
+    assert find_circles(dict(modules())) == set()
+
+
+def test_a_planted_circle_is_found():
+    sources = {
+        "a.one": "from a import two",
+        "a.two": "def f():\n    from a.three import x",
+        "a.three": "from .one import y",
+        "a.four": "import a.one",
+        "a.five": "",
+    }
+    assert find_circles(sources) == {"a.one", "a.two", "a.three"}
+
+
 PLANTED = {
-    "models and prototypes are strangers": ("models.vit", "from prototypes.gmm import GaussianMixture"),
-    "prototypes know no encoder": ("prototypes.gmm", "import models.vit"),
-    "data knows no rank": ("data.pipeline", "from runtime.distributed import start"),
-    "training knows no evaluation": ("training.trainer", "from evaluation.knn import build_knn_probe"),
-    "evaluation uses diagnostics only": ("evaluation.knn", "from prototypes.gmm import GaussianMixture"),
+    "models and prototypes are strangers": (
+        "models.vit",
+        "from prototypes.families.gmm_diag import DiagonalGmm",
+    ),
+    "prototypes know no encoder": ("prototypes.learned", "import models.vit"),
+    "data knows no rank": ("data.stream.pipeline", "from runtime.distributed import start"),
+    "training knows no evaluation": ("training.trainer", "from evaluation.probes.knn import build_knn_probe"),
+    "evaluation uses diagnostics only": (
+        "evaluation.probes.knn",
+        "from prototypes.families.gmm_diag import DiagonalGmm",
+    ),
     "slurm uses config classes only": ("slurm.submit", "from training.trainer import Trainer"),
     "deepspeed has one door": ("training.trainer", "import deepspeed"),
-    "torch.distributed has few doors": ("prototypes.gmm", "import torch.distributed as dist"),
+    "torch.distributed has few doors": ("prototypes.learned", "import torch.distributed as dist"),
     "from torch import distributed counts": ("models.vit", "from torch import distributed"),
     "omegaconf has one door": ("training.config", "from omegaconf import OmegaConf"),
     "wandb has one door": ("training.trainer", "def f():\n    import wandb"),
+    "evaluation knows no report": ("evaluation.harness", "from report.charts import draw_audit"),
+    "a report knows no audit": ("report.write", "import audit.run"),
+    "views know no stream": ("data.views.decoding", "from data.stream.reader import ShardReader"),
+    "a mixture knows no family": ("prototypes.mixture.model", "from ..families import vmf"),
+    "objectives know no mixture": ("prototypes.objectives.carp", "from ..mixture.model import Mixture"),
+    "engines know no step": ("training.engines.fsdp", "from training.step import TrainingStep"),
+    "features know no probe": ("evaluation.features.extract", "import evaluation.probes.knn"),
+    "a config imports nothing above": ("prototypes.mixture.config", "from ..estimator import Role"),
+    "every file has a floor": ("data.somewhere", ""),
     "config modules import no torch": ("models.config", "import torch"),
     "files stay short": ("models.vit", "x = 1\n" * (MAX_FILE_LINES + 1)),
     "functions stay short": ("models.vit", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),

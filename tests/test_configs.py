@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.audit import iterate_cells
-from evaluation.audit_config import AuditConfig
+from audit.config import AuditConfig
+from audit.run import iterate_cells
 from evaluation.config import EvaluationConfig
 from runtime.config import ConfigError, build_config, config_hash, iterate_keys, load_config
 from training.config import PretrainConfig
@@ -52,13 +52,13 @@ def test_pretrain_config_loads(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_deepspeed_config_sets_mechanics_only(path):
-    from training.deepspeed_engine import read_mechanics
+    from training.engines.deepspeed import read_mechanics
 
     assert "zero_optimization" in read_mechanics(str(path))
 
 
 def test_deepspeed_config_that_sets_the_batch_is_refused(tmp_path):
-    from training.deepspeed_engine import read_mechanics
+    from training.engines.deepspeed import read_mechanics
 
     path = tmp_path / "bad.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": 8}))

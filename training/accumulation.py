@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from training.engine import Engine, NetworkOutput
+from training.engines.interface import Engine, NetworkOutput
 
 # From the student's rows to named scalars; `total` is what is minimised.
 RowLoss = Callable[[NetworkOutput], dict[str, Tensor]]

@@ -9,20 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.augmentations import DeviceAugmentation
-from data.pipeline import TrainingStream
+from data.stream.pipeline import TrainingStream
+from data.views.augmentations import DeviceAugmentation
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
+from prototypes.build import build_estimator
 from prototypes.diagnostics import UsageCounter
-from prototypes.estimator import PrototypeEstimator, build_estimator
+from prototypes.estimator import PrototypeEstimator
 from runtime.config import config_hash
 from runtime.distributed import Process
 from runtime.preemption import PreemptionFlag
 from runtime.provenance import collect_provenance
 from runtime.seeding import seed_everything
-from training.checkpoint import CheckpointStore
+from training.checkpoints.resume import Resumption
+from training.checkpoints.saved_run import SavedRun
+from training.checkpoints.snapshot import Progress, RecordPosition
+from training.checkpoints.store import CheckpointStore
 from training.config import PretrainConfig
-from training.engine import Engine, TrainedNetwork
+from training.engines.interface import Engine, TrainedNetwork
+from training.engines.synchronization import Synchronization
 from training.evaluation_job import build_evaluation_job
 from training.guards import LossSpikeGuard
 from training.initialisation import (
@@ -31,13 +36,9 @@ from training.initialisation import (
     initialise_estimator,
     initialise_network,
 )
-from training.resume import Resumption
 from training.run_directory import RunDirectory
 from training.run_length import check_length, report_extension
-from training.saved_run import SavedRun
-from training.snapshot import Progress, RecordPosition
 from training.step import TrainingStep
-from training.synchronization import Synchronization
 from training.trainer import Probe, Trainer
 
 logger = logging.getLogger(__name__)
@@ -187,10 +188,10 @@ def _build_engine(
         "world_size": process.world_size,
     }
     if config.engine.name == "fsdp2":
-        from training.fsdp_engine import FSDPEngine
+        from training.engines.fsdp import FSDPEngine
 
         return FSDPEngine(**arguments, precision=config.engine.precision)
-    from training.deepspeed_engine import DeepSpeedEngine
+    from training.engines.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(**arguments, batch=config.batch, deepspeed_config=config.engine.deepspeed_config)
 

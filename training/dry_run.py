@@ -1,110 +1,35 @@
-"""What a run would be, before it costs anything: parameters, FLOPs, memory per rank, batch and steps.
-
-Networks are built from fake tensors: shapes and dtypes are real, no memory is taken, so that a ViT-L is described on
-a laptop. Memory is of states (what the engines hold, tensor by tensor), of what autograd saves (counted by
-saved-tensor hooks on two and on four images: what does not grow with the batch is told apart) and of the engine's
-buffers. The loss works in chunks of blocks and holds less than a hundredth of the activations; the allocator's
-fragmentation and NCCL's own buffers come on top.
-"""
+"""What a run would be, before it costs anything: its cost, its steps, and what would be refused."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
 import torch
-from timm.layers import DropPath
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from data.shards import DataError, load_manifest
-from models.student_teacher import SelfSupervisedNetwork
-from models.vit import compile_blocks
-from prototypes.estimator import PrototypeEstimator, build_estimator
 from runtime.config import config_to_yaml
 from runtime.distributed import Process
-from training.config import OptimConfig, PretrainConfig
-from training.engine import TrainedNetwork
-from training.engine_table import ENGINES, check_combination
+from training.config import PretrainConfig
+from training.cost import (
+    Cost,
+    buffer_bytes,
+    build_sized_estimator,
+    build_student_on_meta,
+    measure_cost,
+    own_engine,
+    state_bytes,
+    waiting_bytes,
+)
+from training.engines.interface import TrainedNetwork
+from training.engines.table import ENGINES
 from training.initialisation import (
     check_crop_sizes,
     find_source_checkpoint,
     initialise_estimator,
     initialise_network,
 )
-from training.optimizer import MOMENTS_OF, count_parameters
 from training.run_length import check_length
 
 _GIB = 2**30
-_FP32 = 4
-_BF16 = 2
-# What each engine cuts over ranks. DeepSpeed's stages 1 to 3 step on a flat fp32 copy of this rank's piece, `master`.
-_CUT = {
-    "parameters": ("zero3", "fsdp2"),
-    "gradients": ("zero2", "zero3", "fsdp2"),
-    "master": ("zero1", "zero2", "zero3"),
-    "moments": ("zero1", "zero2", "zero3", "fsdp2"),
-    "teacher": ("zero3", "fsdp2"),
-}
-_HAVE_MASTER = ("zero1", "zero2", "zero3")
-# DeepSpeed's own values where the JSON file is silent.
-_REDUCE_BUCKET_NUMEL = 5e8
-_MAX_LIVE_NUMEL = 1e9
 GPU_SIZES_GB = (80, 141)
-_PROBE_IMAGES = (2, 4)
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What autograd keeps for the backward pass.
-
-    Attributes:
-        per_image: bytes per image of the micro-batch; with activation checkpointing also what recomputing one block
-            takes.
-        fixed: bytes whatever the batch: under autocast the weights' bf16 copies.
-    """
-
-    per_image: float
-    fixed: float
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The cost of one image, and the sizes of what a rank holds.
-
-    Attributes:
-        backbone_parameters: of the student's backbone.
-        head_parameters: of its projection head.
-        prototype_parameters: prototypes that the encoder's loss trains; 0 in most modes.
-        dense_flops: per image: student forward and backward on all crops, teacher forward on global crops.
-        executed_flops: the same with recomputed activations and exact accumulation's second forward pass.
-        activations: under DeepSpeed, which autocasts.
-        fsdp2_activations: under FSDP2, whose mixed precision computes in bf16 alone and frees gathered weights.
-        largest_unit_numel: parameters of the largest block, which engines that cut parameters gather at once.
-        unsupported: engines that refuse this network or optimizer.
-        estimator_bytes: state and candidate of the prototypes' estimator.
-    """
-
-    backbone_parameters: int
-    head_parameters: int
-    prototype_parameters: int
-    dense_flops: float
-    executed_flops: float
-    activations: Activations
-    fsdp2_activations: Activations
-    largest_unit_numel: int
-    unsupported: tuple[str, ...]
-    estimator_bytes: int
-
-    @property
-    def trained_parameters(self) -> int:
-        """Everything that the optimizer moves."""
-        return self.backbone_parameters + self.head_parameters + self.prototype_parameters
 
 
 def describe_run(config: PretrainConfig, process: Process) -> str:
@@ -141,146 +66,12 @@ def _try_initialisation(config: PretrainConfig) -> None:
     """Does what a start from `model.init` does but for writing into the network, which has no numbers here."""
     if config.model.init == "random":
         return
-    estimator = _build_estimator(config)
-    student = TrainedNetwork(_build_student_on_meta(config), estimator.build_learned())
+    estimator = build_sized_estimator(config)
+    student = TrainedNetwork(build_student_on_meta(config), estimator.build_learned())
     # Asked by one process alone, whatever the launcher: a dry run is not collective.
     source = find_source_checkpoint(config.model, Process(0, 1, 0, torch.device("cpu")))
     initialise_network(config.model, source, student)
     initialise_estimator(config.model, source, estimator)
-
-
-def _build_estimator(config: PretrainConfig) -> PrototypeEstimator:
-    return build_estimator(
-        config.prototypes, seed=config.run.seed, num_observations_per_epoch=10**6, total_steps=1000
-    )
-
-
-def measure_cost(config: PretrainConfig) -> Cost:
-    """Returns the cost of one image and the sizes of states, counted on fake tensors.
-
-    Raises:
-        ValueError: the run's engine cannot train this network with this optimizer.
-    """
-    estimator = _build_estimator(config)
-    state = [value for value in estimator.state_dict().values() if isinstance(value, Tensor)]
-    learned = estimator.build_learned()
-    network = _build_student_on_meta(config)
-    refused = _find_refusals(config)
-    bf16 = _computes_in_bf16(config)
-    fsdp2_network = _build_student_on_meta(config)
-    if bf16:
-        fsdp2_network.to(torch.bfloat16)
-    few = _PROBE_IMAGES[0]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        network = network.to_empty(device="cpu")
-        crops = _fake_crops(config, few)
-        teacher = _count_flops(network, crops[:1]) / few
-        student = _count_flops(network, crops) / few
-        activations = _measure_activations(config, network, autocast=bf16)
-        fsdp2 = _measure_activations(config, fsdp2_network.to_empty(device="cpu"), autocast=False)
-    blocks = [*getattr(network.backbone, "blocks", ()), network.projection_head]
-    num_repeats = int(config.model.activation_checkpointing) + int(config.batch.runs_student_twice)
-    return Cost(
-        backbone_parameters=count_parameters(network.backbone),
-        head_parameters=count_parameters(network.projection_head),
-        prototype_parameters=0 if learned is None else count_parameters(learned),
-        dense_flops=3 * student + teacher,
-        executed_flops=(3 + num_repeats) * student + teacher,
-        activations=activations,
-        fsdp2_activations=replace(fsdp2, fixed=0.0),
-        largest_unit_numel=max(count_parameters(block) for block in blocks),
-        unsupported=refused,
-        estimator_bytes=2 * sum(value.numel() * value.element_size() for value in state),
-    )
-
-
-def state_bytes(optim: OptimConfig, cost: Cost, engine: str, world_size: int) -> dict[str, float]:
-    """Returns bytes per rank of every state at the end of the backward pass, when a rank holds most.
-
-    Args:
-        optim: whose moments are counted.
-        cost: from `measure_cost`.
-        engine: one of `training.engine_table.ENGINES`.
-        world_size: number of ranks.
-    """
-    whole = cost.trained_parameters * _FP32
-    sizes = {
-        "parameters": whole,
-        "gradients": whole,
-        "master": whole if engine in _HAVE_MASTER else 0,
-        "moments": len(MOMENTS_OF[optim.optimizer]) * whole,
-        "teacher": whole,
-    }
-    cut = {part: size / (world_size if engine in _CUT[part] else 1) for part, size in sizes.items()}
-    return cut | {"estimator": float(cost.estimator_bytes)}
-
-
-def buffer_bytes(config: PretrainConfig, cost: Cost, engine: str) -> float:
-    """Returns bytes per rank of what an engine holds beside states: buckets of gradients, gathered parameters."""
-    if engine == "zero0":
-        return 0.0
-    if engine == "fsdp2":
-        # The unit at work and the next one, gathered; their gradients, whole until they are reduced.
-        width = _BF16 if _computes_in_bf16(config) else _FP32
-        return 2.0 * cost.largest_unit_numel * (width + _FP32)
-    zero = _mechanics(config, engine).get("zero_optimization", {})
-    bucket = float(zero.get("reduce_bucket_size", _REDUCE_BUCKET_NUMEL)) * _FP32
-    if engine == "zero3":
-        live = min(float(zero.get("stage3_max_live_parameters", _MAX_LIVE_NUMEL)), cost.trained_parameters)
-        return bucket + live * _FP32
-    return bucket
-
-
-def waiting_bytes(config: PretrainConfig, micro_batch: int) -> float:
-    """Returns bytes per rank of what a step holds of the micro-batches that are not at work: fp32 crops and rows."""
-    data = config.data
-    views = data.num_global_crops + data.num_local_crops
-    pixels = data.num_global_crops * data.global_crop_size**2 + data.num_local_crops * data.local_crop_size**2
-    # The student's rows and the gradient at them, and the teacher's rows.
-    rows = (2 * views + data.num_global_crops) * config.prototypes.dim
-    numel = config.model.channels * pixels + rows
-    return float((config.batch.gradient_accumulation_steps - 1) * micro_batch * numel * _FP32)
-
-
-def own_engine(config: PretrainConfig) -> str:
-    """Returns the engine of the run, one of `training.engine_table.ENGINES`."""
-    if config.engine.name == "fsdp2":
-        return "fsdp2"
-    return f"zero{int(_mechanics(config).get('zero_optimization', {}).get('stage', 0))}"
-
-
-def _find_refusals(config: PretrainConfig) -> tuple[str, ...]:
-    """Returns the engines that refuse this run.
-
-    Raises:
-        ValueError: the run's own engine is among them.
-    """
-    network = _build_student_on_meta(config)  # its own: the counts are of eager blocks
-    if config.model.compile_blocks:
-        compile_blocks(network.backbone)
-    check_combination(own_engine(config), config.optim.optimizer, network)
-    refused = []
-    for engine in ENGINES:
-        try:
-            check_combination(engine, config.optim.optimizer, network)
-        except ValueError:
-            refused.append(engine)
-    return tuple(refused)
-
-
-def _mechanics(config: PretrainConfig, engine: str | None = None) -> dict[str, Any]:
-    """The run's own JSON file, or the one of ours that another engine would be run with."""
-    path = Path(config.engine.deepspeed_config)
-    if engine is not None and engine != own_engine(config):
-        path = Path(f"ds_configs/{engine}_{'bf16' if _computes_in_bf16(config) else 'fp32'}.json")
-    elif config.engine.name == "fsdp2":
-        return {}
-    if not path.is_file():
-        raise ValueError(
-            f"engine.deepspeed_config is {str(path)!r}; expected a JSON file; set engine.deepspeed_config"
-        )
-    mechanics: dict[str, Any] = json.loads(path.read_text())
-    return mechanics
 
 
 def _describe_steps(config: PretrainConfig) -> list[str]:
@@ -313,88 +104,3 @@ def _describe_memory(config: PretrainConfig, cost: Cost, micro_batch: int, world
         verdict = f"fits {', '.join(fits)}" if fits else "fits no listed GPU: lower the micro-batch"
         lines.append(f"{mark} {engine}  {text}  = {total / _GIB:.2f}  {verdict}")
     return [*lines, "  (* = this configuration)"]
-
-
-def _build_student_on_meta(config: PretrainConfig) -> SelfSupervisedNetwork:
-    """The student without numbers. Initialisers read what fake tensors do not have, hence the meta device.
-
-    Drop path comes afterwards: timm computes its rates with a tensor.
-    """
-    rate = config.model.drop_path_rate
-    with torch.device("meta"):
-        network = SelfSupervisedNetwork(replace(config.model, drop_path_rate=0.0), "student")
-    for block in getattr(network.backbone, "blocks", ()) if rate else ():
-        for name in ("drop_path1", "drop_path2"):
-            if hasattr(block, name):
-                setattr(block, name, DropPath(rate))
-    return network
-
-
-def _fake_crops(config: PretrainConfig, num_images: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    data, channels = config.data, config.model.channels
-    size = data.global_crop_size
-    crops = [torch.empty(data.num_global_crops * num_images, channels, size, size, dtype=dtype)]
-    if data.num_local_crops:
-        size = data.local_crop_size
-        crops.append(torch.empty(data.num_local_crops * num_images, channels, size, size, dtype=dtype))
-    return crops
-
-
-def _count_flops(network: nn.Module, crops: list[Tensor]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(crops)
-    return int(counter.get_total_flops())
-
-
-def _measure_activations(
-    config: PretrainConfig, network: SelfSupervisedNetwork, *, autocast: bool
-) -> Activations:
-    per_image, fixed = _saved_bytes(config, network, autocast)
-    if not config.model.activation_checkpointing:
-        return Activations(per_image, fixed)
-    network.backbone.set_grad_checkpointing(False)  # type: ignore[operator]
-    whole, _ = _saved_bytes(config, network, autocast)
-    network.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
-    # timm recomputes a ViT by blocks and a ResNet by its four stages.
-    num_units = len(getattr(network.backbone, "blocks", ())) or 4
-    return Activations(per_image + (whole - per_image) / num_units, fixed)
-
-
-def _saved_bytes(config: PretrainConfig, network: nn.Module, autocast: bool) -> tuple[float, float]:
-    """Returns (bytes per image, bytes whatever the batch) that a forward pass keeps, parameters left out."""
-    dtype = next(network.parameters()).dtype
-    sums = []
-    for num_images in _PROBE_IMAGES:
-        crops = _fake_crops(config, num_images, dtype)
-        with (
-            _counting_saved_tensors(network) as saved,
-            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-        ):
-            network(crops)
-        sums.append(sum(saved.values()))
-    few, many = _PROBE_IMAGES
-    per_image = (sums[1] - sums[0]) / (many - few)
-    return per_image, max(0.0, sums[0] - few * per_image)
-
-
-@contextmanager
-def _counting_saved_tensors(network: nn.Module) -> Iterator[dict[int, int]]:
-    parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    saved: dict[int, int] = {}
-    kept: list[Tensor] = []  # alive until the count is done: a freed storage's address would be used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            saved[storage._cdata] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
-
-
-def _computes_in_bf16(config: PretrainConfig) -> bool:
-    if config.engine.name == "fsdp2":
-        return config.engine.precision == "bf16"
-    return bool(_mechanics(config).get("torch_autocast", {}).get("enabled", False))

@@ -14,7 +14,7 @@ from runtime.distributed import Process
 from runtime.faults import is_planned
 from runtime.watchdog import HangWatchdog
 from training.config import EngineConfig
-from training.engine import Engine
+from training.engines.interface import Engine
 from training.guards import check_replicas
 
 logger = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from models.released_weights import LoadedWeights, initialise_from
 from models.vit import ImageSizeError, build_backbone, measure_embed_dim
 from prototypes.estimator import PrototypeEstimator
 from runtime.distributed import Process
-from training.checkpoint import find_problems
-from training.checkpoint_files import MANIFEST_NAME, list_committed
+from training.checkpoints.files import MANIFEST_NAME, list_committed
+from training.checkpoints.state_files import ConsolidatedState, load_tree
+from training.checkpoints.store import find_problems
 from training.config import PretrainConfig
-from training.engine import TrainedNetwork
-from training.state_files import ConsolidatedState, load_tree
+from training.engines.interface import TrainedNetwork
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from runtime.directory_lock import SILENT_AFTER_S, DirectoryHeldError, Directory
 from runtime.distributed import Process
 from runtime.files import write_atomically
 from runtime.program import UserError
-from training.checkpoint_files import list_committed
+from training.checkpoints.files import list_committed
 from training.config import PretrainConfig
 from training.config_difference import describe_difference
 

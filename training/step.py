@@ -12,20 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.augmentations import Crops, DeviceAugmentation
-from data.collate import CropBatch
+from data.views.augmentations import Crops, DeviceAugmentation
+from data.views.collate import CropBatch
 from prototypes.config import ObjectiveConfig, PrototypesConfig
 from prototypes.diagnostics import UsageCounter
 from prototypes.estimator import PrototypeEstimator, Role
-from prototypes.losses import carp_loss
-from prototypes.partitions import draw_partition
+from prototypes.objectives.carp import carp_loss
+from prototypes.objectives.partitions import draw_partition
 from runtime.faults import planned_factor, reach
 from training.accumulation import RowLoss, StudentPass, differentiate, join
 from training.config import BatchConfig
-from training.engine import Engine, NetworkOutput
+from training.engines.interface import Engine, NetworkOutput
+from training.engines.synchronization import Handle, Synchronization
 from training.guards import LossSpikeGuard
 from training.schedules import StepSchedule
-from training.synchronization import Handle, Synchronization
 
 
 @dataclass(frozen=True)

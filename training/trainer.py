@@ -16,22 +16,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.collate import CropBatch
-from data.pipeline import TrainingStream
+from data.stream.pipeline import TrainingStream
+from data.views.collate import CropBatch
 from prototypes.alarms import find_alarms
 from prototypes.diagnostics import count_unique, effective_rank, mean_cosine
 from runtime.distributed import Process
 from runtime.preemption import PreemptionFlag
 from runtime.program import EXIT_DONE, EXIT_FAULT, EXIT_PREEMPTED
 from runtime.seeding import seed_everything
-from training.checkpoint import CheckpointStore
+from training.checkpoints.snapshot import Progress, RecordPosition, Snapshot
+from training.checkpoints.store import CheckpointStore
 from training.config import PretrainConfig
 from training.health import RunHealth
 from training.metrics import WANDB_ID_NAME, MetricsRecord, WandbView, keep_wandb_id
 from training.run_directory import RunDirectory
 from training.run_length import steps_per_epoch, warmup_steps
 from training.schedules import StepSchedule, compute_schedule
-from training.snapshot import Progress, RecordPosition, Snapshot
 from training.step import StepOutcome, TrainingStep
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from prototypes.estimator import build_estimator
+from prototypes.build import build_estimator
 from runtime.distributed import start, stop
-from training.synchronization import Synchronization
+from training.engines.synchronization import Synchronization
 
 
 def main(stream_path: str, out_dir: str) -> None:

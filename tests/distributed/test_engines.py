@@ -12,8 +12,8 @@ from tests.helpers.digits import write_digit_shards
 from tests.helpers.engine_scenarios import ENGINES, iterate
 from tests.helpers.ranks import run_ranks
 from training.config import OptimConfig
-from training.dry_run import Activations, Cost, state_bytes
-from training.engine_table import UNSUPPORTED
+from training.cost import Activations, Cost, state_bytes
+from training.engines.table import UNSUPPORTED
 
 FAST = [
     *({"scenario": "resume_twice", "engine": e, "accumulation": 1, "precision": "fp32"} for e in ENGINES),

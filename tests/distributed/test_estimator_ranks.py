@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from prototypes.estimator import build_estimator
-from prototypes.gmm_config import InitialisationConfig, RevivalConfig, SynchronizationConfig
+from prototypes.build import build_estimator
+from prototypes.mixture.config import InitialisationConfig, RevivalConfig, SynchronizationConfig
 from tests.helpers.ranks import run_ranks
 from tests.unit.prototypes.building import MIXTURES, clustered_rows, make_config, take_step
 

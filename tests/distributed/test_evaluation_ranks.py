@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaluation.features import merge_parts
+from evaluation.features.extract import merge_parts
 from tests.helpers.digits import write_digit_shards
 from tests.helpers.ranks import start_ranks, wait_for_ranks
 from tests.unit.evaluation.conftest import write_run

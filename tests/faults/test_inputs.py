@@ -16,13 +16,13 @@ from PIL import Image
 
 from data.config import DataConfig
 from data.datasets import EvaluationStream
-from data.pipeline import TrainingStream
 from data.shards import DataError
+from data.stream.pipeline import TrainingStream
 from data.verify_shards import verify, write_manifests
 from runtime.config import ConfigError, iterate_keys, load_config
-from training.checkpoint_files import CheckpointError
+from training.checkpoints.files import CheckpointError
+from training.checkpoints.state_files import ConsolidatedState, load_tensors, load_tree
 from training.config import PretrainConfig
-from training.state_files import ConsolidatedState, load_tensors, load_tree
 
 DEMO = "configs/pretrain_vit-mini_fashion-mnist_full.yaml"
 KEYS = sorted(iterate_keys(PretrainConfig))

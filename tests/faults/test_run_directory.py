@@ -18,13 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation.exported import find_exported_folder
+from evaluation.encoders.exported import find_exported_folder
 from runtime.distributed import Process
 from runtime.program import UserError
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
-from training.checkpoint_files import CheckpointError, list_committed
-from training.export import EXPORTED_NAMES, export_from_run
-from training.saved_run import read_saved_run
+from training.checkpoints.exported_encoder import EXPORTED_NAMES
+from training.checkpoints.files import CheckpointError, list_committed
+from training.checkpoints.saved_run import read_saved_run
+from training.export import export_from_run
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

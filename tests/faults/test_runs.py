@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
 from tests.helpers.ranks import start_ranks, wait_for_ranks
-from training.checkpoint_files import list_committed, load_manifest
+from training.checkpoints.files import list_committed, load_manifest
 
 STEPS, EVERY = 8, 3
 CANARY = "canary4711" * 4  # as long as wandb's keys

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from runtime.distributed import Process
-from training.checkpoint import find_latest_checkpoint, find_problems, save_checkpoint
-from training.checkpoint_files import list_unfinished
-from training.state_files import load_tensors, save_tensors, save_tree
+from training.checkpoints.files import list_unfinished
+from training.checkpoints.state_files import load_tensors, save_tensors, save_tree
+from training.checkpoints.store import find_latest_checkpoint, find_problems, save_checkpoint
 
 ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 FILE_EVENTS = frozenset(

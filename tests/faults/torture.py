@@ -40,7 +40,7 @@ import pretrain
 from runtime.program import run_program
 from runtime.rendezvous import free_port
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
-from training.checkpoint_files import CheckpointError, list_committed, load_manifest
+from training.checkpoints.files import CheckpointError, list_committed, load_manifest
 
 STEPS, EVERY, WORLD_SIZE = 12, 3, 2
 STEP_POINTS = ("forward", "reduce", "backward", "update")

@@ -18,7 +18,7 @@ from runtime.config import load_config
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
 from tests.helpers.ranks import run_ranks
 from training.config import PretrainConfig
-from training.dry_run import measure_cost
+from training.cost import measure_cost
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = {

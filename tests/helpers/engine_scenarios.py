@@ -22,25 +22,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from data.augmentations import Crops
-from evaluation.knn import build_knn_probe
+from data.views.augmentations import Crops
+from evaluation.probes.knn import build_knn_probe
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
+from prototypes.build import build_estimator
 from prototypes.config import CouplingConfig, ObjectiveConfig, PartitionConfig, PrototypesConfig
 from prototypes.config import Mode as PrototypeMode
 from prototypes.diagnostics import UsageCounter
-from prototypes.estimator import build_estimator
 from runtime import distributed
 from runtime.distributed import Process
-from training.checkpoint import find_latest_checkpoint, save_checkpoint
+from training.checkpoints.state_files import ConsolidatedState, collect_share, save_tensors, share_path
+from training.checkpoints.store import find_latest_checkpoint, save_checkpoint
 from training.config import BatchConfig, OptimConfig
-from training.engine import Engine, TrainedNetwork
+from training.engines.interface import Engine, TrainedNetwork
+from training.engines.synchronization import Synchronization
 from training.guards import LossSpikeGuard
 from training.schedules import StepSchedule
-from training.state_files import ConsolidatedState, collect_share, save_tensors, share_path
 from training.step import TrainingStep
-from training.synchronization import Synchronization
 
 GLOBAL_BATCH = 8
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
@@ -114,10 +114,10 @@ def build_engine(
         "world_size": process.world_size,
     }
     if name == "fsdp2":
-        from training.fsdp_engine import FSDPEngine
+        from training.engines.fsdp import FSDPEngine
 
         return FSDPEngine(**arguments, precision=precision)
-    from training.deepspeed_engine import DeepSpeedEngine
+    from training.engines.deepspeed import DeepSpeedEngine
 
     mechanics: dict[str, Any] = {
         "zero_optimization": {"stage": int(name[-1]), "reduce_bucket_size": BUCKET_NUMEL}

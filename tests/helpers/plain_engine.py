@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.student_teacher import update_ema_
-from training.engine import Engine, NetworkOutput, TrainedNetwork
+from training.engines.interface import Engine, NetworkOutput, TrainedNetwork
 from training.schedules import StepSchedule
 
 

@@ -119,8 +119,8 @@ def test_export_loads_everywhere_with_the_live_teachers_features(digit_shards, t
     folder = checkpoint / "teacher"
     from models.vit import build_backbone
     from runtime.config import load_config
+    from training.checkpoints.state_files import ConsolidatedState
     from training.config import PretrainConfig
-    from training.state_files import ConsolidatedState
 
     config = load_config(PretrainConfig, str(tmp_path / "exported/config.yaml"))
     live = build_backbone(config.model, drop_path_rate=0.0)
@@ -167,7 +167,7 @@ def test_run_directory_of_another_configuration_is_refused_and_kept(digit_shards
 
 def test_accumulation_gives_the_record_and_the_mixture_of_the_whole_batch(digit_shards, tmp_path):
     """Two micro-batches: every figure of the step and the estimator are those of the undivided batch."""
-    from training.state_files import load_tree
+    from training.checkpoints.state_files import load_tree
 
     # BatchNorm would see half a batch. A start on the data takes rows in the order of one batch.
     options = ("optim.steps=1", "model.head.use_bn=false", "prototypes.gmm.init.method=data")

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from evaluation import report
+from report import write as report
 from tests.unit.evaluation.conftest import write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from data import decoding
-from data.decoding import BadImageError, decode_image
-from data.image_sources import FileSource, ImageFile
 from data.local_errors import raise_if_local
 from data.make_shards import main
-from data.open_files import FilePool
-from data.pipeline import TrainingStream
-from data.reader import ShardReader
 from data.shards import DataError, load_manifest
+from data.stream.open_files import FilePool
+from data.stream.pipeline import TrainingStream
+from data.stream.reader import ShardReader
 from data.verify_shards import verify
+from data.views import decoding
+from data.views.decoding import BadImageError, decode_image
+from data.writing.image_sources import FileSource, ImageFile
 
 ROOT = Path(__file__).resolve().parents[3]
 STREAM = {"seed": 0, "global_batch_size": 8, "micro_batch_size": 8, "rank": 0, "world_size": 1}
@@ -114,7 +114,7 @@ def test_a_full_disk_is_one_line(tmp_path, image_bytes, capsys, monkeypatch):
     def full(number):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("data.shard_writing.os.fsync", full)
+    monkeypatch.setattr("data.writing.shard_writing.os.fsync", full)
     assert (
         main(["imagefolder", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--processes", "1"]) == 2
     )
@@ -124,7 +124,7 @@ def test_a_full_disk_is_one_line(tmp_path, image_bytes, capsys, monkeypatch):
 
 
 def test_a_cache_on_a_full_disk_is_not_blamed_on_the_store(tmp_path, monkeypatch):
-    from data.remote import ShardCache
+    from data.stream.remote import ShardCache
 
     waits: list[float] = []
     cache = ShardCache("memory://nowhere", str(tmp_path), 1 << 20, wait=waits.append)
@@ -163,7 +163,7 @@ def test_lanes_do_not_need_a_descriptor_each(make_set):
     code = f"""
 import resource
 from data.config import DataConfig
-from data.pipeline import TrainingStream
+from data.stream.pipeline import TrainingStream
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 config = DataConfig(shards={shards!r}, recipe="none", global_crop_size=8, num_local_crops=0, num_workers=0,
                     num_lanes=64, shuffle_window=2, max_skipped_fraction=0)
@@ -190,12 +190,12 @@ def test_the_order_does_not_depend_on_the_pool(make_set, make_config, monkeypatc
         return [key for _ in range(8) for key in next(batches).keys]
 
     whole = read()
-    monkeypatch.setattr("data.reader.most_open_files", lambda: 1)
+    monkeypatch.setattr("data.stream.reader.most_open_files", lambda: 1)
     assert read() == whole
 
 
 def test_the_limit_follows_the_system(monkeypatch):
-    from data.open_files import most_open_files
+    from data.stream.open_files import most_open_files
 
     for soft, expected in ((64, 32), (4, 2), (1 << 20, 512), (resource.RLIM_INFINITY, 512)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))

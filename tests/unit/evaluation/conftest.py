@@ -7,7 +7,7 @@ import torch
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
 from tests.helpers.digits import write_digit_shards
-from training.export import export_encoder
+from training.checkpoints.exported_encoder import export_encoder
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import evaluate as program
-from evaluation import report, report_runs
-from evaluation.tables import prototype_rows
+from report import runs as report_runs
+from report import write as report
+from report.tables import prototype_rows
 from runtime.program import run_program
 from tests.unit.evaluation.conftest import write_run
 

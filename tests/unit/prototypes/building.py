@@ -4,9 +4,9 @@ import dataclasses
 
 import torch
 
+from prototypes.build import build_estimator
 from prototypes.config import PartitionConfig, PrototypesConfig
-from prototypes.estimator import build_estimator
-from prototypes.gmm_config import (
+from prototypes.mixture.config import (
     AnnealingConfig,
     GmmConfig,
     MemoryConfig,

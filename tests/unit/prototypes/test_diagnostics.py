@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from prototypes.alarms import find_alarms
-from prototypes.annealing import compute_critical_beta
-from prototypes.assignments import Assignment
 from prototypes.diagnostics import (
     UsageCounter,
     count_unique,
@@ -15,8 +13,10 @@ from prototypes.diagnostics import (
     find_directions,
     mean_cosine,
 )
-from prototypes.gmm_config import AnnealingConfig
-from prototypes.revival import find_duplicates
+from prototypes.estimator import Assignment
+from prototypes.mixture.annealing import compute_critical_beta
+from prototypes.mixture.config import AnnealingConfig
+from prototypes.mixture.revival import find_duplicates
 from tests.unit.prototypes import oracle
 from tests.unit.prototypes.building import build, clustered_rows, exact_gmm, make_config, take_step
 

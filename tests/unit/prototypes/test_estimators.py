@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from prototypes.annealing import Annealing
+from prototypes.build import build_estimator
 from prototypes.config import ClusteringConfig, CouplingConfig, PrototypesConfig
-from prototypes.estimator import build_estimator
-from prototypes.gmm_config import AnnealingConfig, InitialisationConfig, RevivalConfig, VarianceConfig
-from prototypes.revival import find_starved, revive_
-from prototypes.vmf import compute_concentration, compute_log_normaliser, compute_resultant_length
+from prototypes.families.vmf import compute_concentration, compute_log_normaliser, compute_resultant_length
+from prototypes.mixture.annealing import Annealing
+from prototypes.mixture.config import AnnealingConfig, InitialisationConfig, RevivalConfig, VarianceConfig
+from prototypes.mixture.revival import find_starved, revive_
 from tests.unit.prototypes import oracle
 from tests.unit.prototypes.building import (
     MIXTURES,
@@ -221,7 +221,7 @@ def test_sinkhorn_gradient_is_autograd_s():
 
 
 def test_sinkhorn_balances_within_each_group():
-    from prototypes.sinkhorn import compute_sinkhorn_targets
+    from prototypes.objectives.sinkhorn import compute_sinkhorn_targets
     from prototypes.statistics import Collectives
 
     group = torch.arange(40) % 2
@@ -278,7 +278,7 @@ def test_translation_of_raw_input_translates_the_means_alone(offset, seed):
 @hypothesis_settings(max_examples=30)
 @given(shift=st.sampled_from([-1e4, -100.0, 0.0, 100.0, 1e4]), seed=st.integers(0, 1000))
 def test_responsibilities_sum_to_one_under_any_shift_of_the_logits(shift, seed):
-    from prototypes.assignments import normalise_responsibilities_
+    from prototypes.mixture.assignments import normalise_responsibilities_
 
     logits = 4 * torch.randn(9, 33, generator=torch.Generator().manual_seed(seed))
     logits = (logits * 64).round() / 64

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from prototypes.build import build_estimator
 from prototypes.config import PartitionConfig, PrototypesConfig
 from prototypes.diagnostics import count_unique
-from prototypes.estimator import build_estimator
-from prototypes.gmm_config import (
+from prototypes.mixture.config import (
     AnnealingConfig,
     GmmConfig,
     InitialisationConfig,
@@ -35,9 +35,9 @@ ARMS = {
 
 @pytest.fixture(scope="module")
 def features():
-    pytest.importorskip("data.fashion_mnist", reason="needs data/fashion_mnist.py")
+    pytest.importorskip("data.fashion_mnist", reason="needs data/writing/fashion_mnist.py")
     from data.datasets import DataError
-    from data.fashion_mnist import FashionMnistSource, fetch
+    from data.writing.fashion_mnist import FashionMnistSource, fetch
 
     try:
         images = FashionMnistSource(fetch("datasets/downloads/fashion-mnist"), "train").images

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.audit_config import AuditConfig
+from audit.config import AuditConfig
 from evaluation.config import EvaluationConfig
 from runtime.config import ConfigError, build_config, config_to_dict, read_yaml
 from runtime.ranges import parse_range
@@ -194,7 +194,7 @@ _DECIDED = ("optim.steps", "run.dry_run_world_size")
 TRAIN = """
 import json, sys, time
 from pathlib import Path
-from evaluation.knn import build_knn_probe
+from evaluation.probes.knn import build_knn_probe
 from runtime import distributed
 from runtime.config import ConfigError, load_config
 from runtime.preemption import PreemptionFlag

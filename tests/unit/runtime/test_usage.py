@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.audit_config import AuditConfig
+from audit.config import AuditConfig
 from evaluation.config import EvaluationConfig
 from runtime.config import iterate_keys
 from runtime.usage import describe_usage, iterate_options
@@ -30,8 +30,8 @@ PROGRAMS = {
             "data.show_crops",
             "training.export",
             "training.metrics",
-            "evaluation.report",
-            "evaluation.audit",
+            "report",
+            "audit",
             "evaluation.cache",
             "slurm.submit",
             "benchmarks.report",
@@ -97,7 +97,7 @@ def test_help_is_found_wherever_it_stands(site: dict[str, str]) -> None:
     for arguments in (
         ["pretrain.py", "-h"],
         ["pretrain.py", DEMO, "--help"],
-        ["-m", "evaluation.audit", "-h"],
+        ["-m", "audit", "-h"],
     ):
         done = run(arguments, site)
         assert done.returncode == 0 and "Options, with their defaults:" in done.stdout and not done.stderr

@@ -6,24 +6,24 @@ import weakref
 import pytest
 import torch
 
-from data.augmentations import Crops
+from data.views.augmentations import Crops
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
+from prototypes.build import build_estimator
 from prototypes.config import CouplingConfig, ObjectiveConfig, PartitionConfig, PrototypesConfig
 from prototypes.diagnostics import UsageCounter
-from prototypes.estimator import build_estimator
-from prototypes.gmm_config import GmmConfig, InitialisationConfig
-from prototypes.losses import carp_loss
-from prototypes.partitions import draw_partition
+from prototypes.mixture.config import GmmConfig, InitialisationConfig
+from prototypes.objectives.carp import carp_loss
+from prototypes.objectives.partitions import draw_partition
 from tests.helpers.plain_engine import PlainEngine
 from training.accumulation import StudentPass, differentiate, join, split
 from training.config import BatchConfig
 from training.config_difference import find_differences
-from training.engine import NetworkOutput, TrainedNetwork
+from training.engines.interface import NetworkOutput, TrainedNetwork
+from training.engines.synchronization import Synchronization
 from training.guards import LossSpikeGuard
 from training.schedules import StepSchedule
 from training.step import TrainingStep
-from training.synchronization import Synchronization
 
 IMAGES, DIM, PROTOTYPES, BLOCK = 16, 8, 64, 16
 VIT = ModelConfig(

@@ -11,8 +11,9 @@ from runtime.config import load_config
 from runtime.distributed import Process
 from tests.helpers.digits import DEMO, TINY
 from training.config import PretrainConfig
-from training.dry_run import buffer_bytes, describe_run, measure_cost, state_bytes, waiting_bytes
-from training.engine_table import ENGINES
+from training.cost import buffer_bytes, measure_cost, state_bytes, waiting_bytes
+from training.dry_run import describe_run
+from training.engines.table import ENGINES
 from training.initialisation import check_crop_sizes
 
 RECIPES = sorted(p.stem for p in Path("configs").glob("pretrain_*.yaml"))

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from models import vit
 from models.config import ModelConfig
-from training.checkpoint_files import CheckpointError
-from training.export import assemble_backbone, export_encoder, load_exported
+from training.checkpoints.exported_encoder import assemble_backbone, export_encoder, load_exported
+from training.checkpoints.files import CheckpointError
 
 CONFIGS = {
     "small ViT, grey": ModelConfig(

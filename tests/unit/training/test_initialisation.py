@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from models.student_teacher import SelfSupervisedNetwork
-from prototypes.estimator import build_estimator
+from prototypes.build import build_estimator
 from runtime.config import load_config
 from runtime.distributed import Process
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
-from training.checkpoint_files import list_committed
+from training.checkpoints.files import list_committed
+from training.checkpoints.state_files import ConsolidatedState, load_tree
 from training.config import PretrainConfig
 from training.dry_run import describe_run
-from training.engine import TrainedNetwork
+from training.engines.interface import TrainedNetwork
 from training.initialisation import find_source_checkpoint, initialise_estimator, initialise_network
-from training.state_files import ConsolidatedState, load_tree
 
 ALONE = Process(0, 1, 0, torch.device("cpu"))
 # FSDP2 starts faster than DeepSpeed, and refuses the demo's BatchNorm. The coupling gives one run both kinds of

@@ -6,18 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data.augmentations import Crops
+from data.views.augmentations import Crops
 from prototypes.config import ObjectiveConfig
 from prototypes.diagnostics import UsageCounter
-from prototypes.gmm_config import RevivalConfig
-from prototypes.revival import find_starved
+from prototypes.mixture.config import RevivalConfig
+from prototypes.mixture.revival import find_starved
 from tests.unit.prototypes.building import build, clustered_rows, make_config, take_step
 from training.config import BatchConfig
-from training.engine import NetworkOutput
+from training.engines.interface import NetworkOutput
+from training.engines.synchronization import Synchronization
 from training.guards import LossSpikeGuard
 from training.schedules import StepSchedule
 from training.step import TrainingStep
-from training.synchronization import Synchronization
 
 ROWS, DIM, NUM = 24, 8, 64
 

@@ -1,0 +1,78 @@
+"""What an audit compares: arms, seeds and probes, in one YAML file. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from evaluation.config import PROBES
+from evaluation.probes.config import refuse_unless
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """One comparison: every arm x every seed is pretrained and evaluated alike.
+
+    Attributes:
+        name: runs live in `output_dir/name/ARM-seedS`, the page in `output_dir/name/report`.
+        output_dir: parent of the audit's folder.
+        pretrain: configuration of `pretrain.py` that every arm starts from.
+        evaluate: configuration of `evaluate.py` that every run is measured with.
+        overrides: overrides of `pretrain` for every arm.
+        evaluate_overrides: overrides of `evaluate`.
+        probes: probes of every run.
+        seeds: seeds of every arm. The order of the samples and their crops depend on the seed alone, so that
+            arms of one seed see the same batches.
+        arms: arm to its overrides of `pretrain`, on top of `overrides`.
+        only: the arms to run; empty for all. Finished runs of the others still stand in the tables.
+        references: arms that every other arm is compared with, paired by seed.
+        processes: runs at once, each on its own share of the CPU; 1 where they share a GPU.
+    """
+
+    name: str = "audit"
+    output_dir: str = "outputs"
+    pretrain: str
+    evaluate: str
+    overrides: tuple[str, ...] = ()
+    evaluate_overrides: tuple[str, ...] = ()
+    probes: tuple[str, ...] = ("prototypes", "knn", "linear")
+    seeds: tuple[Annotated[int, "[0, 4294967295]"], ...] = (0, 1, 2)
+    arms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    processes: Annotated[int, "[1, 1024]"] = 2
+
+    def __post_init__(self) -> None:
+        """Refuses an audit of nothing, names that are no directories and arms that are not there."""
+        refuse_unless(bool(self.arms), "arms", "empty", "at least one arm: name: [key=value, ...]")
+        refuse_unless(
+            bool(self.seeds) and len(set(self.seeds)) == len(self.seeds),
+            "seeds",
+            list(self.seeds),
+            "at least one, each once",
+        )
+        for name in (self.name, *self.arms):
+            refuse_unless(_NAME.fullmatch(name) is not None, "name", repr(name), "a plain directory name")
+        for key in ("only", "references"):
+            for arm in getattr(self, key):
+                refuse_unless(arm in self.arms, key, repr(arm), f"one of the arms {', '.join(self.arms)}")
+        for probe in self.probes:
+            refuse_unless(probe in PROBES, "probes", repr(probe), f"one of {', '.join(PROBES)}")
+        for arm, overrides in self.arms.items():
+            for override in (*self.overrides, *overrides):
+                key = override.partition("=")[0]
+                taken = ("run.name", "run.output_dir", "run.seed")
+                refuse_unless(
+                    "=" in override and key not in taken,
+                    f"arms.{arm}",
+                    repr(override),
+                    f"key=value, and none of {', '.join(taken)}, which the audit sets",
+                )
+
+    @property
+    def chosen_arms(self) -> tuple[str, ...]:
+        """The arms to run."""
+        return self.only or tuple(self.arms)

@@ -1,0 +1,175 @@
+"""Pretrains and evaluates the arms of a comparison for several seeds, and writes what came out side by side.
+
+    python -m audit CONFIG.yaml [key.sub=value ...]             run what is missing, then write the page
+    python -m audit CONFIG.yaml --tables                        only collect what is there
+    python -m audit CONFIG.yaml --slurm [SUBMIT OPTIONS ...]    print the submit commands, run nothing
+
+Every run is `pretrain.py` and `evaluate.py` with the arm's overrides, as a process of its own. The same command again
+goes on where it was stopped: finished runs are kept, a half-trained one continues from its checkpoint. Writes
+`report/index.html`, its figures as PNG, `results.json`, `results.csv` and `results.md` into the audit's folder.
+Exit codes: 0 all runs are there, 1 some failed (their logs are named), 2 the user's mistake.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from audit.config import AuditConfig
+from evaluation.config import EvaluationConfig
+from runtime.config import config_to_yaml, load_config
+from runtime.files import write_atomically
+from runtime.logging_setup import set_up_logging
+from runtime.program import EXIT_DONE, EXIT_FAULT, UserError
+from runtime.usage import asks_for_help, describe_usage
+
+logger = logging.getLogger(__name__)
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed: a run directory and the commands that fill it."""
+
+    config: AuditConfig
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the run, as an array of `slurm.submit` would have it."""
+        return f"{self.arm}-seed{self.seed}"
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return audit_directory(self.config) / self.name
+
+    @property
+    def log(self) -> Path:
+        """What the programs printed."""
+        return audit_directory(self.config) / "logs" / f"{self.name}.log"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every probe has its result."""
+        return all((self.directory / "results" / f"{probe}.json").is_file() for probe in self.config.probes)
+
+    def commands(self) -> list[list[str]]:
+        """Returns the command lines of pretraining and evaluation."""
+        config = self.config
+        place = [
+            f"run.name={self.name}",
+            f"run.output_dir={audit_directory(config)}",
+            f"run.seed={self.seed}",
+        ]
+        pretrain = ["pretrain.py", config.pretrain, *config.overrides, *config.arms[self.arm], *place]
+        probes = f"probes=[{','.join(config.probes)}]"
+        evaluate = ["evaluate.py", config.evaluate, *config.evaluate_overrides]
+        evaluate += [f"encoder={self.directory}", "controls=[]", probes]
+        return [[sys.executable, *pretrain], [sys.executable, *evaluate]]
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code of one audit."""
+    if asks_for_help(arguments):
+        print(describe_usage(__doc__, AuditConfig), end="")
+        return EXIT_DONE
+    if not arguments:
+        raise UserError(
+            "no configuration given; expected CONFIG.yaml [key.sub=value ...]; see configs/audit_*.yaml, or --help"
+        )
+    path, *rest = arguments
+    if "--slurm" in rest:
+        split = rest.index("--slurm")
+        print("\n".join(submit_commands(load_config(AuditConfig, path, rest[:split]), rest[split + 1 :])))
+        return EXIT_DONE
+    only_tables = "--tables" in rest
+    config = load_config(AuditConfig, path, [argument for argument in rest if argument != "--tables"])
+    set_up_logging(rank=0)
+    failed = [] if only_tables else run_missing(config)
+    # Imported late: the programs above bring their own torch, and this one waits for them.
+    from audit.write import write_audit
+
+    print(write_audit(config, audit_directory(config)))
+    for cell in failed:
+        print(f"error: {cell.name} failed; read {cell.log}", file=sys.stderr)
+    return EXIT_FAULT if failed else EXIT_DONE
+
+
+def audit_directory(config: AuditConfig) -> Path:
+    """Returns the folder of the audit's runs and tables."""
+    return Path(config.output_dir) / config.name
+
+
+def iterate_cells(config: AuditConfig, arms: Sequence[str]) -> Iterator[Cell]:
+    """Yields the cells seed by seed: an audit that is stopped early has whole comparisons of fewer seeds."""
+    for seed in config.seeds:
+        for arm in arms:
+            yield Cell(config, arm, seed)
+
+
+def run_missing(config: AuditConfig) -> list[Cell]:
+    """Runs every chosen cell without results, some at once, and returns those that failed."""
+    cells = [cell for cell in iterate_cells(config, config.chosen_arms) if not cell.is_done]
+    if not cells:
+        return []
+    cells[0].log.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("%d runs to do, %d at once; logs in %s", len(cells), config.processes, cells[0].log.parent)
+    with ThreadPoolExecutor(config.processes) as pool:
+        succeeded = list(pool.map(_run_cell, cells))
+    return [cell for cell, success in zip(cells, succeeded, strict=True) if not success]
+
+
+def _run_cell(cell: Cell) -> bool:
+    started = time.monotonic()
+    threads = max(1, (os.cpu_count() or 1) // cell.config.processes)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    with cell.log.open("a") as log:
+        for command in cell.commands():
+            log.write(f"$ {shlex.join(command[1:])}\n")
+            log.flush()
+            code = subprocess.run(command, cwd=_ROOT, env=environment, stdout=log, stderr=log).returncode
+            if code != EXIT_DONE:
+                logger.error("%s: %s ended with code %d; see %s", cell.name, command[1], code, cell.log)
+                return False
+    logger.info("%s: done in %.0f s", cell.name, time.monotonic() - started)
+    return True
+
+
+def submit_commands(config: AuditConfig, options: Sequence[str]) -> list[str]:
+    """Returns one `slurm.submit` command line for each arm: an array over the seeds, with its evaluation chained.
+
+    The runs land where the audit looks for them, so `--tables` collects them when they are done. Writes the
+    evaluation's configuration, overrides included, into the audit's folder: that is what the jobs read.
+    """
+    seeds = ",".join(str(seed) for seed in config.seeds)
+    evaluation = load_config(EvaluationConfig, config.evaluate, [*config.evaluate_overrides, "controls=[]"])
+    path = audit_directory(config) / "evaluate.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, config_to_yaml(evaluation))
+    chained = ["--evaluate", ",".join(config.probes), "--evaluate-config", str(path)]
+    lines = []
+    for arm in config.chosen_arms:
+        place = [f"run.name={arm}", f"run.output_dir={audit_directory(config)}"]
+        command = [
+            "python",
+            "-m",
+            "slurm.submit",
+            config.pretrain,
+            *config.overrides,
+            *config.arms[arm],
+            *place,
+        ]
+        command += ["--array", f"seeds={seeds}", *chained, *options]
+        lines.append(shlex.join(command))
+    return lines

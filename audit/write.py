@@ -1,0 +1,224 @@
+"""What an audit found: one table of arms, paired differences over seeds, charts, one page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from audit import charts as audit_figures
+from audit.config import AuditConfig
+from evaluation.probes.long_tail import GROUPS
+from evaluation.results import read_predictions
+from report.comparison import correctness
+from report.page import Section, render_page
+from report.runs import Run, load_runs
+from report.tables import Row, markdown_table
+from report.write import provenance_rows
+from runtime.files import write_atomically
+from runtime.program import UserError
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond the table the normal's.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_NORMAL95 = 1.960
+_SHOWN_EPS = ("0.025", "0.1", "0.5")
+_EARLY_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over seeds: its mean, its standard deviation and the half width of its 95 % interval."""
+
+    mean: float
+    deviation: float
+    half_width: float
+    number: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Returns mean, sample standard deviation and Student's 95 % half width of the mean; infinite for one value."""
+    number = len(values)
+    if number < 2:
+        return Spread(values[0], 0.0, math.inf, number)
+    deviation = statistics.stdev(values)
+    quantile = _T95[number - 2] if number - 2 < len(_T95) else _NORMAL95
+    return Spread(statistics.fmean(values), deviation, quantile * deviation / math.sqrt(number), number)
+
+
+def write_audit(config: AuditConfig, directory: Path) -> str:
+    """Writes page, charts and tables of the finished runs into `directory`; returns the tables as text.
+
+    Raises:
+        UserError: no run is finished.
+    """
+    figures = collect_figures(config, directory)
+    if not figures:
+        raise UserError(
+            f"{directory} has no finished run; expected results of at least one arm; run the audit first"
+        )
+    runs = _load(config, directory, figures)
+    sections = [
+        Section(
+            "Arms", "Mean over seeds, ± standard deviation. Read uniqueness beside usage.", arm_rows(figures)
+        ),
+        *(
+            Section(
+                f"Minus {reference}",
+                "Paired by seed, in points: mean and 95 % interval (Student's t over seeds).",
+                difference_rows(figures, reference),
+            )
+            for reference in config.references
+        ),
+    ]
+    sections = [section for section in sections if section.rows]
+    report = directory / "report"
+    report.mkdir(parents=True, exist_ok=True)
+    charts = audit_figures.draw_audit_charts(runs, figures)
+    for chart in charts:
+        write_atomically(report / f"{chart.name}.png", chart.png)
+    markdown = "\n\n".join(f"## {s.title}\n\n{s.text}\n\n{markdown_table(s.rows)}" for s in sections)
+    flat = [run for members in runs.values() for run in members]
+    write_atomically(
+        report / "index.html", render_page(list(figures), sections, charts, [], provenance_rows(flat))
+    )
+    write_atomically(report / "results.md", markdown + "\n")
+    write_atomically(report / "results.csv", _to_csv(figures))
+    write_atomically(report / "results.json", json.dumps(figures, indent=1) + "\n")
+    return markdown
+
+
+def collect_figures(config: AuditConfig, directory: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns arm to seed (as text) to named figures, of every run that has results."""
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for arm in config.arms:
+        for seed in config.seeds:
+            path = directory / f"{arm}-seed{seed}"
+            if all((path / "results" / f"{probe}.json").is_file() for probe in config.probes):
+                figures.setdefault(arm, {})[str(seed)] = run_figures(load_runs([path])[0])
+    return figures
+
+
+def run_figures(run: Run) -> dict[str, float]:
+    """Returns the figures of one run: shares and accuracies in 0..1, by the name that its column gets."""
+    figures: dict[str, float] = {}
+    audited = run.result("prototypes")
+    if audited:
+        fractions = audited["figures"]["roles"]["teacher"]["unique_fraction"]
+        figures |= {f"u({eps})": fractions[eps] for eps in _SHOWN_EPS if eps in fractions}
+        figures["angle max/min"] = audited["figures"]["roles"]["teacher"]["angle_density_max_over_min"]
+    for column, key in (
+        ("used", "prototypes/used"),
+        ("used by logits", "prototypes/used_by_logits"),
+        ("usage perplexity", "prototypes/usage_perplexity"),
+        ("effective rank", "features/effective_rank"),
+    ):
+        values = [record[key] for record in run.metrics if key in record]
+        if values:
+            figures[column] = values[-1]
+    figures |= _early_uniqueness(run)
+    groups = _class_groups(run)
+    for probe, column in (("knn", "k-NN"), ("linear", "linear"), ("logistic", "logistic")):
+        result = run.result(probe)
+        if result:
+            figures[column] = result["figures"]["headline"]["top1"]
+            figures |= {f"{column} {group}": value for group, value in _by_group(result, groups).items()}
+    return figures
+
+
+def _early_uniqueness(run: Run) -> dict[str, float]:
+    """Uniqueness after the first fifth of the steps: collapse, where it comes, comes early."""
+    last = max((int(record.get("step", 0)) for record in run.metrics), default=0)
+    key = f"prototypes/unique_{_SHOWN_EPS[0]}"
+    early = [r[key] for r in run.metrics if key in r and 0 < int(r["step"]) <= _EARLY_SHARE * last]
+    return {f"u({_SHOWN_EPS[0]}) early": early[-1]} if early else {}
+
+
+def _class_groups(run: Run) -> list[str] | None:
+    """Returns every class's group (head, medium, tail), as the run's long-tail probe found it."""
+    result = run.result("long_tail")
+    return None if result is None else [entry["group"] for entry in result["figures"]["per_class"]]
+
+
+def _by_group(result: dict[str, Any], groups: list[str] | None) -> dict[str, float]:
+    right = correctness(result)
+    if groups is None or right is None:
+        return {}
+    labels = read_predictions(result)["labels"].numpy()
+    found: dict[str, list[bool]] = defaultdict(list)
+    for label, is_right in zip(labels.tolist(), right.tolist(), strict=True):
+        found[groups[label]].append(is_right)
+    return {group: statistics.fmean(found[group]) for group in GROUPS if found[group]}
+
+
+def arm_rows(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Row]:
+    """Returns one row for each arm."""
+    rows = []
+    for arm, seeds in figures.items():
+        row: Row = {"arm": arm, "seeds": str(len(seeds))}
+        for column in _columns(seeds):
+            found = spread([values[column] for values in seeds.values() if column in values])
+            row[column] = _text(column, found)
+        rows.append(row)
+    return rows
+
+
+def difference_rows(figures: Mapping[str, Mapping[str, Mapping[str, float]]], reference: str) -> list[Row]:
+    """Returns, for every other arm, its accuracies minus the reference's, over the seeds that both have."""
+    rows = []
+    for arm, seeds in figures.items():
+        shared = sorted(set(seeds) & set(figures.get(reference, {})))
+        if arm == reference or not shared:
+            continue
+        row: Row = {"arm": arm, "seeds": str(len(shared))}
+        for column in _columns(seeds):
+            if not column.startswith(("k-NN", "linear", "logistic")):
+                continue
+            differences = [
+                100 * (seeds[seed][column] - figures[reference][seed][column])
+                for seed in shared
+                if column in figures[reference][seed]
+            ]
+            if differences:
+                found = spread(differences)
+                positive = sum(difference > 0 for difference in differences)
+                row[column] = f"{found.mean:+.2f}"
+                if found.number > 1:
+                    row[column] += f" ± {found.half_width:.2f} ({positive} of {found.number} > 0)"
+        rows.append(row)
+    return rows
+
+
+def _columns(seeds: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return list(dict.fromkeys(column for values in seeds.values() for column in values))
+
+
+def _text(column: str, found: Spread) -> str:
+    scale = 1 if column in ("angle max/min", "effective rank") else 100
+    text = f"{scale * found.mean:.1f}"
+    return f"{text} ± {scale * found.deviation:.1f}" if found.number > 1 else text
+
+
+def _load(
+    config: AuditConfig, directory: Path, figures: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[Run]]:
+    return {
+        arm: load_runs([directory / f"{arm}-seed{seed}" for seed in seeds]) for arm, seeds in figures.items()
+    }
+
+
+def _to_csv(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Returns every figure in long form: arm, seed, figure, value."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["arm", "seed", "figure", "value"])
+    for arm, seeds in figures.items():
+        for seed, values in seeds.items():
+            writer.writerows([arm, seed, name, value] for name, value in values.items())
+    return buffer.getvalue()

@@ -1,0 +1,120 @@
+"""Random resized crops and flips in uint8, in the loader: the geometry half of the augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.config import RECIPES, DataConfig
+from data.views.random_numbers import draw_uniforms, hash_array
+
+# torchvision's RandomResizedCrop: ten tries for a box that fits, then the largest central one.
+_NUM_TRIES = 10
+_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
+
+# Purposes under a sample's seed; colours use another range (data.augmentations).
+GEOMETRY_PURPOSE = 0
+
+
+def draw_boxes(
+    seeds: NDArray[np.uint64],
+    sizes: NDArray[np.int64],
+    scales: NDArray[np.float64],
+    flip_probability: float,
+) -> NDArray[np.int64]:
+    """Returns the boxes of the crops of n images, drawn as torchvision's RandomResizedCrop draws them.
+
+    Args:
+        seeds: uint64 [n], augmentation seeds; a box depends on its image's seed and size and on its view's number.
+        sizes: int64 [n, 2], heights and widths of the images.
+        scales: float64 [V, 2], smallest and largest part of the area for each view.
+        flip_probability: of a horizontal flip.
+
+    Returns:
+        int64 [n, V, 5]: top, left, height, width and whether to flip.
+    """
+    keys = hash_array(hash_array(seeds, np.array([GEOMETRY_PURPOSE]))[:, None], range(len(scales)))
+    numbers = draw_uniforms(keys, 2 * _NUM_TRIES + 3)
+    height, width = sizes[:, 0, None, None], sizes[:, 1, None, None]
+    low, high = scales[:, :1], scales[:, 1:]
+    areas = height * width * (low + (high - low) * numbers[..., :_NUM_TRIES])
+    logs = _LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * numbers[..., _NUM_TRIES : 2 * _NUM_TRIES]
+    ratios = np.exp(logs)
+    widths = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
+    heights = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.argmax(axis=-1)[..., None]
+    found = np.take_along_axis(fits, first, -1)[..., 0]
+    largest = np.array([_largest_box(*size) for size in sizes.tolist()], dtype=np.int64)[:, None]
+    box_height = np.where(found, np.take_along_axis(heights, first, -1)[..., 0], largest[..., 0])
+    box_width = np.where(found, np.take_along_axis(widths, first, -1)[..., 0], largest[..., 1])
+    room_y, room_x = height[..., 0] - box_height, width[..., 0] - box_width
+    place_y, place_x, flip = numbers[..., -3], numbers[..., -2], numbers[..., -1]
+    # An image without a fitting box gives its centre.
+    top = np.where(found, np.floor(place_y * (room_y + 1)), room_y // 2).astype(np.int64)
+    left = np.where(found, np.floor(place_x * (room_x + 1)), room_x // 2).astype(np.int64)
+    return np.stack([top, left, box_height, box_width, flip < flip_probability], axis=-1)
+
+
+class Cropper:
+    """Cuts images' global and local crops; see `data.config.DataConfig` for their numbers and sizes."""
+
+    def __init__(self, config: DataConfig) -> None:
+        global_scales = [config.resolved_global_crop_scale] * config.num_global_crops
+        local_scales = [config.resolved_local_crop_scale] * config.num_local_crops
+        self._scales = np.array(global_scales + local_scales, dtype=np.float64)
+        self._flip = RECIPES[config.recipe].flip
+        self._interpolation = config.interpolation
+
+    def cut_(
+        self, images: Sequence[Tensor], seeds: Sequence[int], global_crops: Tensor, local_crops: Tensor
+    ) -> None:
+        """Writes the crops of n images in place.
+
+        Args:
+            images: n times uint8 [1 or C, H, W].
+            seeds: their augmentation seeds.
+            global_crops: uint8 [V_g, n, C, size, size], overwritten.
+            local_crops: uint8 [V_l, n, C, size, size], overwritten.
+        """
+        sizes = np.array([image.shape[-2:] for image in images], dtype=np.int64)
+        boxes = draw_boxes(np.array(seeds, dtype=np.uint64), sizes, self._scales, self._flip).tolist()
+        targets = [*global_crops.unbind(0), *local_crops.unbind(0)]
+        for index, image in enumerate(images):
+            for target, box in zip(targets, boxes[index], strict=True):
+                # copy_ repeats a grey image's one channel where the target has three.
+                target[index].copy_(self._cut(image, box, target.shape[-2:]))
+
+    def _cut(self, image: Tensor, box: list[int], size: Sequence[int]) -> Tensor:
+        top, left, height, width, flip = box
+        crop = image[None, :, top : top + height, left : left + width]
+        # What torchvision's v2 resized_crop calls for uint8 images, without its dispatch, which costs as much as a
+        # small crop. "bicubic" and uint8 round and clamp inside the kernel.
+        resized = F.interpolate(crop, size=list(size), mode=self._interpolation, antialias=True)[0]
+        return resized.flip(-1) if flip else resized
+
+
+def allocate_crops(config: DataConfig, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Returns uninitialised uint8 global [V_g, B, C, H, W] and local [V_l, B, C, h, w] crops."""
+    shape = (batch_size, config.channels)
+    size, local_size = config.global_crop_size, config.local_crop_size
+    return (
+        torch.empty((config.num_global_crops, *shape, size, size), dtype=torch.uint8),
+        torch.empty((config.num_local_crops, *shape, local_size, local_size), dtype=torch.uint8),
+    )
+
+
+def _largest_box(height: int, width: int) -> tuple[int, int]:
+    """Returns the largest box of an allowed aspect ratio that fits into an image."""
+    smallest, largest = math.exp(_LOG_RATIO[0]), math.exp(_LOG_RATIO[1])
+    if width / height < smallest:
+        return min(height, max(1, round(width / smallest))), width
+    if width / height > largest:
+        return height, min(width, max(1, round(height * largest)))
+    return height, width

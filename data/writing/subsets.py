@@ -1,0 +1,72 @@
+"""Sub-samples of a set that share its tars: a manifest of their own, and no image copied."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from data.shards import DataError, Manifest, load_manifest, save_manifest, split_names
+from data.stream.samplers import select_long_tail, selected_labels
+
+
+def write_long_tail(
+    source: str, directory: str, *, split: str = "train", imbalance: float = 100.0, seed: int = 0
+) -> list[Manifest]:
+    """Returns the manifests of a long-tailed version of a set after writing them; the tars stay where they are.
+
+    Args:
+        source: folder of the whole set.
+        directory: folder of the new manifest; not the same.
+        split: the split to thin out; the others are listed whole.
+        imbalance: images of the largest class over images of the smallest; see `data.samplers.select_long_tail`.
+        seed: of the choice.
+
+    Raises:
+        DataError: no labels, an imbalance below 1, or the same folder twice.
+    """
+    if Path(source).resolve() == Path(directory).resolve():
+        raise DataError(f"--out is {directory}, the whole set's folder; expected another; set --out")
+    if not imbalance >= 1:
+        raise DataError(f"--imbalance is {imbalance}; expected at least 1; set --imbalance")
+    whole = load_manifest(source, split)
+    labels = selected_labels(whole)
+    if labels is None or (labels < 0).any():
+        raise DataError(
+            f"{source} has images without class; expected a class for each; write an index with classes"
+        )
+    chosen = select_long_tail(labels, imbalance, seed)
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    manifests = []
+    for name in split_names(source):
+        manifest = _relocate(load_manifest(source, name), directory)
+        if name == split:
+            manifest = _restrict(manifest, labels, chosen)
+            manifest = replace(manifest, notes={"long_tail": {"imbalance": imbalance, "seed": seed}})
+        save_manifest(manifest)
+        manifests.append(manifest)
+    return manifests
+
+
+def _relocate(manifest: Manifest, directory: str) -> Manifest:
+    """Returns a manifest that finds its tars from another folder."""
+    way = os.path.relpath(manifest.directory, directory)
+    shards = tuple(replace(shard, name=str(Path(way) / shard.name)) for shard in manifest.shards)
+    index_path = str(Path(way) / manifest.index_path) if manifest.index_path else ""
+    return replace(manifest, directory=directory, shards=shards, index_path=index_path)
+
+
+def _restrict(
+    manifest: Manifest, labels: np.ndarray[tuple[int], np.dtype[np.int64]], chosen: np.ndarray
+) -> Manifest:
+    """Returns a manifest of the chosen ones of its selected samples. Shards without any stay: ids count through."""
+    shards, start = [], 0
+    for shard in manifest.shards:
+        selected = range(shard.samples) if shard.ordinals is None else shard.ordinals
+        kept = chosen[start : start + len(selected)]
+        shards.append(replace(shard, ordinals=tuple(int(o) for o in np.asarray(selected)[kept])))
+        start += len(selected)
+    counts = np.bincount(labels[chosen], minlength=len(manifest.classes))
+    return replace(manifest, shards=tuple(shards), images_per_class=tuple(counts.tolist()))

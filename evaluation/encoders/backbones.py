@@ -1,0 +1,140 @@
+"""Adapters that turn networks into named features and patch tokens: timm's and pixels; `hf_models` has the others."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.encoders.exported import EncoderError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Features = dict[str, Tensor]
+# What timm's models call the tokens that they put before the patches.
+_PREFIX_PARAMETERS = {"cls_token", "dist_token", "reg_token"}
+
+
+class FeatureModule(nn.Module):
+    """Images to features: `embedding` always; `cls` [B, blocks, D] and `mean` [B, D] where the network has them.
+
+    `embedding` is what the encoder itself hands on (its own pooling), `cls` the CLS token after each of the last
+    blocks (newest last), `mean` the average of the patch tokens of the last block.
+    """
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
+        """Returns the features of a batch, in the autocast type of the caller."""
+
+    @abstractmethod
+    def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
+        """Returns the last block's patch tokens, or None for a network without a token grid."""
+
+
+class TimmFeatures(FeatureModule):
+    """A timm model without classifier: `embedding` is its own `forward_head`.
+
+    Tokens before the patches are those that the model declares (`num_prefix_tokens`); one that keeps such tokens and
+    does not say how many (CaiT's relatives VOLO and PiT), or that hands on several sequences, gives no patches.
+
+    Args:
+        model: built with `num_classes=0`.
+        num_blocks: last blocks whose CLS token is kept.
+
+    Raises:
+        EncoderError: several blocks are asked for, and the model hands on the CLS token of the last alone.
+    """
+
+    def __init__(self, model: nn.Module, num_blocks: int = 1) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.num_blocks = num_blocks
+        prefixes = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters()} & _PREFIX_PARAMETERS
+        declared = getattr(model, "num_prefix_tokens", None)
+        self._num_prefix_tokens = 0 if declared is None and not prefixes else declared
+        # With registers and no CLS token, the first token is a register.
+        self._has_class_token = bool(self._num_prefix_tokens) and "cls_token" in prefixes
+        if num_blocks > 1 and self._has_class_token:
+            intermediates = getattr(model, "forward_intermediates", None)
+            if intermediates is None or "return_prefix_tokens" not in signature(intermediates).parameters:
+                raise EncoderError(
+                    f"features.num_blocks is {num_blocks}; expected 1 for {type(model).__name__}, which hands on the "
+                    "CLS token of its last block alone; set features.num_blocks"
+                )
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
+        """Returns embedding, and CLS and patch mean for token models, patch mean alone for grids."""
+        earlier: list[Tensor] = []
+        if self.num_blocks > 1 and self._has_class_token:
+            tokens, blocks = self.model.forward_intermediates(
+                images, indices=self.num_blocks, return_prefix_tokens=True, norm=True, output_fmt="NLC"
+            )
+            earlier = [prefix[:, 0] for _, prefix in blocks[:-1]]
+        else:
+            tokens = self.model.forward_features(images)
+        features = {"embedding": self.model.forward_head(tokens, pre_logits=True)}
+        patches = self._patches(tokens)
+        if patches is None:
+            return features
+        if tokens.ndim == 4:
+            return {**features, "mean": patches.mean(dim=1)}
+        # Models that pool patches normalise after pooling, the others before: fc_norm is then an identity.
+        normalise = getattr(self.model, "fc_norm", None) or nn.Identity()
+        features["mean"] = normalise(patches.mean(dim=1))
+        if self._has_class_token:
+            features["cls"] = torch.stack([normalise(cls) for cls in [*earlier, tokens[:, 0]]], dim=1)
+        return features
+
+    def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
+        """Returns the last block's patch tokens, or the cells of the last grid."""
+        return self._patches(self.model.forward_features(images))
+
+    def _patches(self, tokens: Any) -> Float[Tensor, "B N D"] | None:
+        if not isinstance(tokens, Tensor) or tokens.ndim not in (3, 4):
+            return None
+        if tokens.ndim == 4:
+            last = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
+            return tokens.flatten(1, 2) if last else tokens.flatten(2).transpose(1, 2)
+        return None if self._num_prefix_tokens is None else tokens[:, self._num_prefix_tokens :]
+
+
+class PixelFeatures(FeatureModule):
+    """The image itself, flattened: the control that any encoder should beat.
+
+    Args:
+        mean: that the preprocessing subtracted, one number or one per channel.
+        std: that it divided by; both are undone, because cosines depend on where zero is.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
+        """Returns the pixels in 0..1 as `embedding`."""
+        return {"embedding": (images * self.std.to(images) + self.mean.to(images)).flatten(1)}
+
+    def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
+        """Returns None: pixels have no tokens."""
+        return None
+
+
+class NoFeatures(FeatureModule):
+    """Of a weights file that is audited for its prototypes alone: there is no network to ask."""
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
+        """Raises ValueError: a weights file sees no images."""
+        raise ValueError(
+            "encoder is a weights file, which gives no features; expected probes=[prototypes] alone; set probes, "
+            "or set encoder to a network and prototypes.weights to the file"
+        )
+
+    def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
+        """Returns None."""
+        return None

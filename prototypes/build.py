@@ -1,0 +1,76 @@
+"""From the options to the estimator that they name."""
+
+from __future__ import annotations
+
+import torch
+
+from . import clustering, learned
+from .config import PrototypesConfig
+from .estimator import EstimatorContext, PrototypeEstimator
+from .families import gmm_diag, gmm_shared, spherical_kmeans, vb_gmm, vmf
+from .statistics import Collectives, Gather, ReduceSum
+
+
+def build_estimator(
+    config: PrototypesConfig,
+    *,
+    seed: int,
+    num_observations_per_epoch: int,
+    total_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    rows_per_rank: int = 128,
+    reduce_sum: ReduceSum | None = None,
+    gather: Gather | None = None,
+    device: torch.device | str = "cpu",
+) -> PrototypeEstimator:
+    """Returns the estimator of `config.mode` and `config.estimator`, its state on `device`, fp32.
+
+    Every rank builds the same state from `seed`; nothing is sent.
+
+    Args:
+        config: the prototypes' options.
+        seed: the run's seed.
+        num_observations_per_epoch: teacher rows in one epoch over all ranks, V_t * images.
+        total_steps: optimizer steps of the whole training; schedules run over them.
+        rank: this process's rank.
+        world_size: number of ranks.
+        rows_per_rank: teacher rows that one rank observes in one step; the cost rule's only use.
+        reduce_sum: asynchronous in-place all-reduce(SUM); required for more than one rank.
+        gather: asynchronous all-gather of equal shapes to [world_size, ...]; None builds it on `reduce_sum`.
+        device: where the state lives.
+
+    Raises:
+        ValueError: more than one rank without `reduce_sum`.
+    """
+    context = EstimatorContext(
+        seed=seed,
+        num_observations_per_epoch=num_observations_per_epoch,
+        total_steps=total_steps,
+        rows_per_rank=rows_per_rank,
+        collectives=Collectives(rank=rank, world_size=world_size, reduce_sum=reduce_sum, gather=gather),
+    )
+    estimator: PrototypeEstimator
+    if config.mode in ("joint", "joint_kp"):
+        estimator = learned.JointEstimator(config, context)
+    elif config.mode == "partial":
+        estimator = clustering.PartialEstimator(config, context)
+    elif config.mode == "frozen_random":
+        estimator = learned.FrozenRandomEstimator(config, context)
+    else:
+        estimator = _build_family(config, context)
+    return estimator.to(device)
+
+
+def _build_family(config: PrototypesConfig, context: EstimatorContext) -> PrototypeEstimator:
+    families: tuple[type[PrototypeEstimator], ...] = (
+        gmm_diag.DiagonalGmm,
+        gmm_shared.SphericalGmm,
+        gmm_shared.TiedDiagonalGmm,
+        gmm_shared.TiedSphericalGmm,
+        vmf.VonMisesFisherMixture,
+        spherical_kmeans.SphericalKMeans,
+        vb_gmm.VariationalGmm,
+        clustering.SinkhornCodes,
+    )
+    return {family.name: family for family in families}[config.estimator](config, context)  # type: ignore[call-arg]

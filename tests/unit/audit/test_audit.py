@@ -1,0 +1,174 @@
+"""An audit: cells, what is kept and what is run again, paired differences, the page, one command line."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from audit import run as audit
+from audit import write as audit_report
+from audit.config import AuditConfig
+from audit.run import Cell, iterate_cells, run_missing, submit_commands
+from audit.write import difference_rows, spread, write_audit
+from evaluation.config import EvaluationConfig
+from evaluation.results import write_result
+from runtime.config import load_config
+from runtime.program import run_program
+
+PROBES = ("prototypes", "knn", "linear", "long_tail")
+GROUPS = ["head", "head", "medium", "tail"]
+
+
+def make_config(tmp_path, **options):
+    values = {
+        "name": "audit",
+        "output_dir": str(tmp_path),
+        "pretrain": "configs/pretrain_vit-mini_fashion-mnist_full.yaml",
+        "evaluate": "configs/eval_fashion_mnist.yaml",
+        "probes": PROBES,
+        "seeds": (0, 1),
+        "arms": {"joint": ("prototypes.mode=joint",), "full": ("prototypes.mode=full",)},
+        "references": ("joint",),
+    }
+    return AuditConfig(**{**values, **options})
+
+
+def write_run(directory: Path, *, used: float, right: list[bool]) -> None:
+    """Writes what a finished run leaves, small: four test images, one of each class."""
+    results = directory / "results"
+    results.mkdir(parents=True)
+    records = [
+        {"step": 0, "prototypes/unique_0.025": 1.0},
+        {"step": 10, "prototypes/unique_0.025": 0.9, "eval/knn20_top1": 0.5},
+        {
+            "step": 100,
+            "prototypes/unique_0.025": 0.8,
+            "prototypes/used": used,
+            "features/effective_rank": 3.0,
+        },
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    teacher = {
+        "unique_fraction": {"0.025": 0.8, "0.1": 0.5, "0.5": 0.1},
+        "angle_density": [0.1, 0.2],
+        "angle_density_max_over_min": 2.0,
+    }
+    per_class = [{"class": str(c), "group": group} for c, group in enumerate(GROUPS)]
+    figures = {
+        "prototypes": {"roles": {"teacher": teacher}},
+        "knn": {"headline": {"top1": sum(right) / 4, "predictions": "p"}},
+        "linear": {"headline": {"top1": sum(right) / 4, "predictions": "p"}},
+        "long_tail": {"headline": {}, "per_class": per_class},
+    }
+    provenance = {
+        "manifest_hashes": {"shards:train": "a", "shards:test": "b"},
+        "hardware": {"machine": "x", "cpu_threads": 1},
+        "commit": "c",
+        "config_hash": "h",
+        "versions": {"torch": "t"},
+        "finished_utc": "now",
+    }
+    encoder = {"role": "teacher", "step": 100, "weights_sha256": "0" * 64, "label": "run"}
+    labels = torch.arange(4, dtype=torch.int32)
+    predicted = torch.where(torch.tensor(right), labels, (labels + 1) % 4).to(torch.int32)
+    for probe, found in figures.items():
+        write_result(
+            results,
+            probe,
+            encoder=encoder,
+            figures=found,
+            provenance=provenance,
+            seconds=1.0,
+            predictions={"p": predicted, "labels": labels},
+        )
+
+
+def write_all(tmp_path):
+    for seed, (joint, full) in enumerate(((2, 3), (1, 3))):
+        for arm, number in (("joint", joint), ("full", full)):
+            right = [position < number for position in range(4)]
+            write_run(tmp_path / "audit" / f"{arm}-seed{seed}", used=0.25 * number, right=right)
+
+
+def test_spread_of_three_is_students():
+    found = spread([1.0, 2.0, 3.0])
+    assert found.mean == 2 and found.deviation == 1
+    assert found.half_width == pytest.approx(4.303 / math.sqrt(3))
+    assert spread([1.0]).half_width == math.inf
+
+
+def test_differences_are_paired_by_seed():
+    figures = {"a": {"0": {"k-NN": 0.5}, "1": {"k-NN": 0.7}}, "b": {"1": {"k-NN": 0.71}, "2": {"k-NN": 0.1}}}
+    (row,) = difference_rows(figures, "a")
+    assert row == {"arm": "b", "seeds": "1", "k-NN": "+1.00"}
+
+
+def test_page_and_tables_hold_every_arm(tmp_path):
+    write_all(tmp_path)
+    text = write_audit(make_config(tmp_path), tmp_path / "audit")
+    assert "joint" in text and "37.5 ± 17.7" in text  # k-NN of joint: 2 and 1 of 4
+    assert "+37.50 ± " in text and "(2 of 2 > 0)" in text
+    figures = json.loads((tmp_path / "audit" / "report" / "results.json").read_text())
+    assert figures["full"]["1"]["k-NN head"] == 1.0 and figures["full"]["1"]["k-NN tail"] == 0.0
+    assert figures["joint"]["0"]["u(0.025) early"] == 0.9
+    page = (tmp_path / "audit" / "report" / "index.html").read_text()
+    names = ("used_over_time", "unique_over_time", "used_and_unique", "groups_knn", "angle_density")
+    for name in names:
+        assert (tmp_path / "audit" / "report" / f"{name}.png").is_file() and f'id="{name}"' in page
+
+
+def test_finished_cells_are_not_run_again_and_failures_are_named(tmp_path, monkeypatch):
+    write_all(tmp_path)
+    config = make_config(tmp_path, seeds=(0, 1, 2), processes=1)
+    started = []
+
+    class Ended:
+        returncode = 1
+
+    monkeypatch.setattr(audit.subprocess, "run", lambda command, **_: started.append(command) or Ended())
+    assert [cell.name for cell in run_missing(config)] == ["joint-seed2", "full-seed2"]
+    assert all("run.seed=2" in command for command in started) and len(started) == 2
+
+
+def test_seeds_come_first_and_commands_hold_the_arm(tmp_path):
+    config = make_config(
+        tmp_path, overrides=("optim.steps=3",), evaluate_overrides=("data.shards=datasets/mine",)
+    )
+    assert [cell.name for cell in iterate_cells(config, config.chosen_arms)] == [
+        "joint-seed0",
+        "full-seed0",
+        "joint-seed1",
+        "full-seed1",
+    ]
+    pretrain, evaluate = Cell(config, "full", 1).commands()
+    assert pretrain[3:5] == ["optim.steps=3", "prototypes.mode=full"] and "run.name=full-seed1" in pretrain
+    assert f"encoder={tmp_path}/audit/full-seed1" in evaluate
+    lines = submit_commands(config, ["--nodes", "2"])
+    assert len(lines) == 2 and "--array seeds=0,1" in lines[1] and lines[1].endswith("--nodes 2")
+    written = tmp_path / "audit" / "evaluate.yaml"
+    assert f"--evaluate-config {written}" in lines[0]
+    assert load_config(EvaluationConfig, str(written)).data.shards == "datasets/mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"arms": {}}, "arms"),
+        ({"arms": {"../x": ()}}, "name"),
+        ({"arms": {"a": ("run.seed=3",)}, "references": ()}, "arms.a"),
+        ({"only": ("nobody",)}, "only"),
+        ({"seeds": ()}, "seeds"),
+        ({"probes": ("nothing",)}, "probes"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, options, key):
+    with pytest.raises(ValueError, match=rf"^{key} is .*; expected .*; set {key}$"):
+        make_config(tmp_path, **options)
+
+
+def test_an_audit_without_runs_is_a_mistake(tmp_path, capsys):
+    code = run_program(audit.main, ["configs/audit_fashion-mnist.yaml", f"output_dir={tmp_path}", "--tables"])
+    assert code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert audit_report.collect_figures(make_config(tmp_path), tmp_path / "audit") == {}

@@ -1,0 +1,124 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from report import charts as figures
+from report import confusion, curves
+from report.runs import (
+    configuration_rows,
+    difference_of_configurations,
+    load_runs,
+    run_rows,
+)
+
+
+def make_run(path, *, steps=12, total=12, tail="", mode="full", lr=0.1):
+    path.mkdir()
+    lines = [
+        {
+            "step": step,
+            "loss/total": 9.0 - 0.1 * step,
+            "throughput/step_s": 2.0,
+            "gmm/beta": 1.0,
+            "x/none": None,
+        }
+        for step in range(4, steps + 1, 4)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "config.yaml").write_text(
+        f"run: {{name: {path.name}, seed: 3}}\nprototypes: {{mode: {mode}, estimator: vmf, num_prototypes: 64}}\n"
+        f"optim: {{lr: {lr}}}\n"
+    )
+    (path / "console.log").write_text(
+        f"2026-01-02 03:04:05,006 I training.trainer | step {steps}/{total}  total 1.0\n{tail}"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ({}, "finished, 12 steps"),
+        ({"total": 40}, "ended early at step 12 of 40"),
+        (
+            {"total": 40, "tail": "I training.trainer | stopping at step 12 after SIGTERM\n"},
+            "preempted at step 12 of 40",
+        ),
+    ],
+)
+def test_a_run_says_how_it_ended(tmp_path, arguments, status):
+    (row,) = run_rows(load_runs([make_run(tmp_path / "run", **arguments)]))
+    assert row["status"] == status
+    assert row["time in steps"] == "0 min 24 s"  # three lines of four steps, two seconds each
+    assert (row["mode"], row["K"], row["seed"], row["started"]) == (
+        "full, vmf",
+        "64",
+        "3",
+        "2026-01-02 03:04",
+    )
+
+
+def test_a_sign_of_life_means_that_it_runs(tmp_path):
+    run = make_run(tmp_path / "run", total=40)
+    (run / "heartbeats").mkdir()
+    (run / "heartbeats" / "rank-0").touch()
+    assert run_rows(load_runs([run]))[0]["status"] == "running, step 12 of 40"
+
+
+def test_differences_are_the_options_that_differ(tmp_path):
+    runs = load_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b", lr=0.2)])
+    assert difference_of_configurations(runs) == [{"option": "optim.lr", "a": "0.1", "b": "0.2"}]
+    assert {row["option"] for row in configuration_rows(runs)} >= {"run.name", "prototypes.mode", "optim.lr"}
+    assert difference_of_configurations(runs[:1]) == []
+
+
+def test_every_number_of_the_record_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    original = curves._draw_panel
+    monkeypatch.setattr(
+        curves,
+        "_draw_panel",
+        lambda axes, key, *rest, **options: (drawn.append(key), original(axes, key, *rest, **options)),
+    )
+    records = [
+        {"step": 1, "loss/total": 2.0, "optim/lr": 0.1, "memory/new_figure": 1.0, "loss/auxiliary": None}
+    ]
+    charts = curves.draw_curves({"run": records})
+    assert drawn == ["loss/total", "optim/lr", "memory/new_figure"]
+    assert [chart.name for chart in charts] == ["loss_over_time", "optim_over_time", "memory_over_time"]
+
+
+def test_the_loss_axis_shows_the_curve():
+    from matplotlib import pyplot as plt
+
+    _, axes = plt.subplots()
+    curves._draw_panel(
+        axes,
+        "loss/total",
+        "total",
+        {"r": [{"step": s, "loss/total": 5 + 0.01 * s} for s in range(9)]},
+        shares=False,
+    )
+    low, high = axes.get_ylim()
+    assert low > 4.9 and high < 5.2
+
+
+def test_names_in_legends_are_short_and_stay_unique():
+    names = ["a" * 60 + "1", "a" * 60 + "2", "short"]
+    short = figures.short_names(names)
+    assert len(set(short)) == 3 and max(map(len, short)) <= 26 and short[2] == "short"
+    twins = figures.short_names(["x" * 40 + "1" + "y" * 40, "x" * 40 + "2" + "y" * 40])
+    assert twins[0] != twins[1]
+
+
+def test_confusions_are_counted_by_class(tmp_path, monkeypatch):
+    labels, found = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 2, 1, 2, 2, 2])
+    monkeypatch.setattr(confusion, "read_predictions", lambda result: {"labels": labels, "knn": found})
+    result = {"figures": {"headline": {"predictions": "knn"}}, "provenance": {"config": {}}}
+    counts = confusion.count_confusions(result)
+    assert np.array_equal(counts, [[1, 0, 1], [0, 1, 2], [0, 0, 1]])
+    rows = confusion.confusion_rows(result)
+    assert rows[0] == {"class": "1", "taken for": "2", "images": "2 of 3", "share %": "66.7"}
+    assert len(rows) == 2

@@ -1,0 +1,238 @@
+"""An exported encoder: what timm and transformers load, with its prototypes and a model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from models import vit
+from models.config import ModelConfig
+from runtime.files import write_atomically
+from training.checkpoints.files import CheckpointError
+from training.checkpoints.state_files import (
+    as_os_error,
+    load_tensors,
+    save_tensors,
+)
+
+logger = logging.getLogger(__name__)
+
+PROTOTYPES_NAME = "prototypes.safetensors"
+CARD_NAME = "README.md"
+# What an export writes, and all that a later export to the same folder replaces.
+EXPORTED_NAMES = frozenset({"config.json", "model.safetensors", PROTOTYPES_NAME, CARD_NAME})
+
+
+def export_encoder(
+    backbone: nn.Module,
+    out_dir: Path,
+    *,
+    model: ModelConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    prototypes: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    license_name: str = "apache-2.0",
+) -> None:
+    """Writes a backbone, its prototypes and a model card into `out_dir`. Not collective: call on one rank.
+
+    Args:
+        backbone: a timm model with `num_classes=0` and whole (unsharded) parameters; saved in fp32.
+        out_dir: the folder; made if missing, files in it are replaced.
+        model: the options that built the backbone; written so that the same network is rebuilt.
+        mean: of pixels in [0, 1], one number for all channels or one per channel.
+        std: standard deviation, likewise.
+        interpolation: of the resize to `model.image_size`; the centre crop takes the whole image.
+        prototypes: name to tensor, e.g. `means` [K, P], `variances` [K, P], `mixing_weights` [K].
+        provenance: JSON-able facts for the model card: run, step, data, method, configuration hash.
+        license_name: of the weights, as the model hub writes it.
+
+    Raises:
+        OSError: the disk is full or not writable.
+        ValueError: a parameter is not finite, or lives on the meta device.
+    """
+    state = {name: _whole(name, tensor) for name, tensor in backbone.state_dict().items()}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    data_config = {
+        "input_size": (model.channels, model.image_size, model.image_size),
+        "mean": per_channel(mean, model.channels),
+        "std": per_channel(std, model.channels),
+        "interpolation": interpolation,
+        "crop_pct": 1.0,
+    }
+    with as_os_error(out_dir.name):
+        # save_for_hf takes the tensors from the model; a stand-in keeps a live model on its device.
+        save_for_hf(
+            _StandIn(backbone, state),  # type: ignore[arg-type]
+            str(out_dir),
+            model_args=vit.backbone_arguments(model),
+            safe_serialization=True,
+            data_config=data_config,
+        )
+    _mend_config(out_dir / "config.json")
+    save_tensors(out_dir / PROTOTYPES_NAME, dict(prototypes))
+    card = _model_card(
+        backbone,
+        vit.measure_embed_dim(model, model.image_size),
+        data_config,
+        prototypes,
+        provenance,
+        license_name,
+    )
+    write_atomically(out_dir / CARD_NAME, card)
+
+
+def load_exported(directory: Path) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Returns (backbone in eval mode, prototypes by name) of an exported folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or weights and configuration do not belong together.
+    """
+    for name in ("config.json", "model.safetensors", PROTOTYPES_NAME):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory} lacks {name}; expected a folder that training.export wrote")
+    try:
+        backbone = timm.create_model(f"local-dir:{directory}", pretrained=True)
+    except (RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
+    return backbone.eval(), load_tensors(directory / PROTOTYPES_NAME)
+
+
+def assemble_backbone(config: ModelConfig, state: Mapping[str, Tensor], which: str) -> nn.Module:
+    """Returns the backbone of one role from a checkpoint's full tensors, to export it; strictly.
+
+    Args:
+        config: the run's model options.
+        state: full tensors by name, as `Engine.iterate_state` names them.
+        which: `teacher` or `student`.
+
+    Raises:
+        CheckpointError: the state lacks tensors of this backbone, or has others.
+    """
+    prefix = f"{which}/network.backbone."
+    return build_shell(
+        config, {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+    )
+
+
+def build_shell(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Module:
+    """Returns a backbone that holds the given tensors themselves: to export, not to run. Draws no random number.
+
+    Raises:
+        CheckpointError: the state lacks tensors of this backbone, or has others.
+    """
+    with torch.device("meta"):
+        backbone = vit.build_backbone(config, drop_path_rate=0.0)
+    try:
+        backbone.load_state_dict(dict(state), strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint holds another backbone than {config.name}: {error}") from error
+    return backbone
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Returns one number per channel from one number or one per channel."""
+    return tuple(values) * channels if len(values) == 1 else tuple(values)
+
+
+class _StandIn:
+    """A timm model with other tensors: attributes of the model, `state_dict` from the side."""
+
+    def __init__(self, backbone: nn.Module, state: dict[str, Tensor]) -> None:
+        self._backbone = backbone
+        self._state = state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._state
+
+
+def _whole(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(f"{name} lives on the meta device; expected whole parameters; gather them first")
+    whole = tensor.detach().to(
+        "cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True
+    )
+    if not bool(torch.isfinite(whole).all()):
+        raise ValueError(
+            f"{name} holds NaN or infinity; expected finite weights; export an earlier checkpoint"
+        )
+    return whole.contiguous()
+
+
+def _mend_config(path: Path) -> None:
+    """Removes what breaks or misleads readers of timm's config.json.
+
+    transformers passes `num_classes=0` itself and fails on a second one in `model_args`; the tag names the
+    released weights of the same architecture, which these are not.
+    """
+    config = json.loads(path.read_text())
+    config.get("model_args", {}).pop("num_classes", None)
+    for key in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
+        config["pretrained_cfg"].pop(key, None)
+    write_atomically(path, json.dumps(config, indent=2))
+
+
+def _model_card(
+    backbone: nn.Module,
+    embed_dim: int,
+    data_config: Mapping[str, Any],
+    prototypes: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    license_name: str,
+) -> str:
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    shapes = [f"| `{name}` | {' x '.join(map(str, tensor.shape))} |" for name, tensor in prototypes.items()]
+    facts = [f"| {key} | {value} |" for key, value in provenance.items()]
+    channels, size, _ = data_config["input_size"]
+    lines = [
+        "---",
+        "library_name: timm",
+        "pipeline_tag: image-feature-extraction",
+        f"license: {license_name}",
+        "tags:",
+        "- timm",
+        "- transformers",
+        "- self-supervised-learning",
+        "---",
+        "",
+        f"# {backbone.pretrained_cfg['architecture']}, pretrained with prototypical self-supervision",  # type: ignore[index]
+        "",
+        f"{parameters:,} parameters, embedding of {embed_dim} numbers, no classifier. "
+        f"Input: {channels} x {size} x {size}, pixels in [0, 1] normalised with mean {list(data_config['mean'])} "
+        f"and standard deviation {list(data_config['std'])}.",
+        "",
+        "```python",
+        "import timm",
+        'encoder = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()',
+        "",
+        "from transformers import AutoModel",
+        'encoder = AutoModel.from_pretrained("THIS_FOLDER")  # pooler_output is the same embedding',
+        "```",
+        "",
+        "## Provenance",
+        "",
+        "| fact | value |",
+        "|---|---|",
+        *facts,
+        "",
+        f"## Prototypes (`{PROTOTYPES_NAME}`)",
+        "",
+        "| tensor | shape |",
+        "|---|---|",
+        *shapes,
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""What a checkpoint holds, read and checked before anything of the run is touched.
+
+A hash says that bytes are as they were written, not that they are what this program understands: another version, a
+tool or a hand may have written them and renewed the hash. Whatever is unusable here is a `CheckpointError` with its
+reason, so that a start can pass the checkpoint over and take an older one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.distributed import Process
+from training.checkpoints.files import CheckpointError, step_of
+from training.checkpoints.snapshot import Progress, RecordPosition, rng_name
+from training.checkpoints.state_files import ConsolidatedState, check_rng_state, load_tree, restore_rng_state
+from training.step import TrainingStep
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """One checkpoint as this rank reads it.
+
+    Attributes:
+        checkpoint: its directory.
+        progress: where the run was.
+        record: how far its record was.
+        state: the engine's full tensors by name, read when asked for.
+        estimator: the estimator's state.
+        usage_counts: of the epoch so far, of all ranks together; `restore` compares their shape.
+        spike_guard: the guard's window.
+        rng: this rank's generators; None where the checkpoint was written by another number of ranks.
+    """
+
+    checkpoint: Path
+    progress: Progress
+    record: RecordPosition
+    state: ConsolidatedState
+    estimator: dict[str, Any]
+    usage_counts: Tensor
+    spike_guard: dict[str, Any]
+    rng: dict[str, Any] | None
+
+
+def read_saved_run(checkpoint: Path, process: Process) -> SavedRun:
+    """Returns a checkpoint's content; not collective, and nothing of the run changes.
+
+    Raises:
+        CheckpointError: a file is missing, cannot be read, or holds something else than a run's state.
+    """
+    saved = _mapping(load_tree(checkpoint, "progress"), "progress.json")
+    progress = _read_progress(saved.get("progress"))
+    if progress.step != step_of(checkpoint):
+        raise CheckpointError(f"progress.json is of step {progress.step}; expected that of {checkpoint.name}")
+    counts = saved.get("usage_counts")
+    if not isinstance(counts, Tensor):
+        raise CheckpointError("progress.json holds no usage counts")
+    guard = _mapping(saved.get("spike_guard"), "spike_guard of progress.json")
+    losses = guard.get("losses")
+    if not isinstance(losses, list) or not all(type(loss) is float for loss in losses):
+        raise CheckpointError("spike_guard of progress.json holds no list of losses")
+    name = rng_name(process)
+    rng = None
+    if (checkpoint / f"{name}.json").exists():
+        rng = load_tree(checkpoint, name)
+        check_rng_state(rng)
+    return SavedRun(
+        checkpoint=checkpoint,
+        progress=progress,
+        record=_read_record_position(load_tree(checkpoint, "record")),
+        state=ConsolidatedState(checkpoint),
+        estimator=_mapping(load_tree(checkpoint, "estimator"), "estimator.json"),
+        usage_counts=counts,
+        spike_guard=guard,
+        rng=rng,
+    )
+
+
+def restore(saved: SavedRun, training_step: TrainingStep, process: Process) -> None:
+    """Puts a checkpoint's state into the engine, the estimator and the guards. Collective.
+
+    Raises:
+        ValueError: the state belongs to another model, other prototypes or another schema; on all ranks alike, and
+            before a tensor has moved in the part that refuses.
+    """
+    live = training_step.usage.counts
+    if (saved.usage_counts.shape, saved.usage_counts.dtype) != (live.shape, live.dtype):
+        raise ValueError(
+            f"the checkpoint's usage counts have shape {tuple(saved.usage_counts.shape)}; expected {tuple(live.shape)}"
+        )
+    training_step.engine.load_state(saved.state)
+    training_step.estimator.load_state_dict(saved.estimator)
+    # Usage counts were summed over ranks: one rank takes them over and the others start from zero.
+    live.copy_(saved.usage_counts * int(process.is_main))
+    training_step.spike_guard.load_state_dict(saved.spike_guard)
+    if saved.rng is not None:
+        restore_rng_state(saved.rng)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _read_progress(value: Any) -> Progress:
+    found = dict(_mapping(value, "progress of progress.json"))
+    position = found.pop("position", None)
+    if found.keys() != {field.name for field in fields(Progress)} - {"position"} or not all(
+        map(_is_count, found.values())
+    ):
+        raise CheckpointError(f"progress.json holds {str(found)!r:.80}; expected the counts of a run")
+    if position is not None:
+        used = _mapping(_mapping(position, "position of progress.json").get("used"), "used of progress.json")
+        if not all(str(lane).isdecimal() and _is_count(count) for lane, count in used.items()):
+            raise CheckpointError("progress.json holds a data position without one count a lane")
+        if not _is_count(position.get("samples_seen")):
+            raise CheckpointError("progress.json holds a data position without samples_seen")
+    return Progress(**found, position=position)
+
+
+def _read_record_position(value: Any) -> RecordPosition:
+    found = _mapping(value, "record.json")
+    length, identity = found.get("metrics_bytes"), found.get("wandb_id")
+    if not (length is None or _is_count(length)) or not (identity is None or isinstance(identity, str)):
+        raise CheckpointError(f"record.json holds {str(found)!r:.80}; expected the length of a record")
+    return RecordPosition(metrics_bytes=length, wandb_id=identity)
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise CheckpointError(f"{what} holds {value!r:.60}; expected names and values")
+    return dict(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0

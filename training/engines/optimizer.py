@@ -1,0 +1,78 @@
+"""The optimizer and its parameter groups; schedules are written into the groups by hand at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import timm.optim
+import torch
+from torch import nn
+
+from training.config import OptimConfig
+from training.engines.interface import TrainedNetwork
+from training.schedules import StepSchedule
+
+# The tensors that an optimizer keeps per parameter, by `optim.optimizer` and by its class name.
+MOMENTS_OF = {"adamw": ("exp_avg", "exp_avg_sq"), "lars": ("momentum_buffer",)}
+MOMENTS = {"AdamW": MOMENTS_OF["adamw"], "Lars": MOMENTS_OF["lars"]}
+
+
+def build_optimizer(student: TrainedNetwork, config: OptimConfig) -> torch.optim.Optimizer:
+    """Returns AdamW or LARS over the student's parameter groups; rates are set per step by `set_schedule_`."""
+    groups = build_parameter_groups(student, config)
+    if config.optimizer == "lars":
+        return timm.optim.Lars(
+            groups, lr=0.0, momentum=config.momentum, weight_decay=0.0, trust_coeff=config.trust_coefficient
+        )
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=0.0)
+
+
+def build_parameter_groups(student: TrainedNetwork, config: OptimConfig) -> list[dict[str, Any]]:
+    """Returns parameter groups with `lr_scale` and `decays` (whether the weight decay applies).
+
+    The backbone's groups are timm's, made on the timm model itself (layer decay needs its group matcher): biases,
+    norms, tokens and position embeddings do not decay. The head's weights decay, its vectors do not. Prototypes
+    that the encoder's loss trains do not decay: only their direction counts.
+    """
+    backbone = student.network.backbone
+    skip: set[str] = getattr(backbone, "no_weight_decay", set)()
+    decay = 1.0  # a marker: the scheduled value replaces it
+    if config.layer_decay != 1.0:
+        groups = timm.optim.param_groups_layer_decay(
+            backbone,
+            weight_decay=decay,
+            no_weight_decay_list=skip,
+            layer_decay=config.layer_decay,
+            weight_decay_exclude_1d=True,
+        )
+    else:
+        groups = timm.optim.param_groups_weight_decay(backbone, weight_decay=decay, no_weight_decay_list=skip)
+    head = list(student.network.projection_head.parameters())
+    groups = [dict(group) for group in groups]
+    groups.append({"params": [p for p in head if p.ndim > 1], "weight_decay": decay})
+    groups.append({"params": [p for p in head if p.ndim <= 1], "weight_decay": 0.0})
+    if student.learned_prototypes is not None:
+        prototypes = list(student.learned_prototypes.parameters())
+        groups.append({"params": prototypes, "weight_decay": 0.0, "lr_scale": config.prototype_lr_scale})
+    return [
+        {
+            "params": [p for p in group["params"] if p.requires_grad],
+            "decays": bool(group["weight_decay"]),
+            "lr_scale": float(group.get("lr_scale", 1.0)),
+        }
+        for group in groups
+        if any(p.requires_grad for p in group["params"])
+    ]
+
+
+def set_schedule_(groups: Iterable[dict[str, Any]], schedule: StepSchedule) -> None:
+    """Writes the step's learning rate and weight decay into the groups in place."""
+    for group in groups:
+        group["lr"] = schedule.lr * group["lr_scale"]
+        group["weight_decay"] = schedule.weight_decay if group["decays"] else 0.0
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Returns the number of parameters, trained or not."""
+    return sum(p.numel() for p in module.parameters())
