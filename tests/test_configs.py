@@ -17,7 +17,9 @@ from runtime.config import ConfigError, build_config, config_hash, iterate_keys,
 from training.config import PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("models", "prototypes", "data", "training", "evaluation", "runtime", "slurm", "benchmarks")
+ROOMS = (
+    "models", "prototypes", "data", "training", "evaluation", "report", "audit", "runtime", "slurm", "benchmarks",
+)  # fmt: skip
 PRETRAIN_CONFIGS = sorted((ROOT / "configs").glob("pretrain_*.yaml"))
 DEMO = ROOT / "configs" / "pretrain_vit-mini_fashion-mnist_full.yaml"
 
@@ -133,7 +135,7 @@ def test_what_is_no_configuration_is_refused(path):
 
 
 def test_configuration_modules_import_no_torch():
-    modules = "runtime.config, runtime.program, training.config, evaluation.config, evaluation.audit_config"
+    modules = "runtime.config, runtime.program, training.config, evaluation.config, audit.config"
     code = f"import sys, {modules}\nassert 'torch' not in sys.modules, 'torch is loaded'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 

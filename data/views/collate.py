@@ -21,7 +21,7 @@ class CropBatch:
         seeds: int64 [B], each sample's augmentation seed from (seed, epoch, sample); stays on the CPU.
         keys: the samples' names in their shards.
         sample_ids: int64 [B], numbers of the samples in the manifest; stays on the CPU.
-        position: where this rank stands after this batch; see `data.pipeline.merge_positions`.
+        position: where this rank stands after this batch; see `data.stream.pipeline.merge_positions`.
         skipped: names of the samples that were passed over for this batch, with the reason.
         worker_rss_mib: largest resident memory of the processes that loaded this batch.
     """

@@ -18,7 +18,7 @@ from data.views.random_numbers import draw_uniforms, hash_array
 _NUM_TRIES = 10
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 
-# Purposes under a sample's seed; colours use another range (data.augmentations).
+# Purposes under a sample's seed; colours use another range (`augmentations`).
 GEOMETRY_PURPOSE = 0
 
 

@@ -61,7 +61,7 @@ SHAPES = (
     {"tensor": "x"},
 )
 # What a rank imports late is imported once, before ranks are forked.
-IMPORTED = ("training.build", "training.deepspeed_engine", "evaluation.knn")
+IMPORTED = ("training.build", "training.engines.deepspeed", "evaluation.probes.knn")
 UNCOMPARED = ("teacher/README.md", "record.json")  # the run's name; seconds
 
 

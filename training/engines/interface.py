@@ -1,4 +1,4 @@
-"""What a sharding engine must do for one training step; `deepspeed_engine.py` and `fsdp_engine.py` do it.
+"""What a sharding engine must do for one training step; `deepspeed` and `fsdp` do it.
 
 An engine owns the student, its optimizer and the teacher. It knows nothing of losses, prototypes' statistics or
 data. All states leave and enter it in one world-size-independent format: full fp32 tensors by parameter name, of

@@ -35,7 +35,7 @@ ARMS = {
 
 @pytest.fixture(scope="module")
 def features():
-    pytest.importorskip("data.fashion_mnist", reason="needs data/writing/fashion_mnist.py")
+    pytest.importorskip("data.writing.fashion_mnist", reason="needs data/writing/fashion_mnist.py")
     from data.datasets import DataError
     from data.writing.fashion_mnist import FashionMnistSource, fetch
 

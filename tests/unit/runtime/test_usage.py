@@ -72,7 +72,18 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
 
 
 def test_the_list_of_programs_is_whole() -> None:
-    rooms = ("data", "training", "evaluation", "slurm", "benchmarks", "runtime", "models", "prototypes")
+    rooms = (
+        "data",
+        "training",
+        "evaluation",
+        "report",
+        "audit",
+        "slurm",
+        "benchmarks",
+        "runtime",
+        "models",
+        "prototypes",
+    )
     found = {
         path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
         for room in rooms
