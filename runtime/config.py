@@ -28,6 +28,8 @@ ConfigT = TypeVar("ConfigT")
 # Text that would not survive being written into paths, batch scripts, logs and YAML files: line ends and other control
 # characters, bytes that are no UTF-8 (surrogates), and OmegaConf's mark of a reference.
 _NOT_PLAIN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\$\\{")
+# A shell expands it at the start of a word only, and in a YAML file nobody does: a folder named ~ would be made.
+_HOME = re.compile(r"~[^/]*/")
 
 
 class ConfigError(ValueError):
@@ -199,6 +201,11 @@ def _finite(value: float, key: str) -> float:
 
 
 def _plain(value: str, key: str) -> str:
+    if _HOME.match(value):
+        rule = "a path that is written out, because no shell expands ~ here"
+        raise ConfigError(
+            f"{key} is {_shown(value)}; expected {rule}; set {_settable(key)} with $HOME or in full"
+        )
     if _NOT_PLAIN.search(value):
         rule = "one line of text without control characters and ${"
         raise ConfigError(f"{key} is {_shown(value)}; expected {rule}; set {_settable(key)}")

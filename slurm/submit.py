@@ -123,11 +123,13 @@ def plan(options: argparse.Namespace) -> Submission:
 def load_cluster(options: argparse.Namespace) -> ClusterConfig:
     """Returns the description of the cluster with the command line's choices in it."""
     name = options.cluster or os.environ.get(CLUSTER_VARIABLE, "example")
-    path = CHECKOUT / "slurm" / "clusters" / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
-        raise UserError(f"cluster is {name!r}; expected one of {known}; set --cluster or write {path.name}")
-    values = read_yaml(str(path))
+    folder = CHECKOUT / "slurm" / "clusters"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise UserError(
+            f"cluster is {name!r}; expected one of {', '.join(known)}; set --cluster, or write NAME.yaml in {folder}"
+        )
+    values = read_yaml(str(folder / f"{name}.yaml"))
     if values.get("python") is None:
         values["python"] = sys.executable
     chosen = {key: getattr(options, key) for key in ("nodes", "gpus_per_node", "partition", "time")}

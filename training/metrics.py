@@ -17,6 +17,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -44,32 +45,51 @@ class MetricsRecord:
     Args:
         run_dir: the run directory.
         resume_step: updates done at the start; lines of later steps, written by an interrupted run after its last
-            checkpoint, are dropped so that every step stands in the record once.
+            checkpoint, are dropped so that every step stands in the record once. At 0 a former record is put aside.
         resume_bytes: length of the record at that checkpoint; what follows is dropped without a look at its steps.
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int, resume_bytes: int | None = None) -> None:
         self.path = run_dir / RECORD_NAME
         if self.path.exists():
-            lines = read_record(self.path)
-            content = self.path.read_bytes()
-            # A record that was lost or replaced is shorter, or has no end of a line there.
-            if resume_bytes and content[resume_bytes - 1 : resume_bytes] == b"\n":
-                write_atomically(self.path, content[:resume_bytes])
-            else:
-                kept = [line for line in lines if line["step"] <= resume_step and resume_step > 0]
-                write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            last = max((line["step"] for line in lines), default=0)
-            if last > resume_step:
-                logger.warning(
-                    "the last start ended at step %d or later without saving it: going on from step %d, steps after "
-                    "it are done again",
-                    last,
-                    resume_step,
-                )
+            self._cut(resume_step, resume_bytes)
         # Without a buffer of Python's own: what a full disk has not taken stays in `_unwritten`, and nowhere else.
         self._file = self.path.open("ab", buffering=0)
         self._unwritten = b""
+
+    def _cut(self, resume_step: int, resume_bytes: int | None) -> None:
+        """Drops the lines after the checkpoint; where there is none, puts the record aside whole.
+
+        A run without a checkpoint begins anew, whatever became of those that it had: what it once measured is not
+        this program's to delete.
+        """
+        lines = read_record(self.path)
+        last = max((line["step"] for line in lines), default=0)
+        if resume_step == 0 and last > 0:
+            written = time.localtime(self.path.stat().st_mtime)
+            aside = self.path.with_name(f"metrics-{time.strftime('%Y%m%d-%H%M%S', written)}.jsonl")
+            self.path.rename(aside)
+            logger.warning(
+                "the last start came to step %d or later and no checkpoint is left of it: beginning anew; its record "
+                "is kept as %s",
+                last,
+                aside,
+            )
+            return
+        content = self.path.read_bytes()
+        # A record that was lost or replaced is shorter, or has no end of a line there.
+        if resume_bytes and content[resume_bytes - 1 : resume_bytes] == b"\n":
+            write_atomically(self.path, content[:resume_bytes])
+        else:
+            kept = [line for line in lines if line["step"] <= resume_step and resume_step > 0]
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        if last > resume_step:
+            logger.warning(
+                "the last start ended at step %d or later without saving it: going on from step %d, steps after it "
+                "are done again",
+                last,
+                resume_step,
+            )
 
     def write(self, step: int, samples_seen: int, values: Mapping[str, float]) -> dict[str, Any]:
         """Appends one line and returns it. Non-finite values become null: JSON has no word for them.
@@ -107,13 +127,17 @@ class MetricsRecord:
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a record; a last line cut off by a kill is left out."""
+    """Returns the lines of a record; what is none, such as a last line cut off by a kill, is left out."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            logger.warning("%s: left out a line that is no JSON: %.60s", path, text)
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
+        else:
+            logger.warning("%s: left out what is no line of a record: %.60r", path, text)
     return lines
 
 

@@ -182,6 +182,14 @@ def test_text_that_paths_and_scripts_cannot_carry_is_refused(text: str) -> None:
         build_config(PretrainConfig, {**REQUIRED[PretrainConfig], "run": {"name": text}})
 
 
+@pytest.mark.parametrize("text", ["~/runs", "~user/runs"])
+def test_a_home_that_nobody_expands_is_refused(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^run\.output_dir is .*; expected .* ~ here; set run\.output_dir with "
+    ):
+        build_config(PretrainConfig, {**REQUIRED[PretrainConfig], "run": {"output_dir": text}})
+
+
 @pytest.mark.parametrize("name", ["/a", "a//b", "a/", "", ".a", "a/../b", "a\\b", "é" * 101])
 def test_a_name_that_is_no_directory_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"set run\.name"):

@@ -180,6 +180,8 @@ REFUSALS = {
     "batch": (["batch.global_batch_size=30", "--gpus-per-node", "4"], "set batch.global_batch_size"),
     "lanes": (["data.num_lanes=6", "--gpus-per-node", "4"], "set data.num_lanes"),
     "no such cluster": (["--cluster", "nowhere"], "expected one of example"),
+    "no such cluster either": (["--cluster", "../clusters/example"], "expected one of example"),
+    "home unexpanded": (["run.output_dir=~/runs"], "no shell expands ~ here; set run.output_dir with $HOME"),
     "no such engine file": (["engine.deepspeed_config=ds_configs/x.json"], "set engine.deepspeed_config"),
     "time": (["--time", "tomorrow"], "set time"),
     "no limit": (["--time", "0"], "not 0, which Slurm takes for unlimited; set time"),

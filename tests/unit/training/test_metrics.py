@@ -89,8 +89,35 @@ def test_record_goes_on_behind_the_checkpoint_and_says_what_is_done_again(
     caplog.clear()
     MetricsRecord(tmp_path, resume_step=5).close()
     assert "without saving" not in caplog.text
+
+
+def test_a_run_that_begins_anew_puts_its_former_record_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = MetricsRecord(tmp_path, resume_step=0)
+    for step in range(1, 4):
+        record.write(step, step, {"loss/total": 1.0})
+    record.close()
+    former = record.path.read_bytes()
+    anew = MetricsRecord(tmp_path, resume_step=0)
+    anew.close()
+    assert read_record(anew.path) == []
+    (aside,) = tmp_path.glob("metrics-*.jsonl")
+    assert aside.read_bytes() == former
+    assert "no checkpoint is left of it: beginning anew" in caplog.text and aside.name in caplog.text
     MetricsRecord(tmp_path, resume_step=0).close()
-    assert read_record(record.path) == []
+    assert list(tmp_path.glob("metrics-*.jsonl")) == [aside], "a record without a step is nothing to keep"
+
+
+def test_what_is_no_line_of_a_record_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = MetricsRecord(tmp_path, resume_step=0)
+    record.write(1, 1, {"loss/total": 1.0})
+    record.close()
+    with record.path.open("ab") as file:
+        file.write(b'\xff\xfe\n1\n{"loss/total": 2}\n{"step": "2"}\n' + b"[" * 100_000 + b"\n")
+    MetricsRecord(tmp_path, resume_step=4).close()
+    assert [line["step"] for line in read_record(record.path)] == [1]
+    assert caplog.text.count("left out what is no line of a record") == 5
 
 
 def test_one_wandb_run_over_three_starts_the_first_without_a_network(
