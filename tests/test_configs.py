@@ -54,17 +54,41 @@ def test_pretrain_config_loads(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_deepspeed_config_sets_mechanics_only(path):
-    from training.engines.deepspeed import read_mechanics
+    from training.engines.mechanics import read_mechanics
 
     assert "zero_optimization" in read_mechanics(str(path))
 
 
 def test_deepspeed_config_that_sets_the_batch_is_refused(tmp_path):
-    from training.engines.deepspeed import read_mechanics
+    from training.engines.mechanics import read_mechanics
 
     path = tmp_path / "bad.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": 8}))
     with pytest.raises(ValueError, match="train_batch_size"):
+        read_mechanics(str(path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[1]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"zero_optimization": 3}',
+        b'{"zero_optimization": {"stage": 9}}',
+        b'{"zero_optimization": {"stage": true}}',
+        b'{"torch_autocast": "on"}',
+        b'{"torch_autocast": {"enabled": "maybe"}}',
+        b'{"torch_autocast": {"enabled": true, "dtype": "float12"}}',
+    ],
+    ids=lambda content: content[:44].decode(errors="replace"),
+)
+def test_deepspeed_config_of_another_shape_is_refused(content, tmp_path):
+    from training.engines.mechanics import read_mechanics
+
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}.*(mend the file|expected one such as)"):
         read_mechanics(str(path))
 
 

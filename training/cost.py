@@ -8,7 +8,6 @@ holds less than a hundredth of the activations; the allocator's fragmentation an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from models.vit import compile_blocks
 from prototypes.build import build_estimator
 from prototypes.estimator import PrototypeEstimator
 from training.config import OptimConfig, PretrainConfig
+from training.engines.mechanics import read_mechanics
 from training.engines.optimizer import MOMENTS_OF, count_parameters
 from training.engines.table import ENGINES, check_combination
 
@@ -185,22 +185,17 @@ def own_engine(config: PretrainConfig) -> str:
     """Returns the engine of the run, one of `training.engine_table.ENGINES`."""
     if config.engine.name == "fsdp2":
         return "fsdp2"
-    return f"zero{int(_mechanics(config).get('zero_optimization', {}).get('stage', 0))}"
+    return f"zero{_mechanics(config).get('zero_optimization', {}).get('stage', 0)}"
 
 
 def _mechanics(config: PretrainConfig, engine: str | None = None) -> dict[str, Any]:
     """The run's own JSON file, or the one of ours that another engine would be run with."""
-    path = Path(config.engine.deepspeed_config)
+    path = config.engine.deepspeed_config
     if engine is not None and engine != own_engine(config):
-        path = Path(f"ds_configs/{engine}_{'bf16' if _computes_in_bf16(config) else 'fp32'}.json")
+        path = f"ds_configs/{engine}_{'bf16' if _computes_in_bf16(config) else 'fp32'}.json"
     elif config.engine.name == "fsdp2":
         return {}
-    if not path.is_file():
-        raise ValueError(
-            f"engine.deepspeed_config is {str(path)!r}; expected a JSON file; set engine.deepspeed_config"
-        )
-    mechanics: dict[str, Any] = json.loads(path.read_text())
-    return mechanics
+    return read_mechanics(path)
 
 
 def build_student_on_meta(config: PretrainConfig) -> SelfSupervisedNetwork:

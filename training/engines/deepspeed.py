@@ -7,11 +7,9 @@ world size, and its `latest` file can name an unfinished one. States leave and e
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -27,17 +25,13 @@ from torch import Tensor, nn
 from models.student_teacher import update_ema_
 from training.config import BatchConfig, OptimConfig
 from training.engines.interface import Engine, NetworkOutput, TrainedNetwork, check_names
+from training.engines.mechanics import read_mechanics
 from training.engines.optimizer import MOMENTS, build_optimizer, set_schedule_
 from training.engines.table import check_combination
 from training.engines.zero3_partition import gather_pieces, value_piece, whole_shape, write_piece_
 from training.schedules import StepSchedule
 
 logger = logging.getLogger(__name__)
-
-# What a JSON file under ds_configs/ may set: mechanics. Everything that changes the result is in our YAML.
-ALLOWED_KEYS = frozenset(
-    {"zero_optimization", "torch_autocast", "comms_logger", "flops_profiler", "wall_clock_breakdown"}
-)
 
 
 class DeepSpeedEngine(Engine):
@@ -65,7 +59,7 @@ class DeepSpeedEngine(Engine):
         deepspeed_config: str,
     ) -> None:
         mechanics = read_mechanics(deepspeed_config)
-        self.stage = int(mechanics.get("zero_optimization", {}).get("stage", 0))
+        self.stage = mechanics.get("zero_optimization", {}).get("stage", 0)
         check_combination(f"zero{self.stage}", optim.optimizer, student)
         # DeepSpeed would compile a shared-memory all-reduce on first use on CPUs; a build that was killed leaves a
         # lock on which every later run hangs. gloo does the same work.
@@ -273,28 +267,6 @@ class DeepSpeedEngine(Engine):
             self._optimizer.state[parameter][moment].copy_(value)
 
 
-def read_mechanics(path: str) -> dict[str, Any]:
-    """Returns the DeepSpeed mechanics in a JSON file.
-
-    Raises:
-        ValueError: no such file, no JSON, or a key that belongs into the YAML.
-    """
-    if not Path(path).is_file():
-        raise ValueError(
-            f"engine.deepspeed_config is {path!r}; expected a JSON file; set engine.deepspeed_config"
-        )
-    try:
-        mechanics = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"engine.deepspeed_config {path} is no JSON ({error}); mend the file") from error
-    for key in sorted(set(mechanics) - ALLOWED_KEYS):
-        raise ValueError(
-            f"{path} sets {key}; expected only {', '.join(sorted(ALLOWED_KEYS))}: batch sizes, clipping, optimizer "
-            "and schedule come from the YAML; remove the key"
-        )
-    return mechanics
-
-
 def _cut_teacher(teacher: TrainedNetwork, settings: Mapping[str, Any]) -> Any:
     """Returns an engine without optimizer that keeps the teacher cut as stage 3 cuts the student."""
     zero = dict(settings["zero_optimization"])
@@ -332,7 +304,4 @@ def _all_gather(flat: Tensor, numel: int) -> Tensor:
 
 
 def _autocast_dtype(mechanics: Mapping[str, Any]) -> torch.dtype | None:
-    autocast = mechanics.get("torch_autocast", {})
-    if not autocast.get("enabled", False):
-        return None
-    return getattr(torch, str(autocast.get("dtype", "bfloat16")).removeprefix("torch."))
+    return torch.bfloat16 if mechanics.get("torch_autocast", {}).get("enabled", False) else None

@@ -1,0 +1,52 @@
+"""DeepSpeed's mechanics: the one reader of the JSON files that `engine.deepspeed_config` names. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# What such a file may set: mechanics. Everything that changes the result is in our YAML.
+ALLOWED_KEYS = frozenset(
+    {"zero_optimization", "torch_autocast", "comms_logger", "flops_profiler", "wall_clock_breakdown"}
+)
+_STAGES = (0, 1, 2, 3)
+_DTYPES = ("bfloat16", "torch.bfloat16")
+
+
+def read_mechanics(path: str) -> dict[str, Any]:
+    """Returns the DeepSpeed mechanics in a JSON file; what is inside the sections beyond ours, DeepSpeed checks.
+
+    Raises:
+        ValueError: no such file, no JSON object, a key that belongs into the YAML, a stage or a precision that does
+            not exist.
+    """
+    option = f"engine.deepspeed_config is {path!r}"
+    if not Path(path).is_file():
+        raise ValueError(f"{option}; expected a JSON file; set engine.deepspeed_config")
+    try:
+        mechanics = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{option}, which is no JSON ({error}); mend the file") from error
+    if not isinstance(mechanics, dict):
+        raise ValueError(f"{option}, which holds no JSON object; expected one such as those of ds_configs/")
+    for key in sorted(mechanics.keys() - ALLOWED_KEYS):
+        raise ValueError(
+            f"{path} sets {key}; expected only {', '.join(sorted(ALLOWED_KEYS))}: batch sizes, clipping, optimizer "
+            "and schedule come from the YAML; remove the key"
+        )
+    for name in ("zero_optimization", "torch_autocast"):
+        if not isinstance(mechanics.get(name, {}), dict):
+            raise ValueError(
+                f"{path} sets {name} to {mechanics[name]!r:.60}; expected an object; mend the file"
+            )
+    stage = mechanics.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int or stage not in _STAGES:
+        raise ValueError(f"{path} sets stage to {stage!r:.60}; expected 0, 1, 2 or 3; mend the file")
+    autocast = mechanics.get("torch_autocast", {})
+    if type(autocast.get("enabled", False)) is not bool or autocast.get("dtype", "bfloat16") not in _DTYPES:
+        raise ValueError(
+            f"{path} sets torch_autocast to {autocast!r:.90}; expected enabled true or false and dtype bfloat16; mend "
+            "the file"
+        )
+    return mechanics
