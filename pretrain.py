@@ -28,7 +28,9 @@ def main(arguments: list[str]) -> int:
     from runtime.usage import asks_for_help, describe_usage
     from training.config import PretrainConfig
 
-    arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    arguments = [
+        argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))
+    ]
     if asks_for_help(arguments):
         print(describe_usage(__doc__, PretrainConfig), end="")
         return 0

@@ -41,7 +41,7 @@ def run_program(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     gone, its peers' connections break and the launcher ends them.
     """
     code = _run(main, arguments)
-    if code in (EXIT_DONE, EXIT_PREEMPTED) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if code in (EXIT_DONE, EXIT_PREEMPTED) or os.environ.get("WORLD_SIZE", "1") == "1":
         return code
     logging.shutdown()
     sys.stdout.flush()

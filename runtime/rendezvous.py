@@ -82,11 +82,9 @@ def free_port() -> int:
 def _launcher_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     found = {key: environment[key] for key in _KEYS if key in environment}
     found.setdefault("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        if not found[key].isdecimal():
-            raise ValueError(
-                f"{key} is {found[key]!r}; expected a number; unset {key}, or start with torchrun"
-            )
+    _check_number(found, "WORLD_SIZE", 1, 2**31)
+    _check_number(found, "RANK", 0, int(found["WORLD_SIZE"]) - 1)
+    _check_number(found, "LOCAL_RANK", 0, 2**31)
     if "MASTER_ADDR" not in found or "MASTER_PORT" not in found:
         if int(found["WORLD_SIZE"]) > 1:
             raise ValueError(
@@ -94,18 +92,28 @@ def _launcher_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
                 f"of {', '.join(_KEYS)}; start with torchrun, deepspeed, accelerate or srun"
             )
         found |= _local_meeting_point()
+    _check_number(found, "MASTER_PORT", 1, 65535)
     return found
 
 
+def _check_number(found: Mapping[str, str], key: str, least: int, most: int) -> None:
+    text = found[key]
+    if not (text.isascii() and text.isdecimal() and len(text) < 12 and least <= int(text) <= most):
+        rule = f"a number from {least} to {most}" if most < 2**31 else f"a number from {least} on"
+        raise ValueError(f"{key} is {text!r:.60}; expected {rule}; unset {key}, or start with torchrun")
+
+
 def _slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
-    node_list = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-    return {
+    node_list = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    found = {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(_num_tasks(environment)),
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(node_list),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(_step_port(environment)),
     }
+    _check_number(found, "MASTER_PORT", 1, 65535)
+    return found
 
 
 def _step_port(environment: Mapping[str, str]) -> int:

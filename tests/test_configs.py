@@ -130,6 +130,19 @@ def run_pretrain(*arguments):
     return result, time.monotonic() - started
 
 
+@pytest.mark.parametrize("argument", ["--local_rank=1", "--local-rank=1"])
+def test_what_launchers_add_is_passed_over(argument):
+    result, _ = run_pretrain(argument, "nowhere.yaml")
+    assert result.returncode == 2 and "configuration file is 'nowhere.yaml'" in result.stderr
+
+
+def test_a_launchers_variable_that_is_no_number_is_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    result, _ = run_pretrain("nowhere.yaml")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -21,6 +21,8 @@ STEP = {
     "SLURM_STEP_ID": "0",
 }
 
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
+
 
 def port_of(**environment: str) -> int:
     return int(find_rendezvous(STEP | environment)["MASTER_PORT"])
@@ -79,6 +81,15 @@ def test_one_task_is_alone_and_nothing_is_said(caplog: pytest.LogCaptureFixture)
         ({"RANK": "0"}, "RANK"),
         ({"RANK": "a", "WORLD_SIZE": "2"}, "RANK is 'a'"),
         ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE is '0'; expected a number from 1 on"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK is '5'; expected a number from 0 to 1"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is '1'"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '99"),
+        (TWO | {"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+        (TWO | {"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'; expected a number from 1 to 65535"),
+        (TWO | {"MASTER_PORT": "99999"}, "MASTER_PORT is '99999'"),
+        (STEP | {"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({key: text for key, text in STEP.items() if key != "SLURM_JOB_NODELIST"}, "node list is ''"),
     ],
 )
 def test_half_a_rendezvous_is_refused(environment: dict[str, str], named: str) -> None:
