@@ -32,7 +32,7 @@ class TrainingStream:
     """An iterable over this rank's micro-batches, for ever.
 
     Each optimizer step takes `global_batch_size / (micro_batch_size * world_size)` consecutive batches on every
-    rank; together they are the slots of one global batch of the plan (`data.stream.plan`), the same set of samples for any
+    rank; together they are the slots of one global batch of the plan (`data.stream.plan`), the same samples for any
     number of ranks and workers. In a rank the order is fixed for its world size and does not depend on workers.
     Not collective: ranks never wait for each other here.
 
