@@ -6,6 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
+from runtime.program import UserError
+
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s | %(message)s"
 
 
@@ -40,9 +42,19 @@ def set_up_logging(rank: int, level: int = logging.INFO) -> None:
 
 
 def add_log_file(path: Path, rank: int) -> None:
-    """Appends rank 0's log, debug level included, to `path`; other ranks write beside it, by number."""
+    """Appends rank 0's log, debug level included, to `path`; other ranks write beside it, by number.
+
+    Raises:
+        UserError: rank 0's cannot be opened.
+    """
     target = path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
-    handler = _LogFile(target, delay=rank != 0)
+    try:
+        handler = _LogFile(target, delay=rank != 0)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be opened ({error.strerror}); expected a file that this user may write; mend its "
+            "permissions, or set run.output_dir"
+        ) from error
     handler.setLevel(logging.DEBUG if rank == 0 else logging.WARNING)
     handler.setFormatter(logging.Formatter(_FORMAT))
     logging.getLogger().addHandler(handler)

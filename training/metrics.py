@@ -47,14 +47,23 @@ class MetricsRecord:
         resume_step: updates done at the start; lines of later steps, written by an interrupted run after its last
             checkpoint, are dropped so that every step stands in the record once. At 0 a former record is put aside.
         resume_bytes: length of the record at that checkpoint; what follows is dropped without a look at its steps.
+
+    Raises:
+        UserError: the record cannot be read or written.
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int, resume_bytes: int | None = None) -> None:
         self.path = run_dir / RECORD_NAME
-        if self.path.exists():
-            self._cut(resume_step, resume_bytes)
-        # Without a buffer of Python's own: what a full disk has not taken stays in `_unwritten`, and nowhere else.
-        self._file = self.path.open("ab", buffering=0)
+        try:
+            if self.path.exists():
+                self._cut(resume_step, resume_bytes)
+            # Without a buffer of Python's own: what a full disk has not taken stays in `_unwritten`, nowhere else.
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be opened ({error.strerror}); expected a file that this user may write; mend its "
+                "permissions, or set run.output_dir"
+            ) from error
         self._unwritten = b""
 
     def _cut(self, resume_step: int, resume_bytes: int | None) -> None:

@@ -208,15 +208,15 @@ from runtime.config import ConfigError, load_config
 from runtime.preemption import PreemptionFlag
 from training.build import build_trainer
 from training.config import PretrainConfig
-from training.run_directory import prepare_run_directory
+from training.run_directory import held_run_directory
 demo, base, overrides = json.loads(sys.stdin.read())
 with distributed.joined("cpu") as process:
     for index, override in enumerate(overrides):
         try:
             config = load_config(PretrainConfig, demo, [*base, f"run.name=r{index}", override])
             run_dir = Path(config.run.output_dir) / config.run.name
-            prepare_run_directory(config, run_dir, process)
-            code = build_trainer(config, process, run_dir, PreemptionFlag(), build_knn_probe).fit()
+            with held_run_directory(config, run_dir, process) as directory:
+                code = build_trainer(config, process, directory, PreemptionFlag(), build_knn_probe).fit()
             assert code == 0, f"exit {code}"
         except ValueError as error:
             print("refused", override, error)
@@ -230,6 +230,7 @@ with distributed.joined("cpu") as process:
 
 
 @pytest.mark.slow  # about two minutes: some eighty runs of two steps in one process
+@pytest.mark.timeout(1600)
 def test_what_is_accepted_trains_two_steps(tmp_path: Path) -> None:
     import json
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.logging_setup import add_log_file
 from runtime.program import UserError
 from training.metrics import MetricsRecord, WandbView, main, read_record
 
@@ -107,6 +108,16 @@ def test_a_run_that_begins_anew_puts_its_former_record_aside(
     assert "no checkpoint is left of it: beginning anew" in caplog.text and aside.name in caplog.text
     MetricsRecord(tmp_path, resume_step=0).close()
     assert list(tmp_path.glob("metrics-*.jsonl")) == [aside], "a record without a step is nothing to keep"
+
+
+def test_files_of_a_run_that_cannot_be_opened_are_one_line(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "console.log"):
+        (tmp_path / name).mkdir()
+    line = r"cannot be opened \(Is a directory\); expected .*; mend its permissions, or set run\.output_dir$"
+    with pytest.raises(UserError, match="metrics.jsonl " + line):
+        MetricsRecord(tmp_path, resume_step=3)
+    with pytest.raises(UserError, match="console.log " + line):
+        add_log_file(tmp_path / "console.log", rank=0)
 
 
 def test_what_is_no_line_of_a_record_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
