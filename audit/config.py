@@ -14,36 +14,34 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig:
-    """One comparison: every arm x every seed is pretrained and evaluated alike.
-
-    Attributes:
-        name: runs live in `output_dir/name/ARM-seedS`, the page in `output_dir/name/report`.
-        output_dir: parent of the audit's folder.
-        pretrain: configuration of `pretrain.py` that every arm starts from.
-        evaluate: configuration of `evaluate.py` that every run is measured with.
-        overrides: overrides of `pretrain` for every arm.
-        evaluate_overrides: overrides of `evaluate`.
-        probes: probes of every run.
-        seeds: seeds of every arm. The order of the samples and their crops depend on the seed alone, so that
-            arms of one seed see the same batches.
-        arms: arm to its overrides of `pretrain`, on top of `overrides`.
-        only: the arms to run; empty for all. Finished runs of the others still stand in the tables.
-        references: arms that every other arm is compared with, paired by seed.
-        processes: runs at once, each on its own share of the CPU; 1 where they share a GPU.
-    """
+    """One comparison: every arm x every seed is pretrained and evaluated alike."""
 
     name: str = "audit"
+    """Runs live in `output_dir/name/ARM-seedS`, the page in `output_dir/name/report`."""
     output_dir: str = "outputs"
+    """Parent of the audit's folder."""
     pretrain: str
+    """Configuration of `pretrain.py` that every arm starts from."""
     evaluate: str
+    """Configuration of `evaluate.py` that every run is measured with."""
     overrides: tuple[str, ...] = ()
+    """Overrides of `pretrain` for every arm."""
     evaluate_overrides: tuple[str, ...] = ()
+    """Overrides of `evaluate`."""
     probes: tuple[str, ...] = ("prototypes", "knn", "linear")
+    """Probes of every run."""
     seeds: tuple[Annotated[int, "[0, 4294967295]"], ...] = (0, 1, 2)
+    """Seeds of every arm. The order of the samples and their crops depend on the seed alone, so that arms of
+    one seed see the same batches.
+    """
     arms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Arm to its overrides of `pretrain`, on top of `overrides`."""
     only: tuple[str, ...] = ()
+    """The arms to run; empty for all. Finished runs of the others still stand in the tables."""
     references: tuple[str, ...] = ()
+    """Arms that every other arm is compared with, paired by seed."""
     processes: Annotated[int, "[1, 1024]"] = 2
+    """Runs at once, each on its own share of the CPU; 1 where they share a GPU."""
 
     def __post_init__(self) -> None:
         """Refuses an audit of nothing, names that are no directories and arms that are not there."""

@@ -24,47 +24,42 @@ CONTROLS = ("random-init", "raw-pixels")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationDataConfig:
-    """The labelled images.
-
-    Attributes:
-        shards: directory of the shards of both splits, `manifest.json` beside them.
-        train_split: the bank of k-NN and what classifiers are fitted on.
-        test_split: what is scored; never used to choose anything.
-        test_shards: directory of the test split's shards, or null for `shards`.
-        max_train_images: fixed subset of the training split (its first images: shards are shuffled when
-            written), or null for all.
-        max_test_images: fixed subset of the test split, or null for all.
-        batch_size: images of one forward pass on one process.
-        num_workers: decoding processes on each process.
-    """
+    """The labelled images."""
 
     shards: str = "datasets/fashion-mnist"
+    """Directory of the shards of both splits, `manifest.json` beside them."""
     train_split: str = "train"
+    """The bank of k-NN and what classifiers are fitted on."""
     test_split: str = "test"
+    """What is scored; never used to choose anything."""
     test_shards: str | None = None
+    """Directory of the test split's shards, or null for `shards`."""
     max_train_images: Annotated[int, "[1, 1e9]"] | None = None
+    """Fixed subset of the training split (its first images: shards are shuffled when written), or null for
+    all.
+    """
     max_test_images: Annotated[int, "[1, 1e9]"] | None = None
+    """Fixed subset of the test split, or null for all."""
     batch_size: Annotated[int, "[1, 1e6]"] = 256
+    """Images of one forward pass on one process."""
     num_workers: Annotated[int, "[0, 1024]"] = 2
+    """Decoding processes on each process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformConfig:
-    """Overrides of the encoder's own preprocessing; null keeps what the encoder declares.
-
-    Attributes:
-        image_size: side in pixels of the square that the encoder sees.
-        crop_fraction: `image_size` / side to which the shorter edge is resized first, 0 < fraction <= 1.
-        interpolation: of the resize.
-        mean: per channel, of images scaled to 0..1.
-        std: per channel.
-    """
+    """Overrides of the encoder's own preprocessing; null keeps what the encoder declares."""
 
     image_size: Annotated[int, "[1, 1e4]"] | None = None
+    """Side in pixels of the square that the encoder sees."""
     crop_fraction: Annotated[float, "(0, 1]"] | None = None
+    """`image_size` / side to which the shorter edge is resized first, 0 < fraction <= 1."""
     interpolation: Literal["bilinear", "bicubic", "nearest"] | None = None
+    """How images are resized."""
     mean: tuple[Annotated[float, "[0, 1]"], ...] | None = None
+    """Mean of each channel, of images scaled to 0..1."""
     std: tuple[Annotated[float, "[1e-3, 10]"], ...] | None = None
+    """Standard deviation of each channel."""
 
     def __post_init__(self) -> None:
         """Refuses a standard deviation of no channel."""
@@ -75,49 +70,45 @@ class TransformConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
-    """One extraction for every probe.
-
-    Attributes:
-        cache_dir: where features are kept, under a key of weights, transform and manifest.
-        reuse: read the cache where it holds this key; false extracts anew.
-        num_blocks: last blocks whose CLS token is kept for the feature `blocks` (1 keeps the last only).
-        precision: of the forward pass; features are stored in fp32 either way.
-    """
+    """One extraction for every probe."""
 
     cache_dir: str = "outputs/features"
+    """Where features are kept, under a key of weights, transform and manifest."""
     reuse: bool = True
+    """Read the cache where it holds this key; false extracts anew."""
     num_blocks: Annotated[int, "[1, 1000]"] = 1
+    """Last blocks whose CLS token is kept for the feature `blocks` (1 keeps the last only)."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the forward pass; features are stored in fp32 either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Everything that `evaluate.py` reads from a YAML file and its overrides.
-
-    Attributes:
-        encoder: what is evaluated: a run directory (its newest complete checkpoint), a checkpoint, an exported
-            folder, `timm:NAME`, `hf:NAME` or `hf:PATH`, `local-dir:PATH`, `random-init:RUN[:SEED]`, `raw-pixels`,
-            or for the prototype audit alone a weights file `PATH` or `PATH#TENSOR`.
-        role: the teacher (default) or the student, where a checkpoint exports both.
-        probes: what is measured.
-        controls: encoders that are measured beside it by k-NN: `random-init` (the same architecture with fresh
-            weights, `control_seeds` of them) and `raw-pixels`.
-        control_seeds: fresh initialisations of the control.
-        control_max_gib: largest size of `raw-pixels` as features of both splits; above it that control is left out.
-        output_dir: where results go; null means `results/` of the run, else `outputs/evaluations/LABEL/results`.
-        seed: of held-out parts, draws, k-means and bootstrap.
-        device: `auto` (CUDA where there is one), `cpu` or `cuda`.
-    """
+    """Everything that `evaluate.py` reads from a YAML file and its overrides."""
 
     encoder: str
+    """What is evaluated: a run directory (its newest complete checkpoint), a checkpoint, an exported folder,
+    `timm:NAME`, `hf:NAME` or `hf:PATH`, `local-dir:PATH`, `random-init:RUN[:SEED]`, `raw-pixels`, or for the
+    prototype audit alone a weights file `PATH` or `PATH#TENSOR`.
+    """
     role: Literal["teacher", "student"] = "teacher"
+    """The teacher (default) or the student, where a checkpoint exports both."""
     probes: tuple[str, ...] = ("prototypes", "knn")
+    """What is measured."""
     controls: tuple[str, ...] = ()
+    """Encoders that are measured beside it by k-NN: `random-init` (the same architecture with fresh weights,
+    `control_seeds` of them) and `raw-pixels`.
+    """
     control_seeds: Annotated[int, "[1, 100]"] = 3
+    """Fresh initialisations of the control."""
     control_max_gib: Annotated[float, "(0, 1e6]"] = 4.0
+    """Largest size of `raw-pixels` as features of both splits; above it that control is left out."""
     output_dir: str | None = None
+    """Where results go; null means `results/` of the run, else `outputs/evaluations/LABEL/results`."""
     seed: Annotated[int, "[0, 4294967295]"] = 0
+    """Seed of held-out parts, draws, k-means and bootstrap."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` (CUDA where there is one), `cpu` or `cuda`."""
     data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)

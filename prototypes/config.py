@@ -22,83 +22,68 @@ EstimatorName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionConfig:
-    """Random partitions of the prototypes inside the loss (CARP, section 3).
-
-    Attributes:
-        size: prototypes in one block, N_B; must divide the number of prototypes.
-        blocks_per_chunk: blocks whose logits exist at once; lower needs less memory, the result is the same.
-    """
+    """Random partitions of the prototypes inside the loss (CARP, section 3)."""
 
     size: Annotated[int, "[2, 1e8]"] = 512
+    """Prototypes in one block, N_B; must divide the number of prototypes."""
     blocks_per_chunk: Annotated[int, "[1, 1e6]"] = 8
+    """Blocks whose logits exist at once; lower needs less memory, the result is the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusteringConfig:
-    """Teacher prototypes trained by their own clustering loss: mode `partial` and estimator `sinkhorn`.
-
-    Attributes:
-        target_temperature: temperature of the Sinkhorn targets.
-        prediction_temperature: temperature of the softmax that learns them.
-        sinkhorn_iterations: row and column normalisations.
-        learning_rate: peak of AdamW's learning rate.
-        betas: AdamW's averages.
-        weight_decay: AdamW's decoupled decay.
-        warmup_fraction: share of the steps with a rising learning rate.
-        cosine_end: share of the half cosine that the decay runs through.
-    """
+    """Teacher prototypes trained by their own clustering loss: mode `partial` and estimator `sinkhorn`."""
 
     target_temperature: Annotated[float, "[1e-3, 100]"] = 0.06
+    """Temperature of the Sinkhorn targets."""
     prediction_temperature: Annotated[float, "[1e-3, 100]"] = 0.12
+    """Temperature of the softmax that learns them."""
     sinkhorn_iterations: Annotated[int, "[1, 1000]"] = 3
+    """Row and column normalisations."""
     learning_rate: Annotated[float, "(0, 100]"] = 5e-4
+    """Peak of AdamW's learning rate."""
     betas: tuple[Annotated[float, "[0, 1)"], Annotated[float, "[0, 1)"]] = (0.9, 0.95)
+    """AdamW's averages."""
     weight_decay: Annotated[float, "[0, 10]"] = 0.0
+    """AdamW's decoupled decay."""
     warmup_fraction: Annotated[float, "[0, 1]"] = 0.1
+    """Share of the steps with a rising learning rate."""
     cosine_end: Annotated[float, "[0, 1]"] = 0.8
+    """Share of the half cosine that the decay runs through."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CouplingConfig:
-    """How far the prototypes are left to the encoder's loss.
-
-    Attributes:
-        strength: kappa from 0 (`full`: the mixture alone) to 1 (`joint`: the loss alone); mode `full`.
-        tie: weight of |C_student - sg(C_teacher)|^2 per prototype; mode `partial`.
-    """
+    """How far the prototypes are left to the encoder's loss."""
 
     strength: Annotated[float, "[0, 1]"] = 0.0
+    """kappa from 0 (`full`: the mixture alone) to 1 (`joint`: the loss alone); mode `full`."""
     tie: Annotated[float, "[0, 1e6]"] = 0.0
+    """Weight of |C_student - sg(C_teacher)|^2 per prototype; mode `partial`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypesConfig:
-    """The prototypes: who estimates them, how many there are and how the loss partitions them.
-
-    Attributes:
-        mode: "full" (estimated by an online mixture, detached from the encoder), "joint" (learned by the
-            encoder's loss), "joint_kp" (the same with KoLeo on the prototypes), "partial" (the teacher's learned
-            by their own clustering loss, the student's by the encoder's) or "frozen_random" (fixed random
-            directions, the control).
-        estimator: the mixture of the mode `full`.
-        num_prototypes: K.
-        dim: width of the projections, P.
-        partition: random blocks inside the loss.
-        gmm: options of the mixture.
-        clustering: options of the mode `partial` and of the estimator `sinkhorn`.
-        coupling: how far the prototypes are left to the encoder's loss.
-        koleo_weight: weight of KoLeo in the mode `joint_kp`.
-    """
+    """The prototypes: who estimates them, how many there are and how the loss partitions them."""
 
     mode: Mode = "full"
+    """"full" (estimated by an online mixture, detached from the encoder), "joint" (learned by the encoder's
+    loss), "joint_kp" (the same with KoLeo on the prototypes), "partial" (the teacher's learned by their own
+    clustering loss, the student's by the encoder's) or "frozen_random" (fixed random directions, the
+    control).
+    """
     estimator: EstimatorName = "gmm_diag"
+    """The mixture of the mode `full`."""
     num_prototypes: Annotated[int, "[2, 1e8]"] = 65536
+    """K, the number of prototypes."""
     dim: Annotated[int, "[2, 1e6]"] = 256
+    """Width of the projections, P."""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     gmm: GmmConfig = field(default_factory=GmmConfig)
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     coupling: CouplingConfig = field(default_factory=CouplingConfig)
     koleo_weight: Annotated[float, "[0, 1e6]"] = 0.1
+    """Weight of KoLeo in the mode `joint_kp`."""
 
     def __post_init__(self) -> None:
         require(
@@ -141,17 +126,15 @@ class PrototypesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """CARP's objective: -log<p, q> inside random partitions, plus the entropy of the mean probabilities.
-
-    Attributes:
-        logits: "dot" (projection . unit prototype), "cosine" (unit projection . unit prototype /
-            temperature) or "posterior" (tempered log joint density of the mixture; mode `full` only).
-        student_temperature: temperature of the student's "cosine" logits.
-        teacher_temperature: temperature of the teacher's "cosine" logits.
-        entropy_weight: weight of the entropy term, the only guard against feature collapse.
-    """
+    """CARP's objective: -log<p, q> inside random partitions, plus the entropy of the mean probabilities."""
 
     logits: Literal["dot", "cosine", "posterior"] = "dot"
+    """"dot" (projection . unit prototype), "cosine" (unit projection . unit prototype / temperature) or
+    "posterior" (tempered log joint density of the mixture; mode `full` only).
+    """
     student_temperature: Annotated[float, "[1e-3, 100]"] = 0.1
+    """Temperature of the student's "cosine" logits."""
     teacher_temperature: Annotated[float, "[1e-3, 100]"] = 0.1
+    """Temperature of the teacher's "cosine" logits."""
     entropy_weight: Annotated[float, "[0, 1e6]"] = 1.0
+    """Weight of the entropy term, the only guard against feature collapse."""

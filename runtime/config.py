@@ -101,11 +101,33 @@ def iterate_keys(config_class: type, prefix: str = "") -> Iterator[str]:
     """Yields every dotted leaf key of a configuration class."""
     hints = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
-        section = _section_class(hints[field.name])
+        section = section_class(hints[field.name])
         if section is None:
             yield prefix + field.name
         else:
             yield from iterate_keys(section, f"{prefix}{field.name}.")
+
+
+def section_class(annotation: Any) -> type | None:
+    """Returns the dataclass of a field that is a section; None for an option."""
+    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
+
+
+def describe_type(annotation: Any) -> str:
+    """Returns an option's type and range in words: `float in [0, 1)`, `list of int, or null`, `adamw or lars`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return f"{describe_type(arguments[0])} in {arguments[1]}"
+    if origin in (types.UnionType, typing.Union):
+        return f"{describe_type(next(a for a in arguments if a is not types.NoneType))}, or null"
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments)) if len(arguments) < 3 else ", ".join(map(str, arguments))
+    if origin is tuple:
+        count = "" if arguments[-1] is Ellipsis else f" {len(arguments)}"
+        return f"list of{count} {describe_type(arguments[0])}"
+    if origin is dict:
+        return f"mapping of names to {describe_type(arguments[1])}"
+    return annotation.__name__
 
 
 def _build_section(config_class: type, values: Any, prefix: str, known_keys: set[str]) -> Any:
@@ -122,13 +144,13 @@ def _build_section(config_class: type, values: Any, prefix: str, known_keys: set
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         key = prefix + name
-        section = _section_class(hints[name])
+        section = section_class(hints[name])
         if section is not None and (name in values or _has_no_default(field)):
             arguments[name] = _build_section(section, values.get(name, {}), key + ".", known_keys)
         elif name in values:
             arguments[name] = _convert(hints[name], values[name], key)
         elif _has_no_default(field):
-            raise ConfigError(f"{key} is missing; expected {_type_name(hints[name])}; set {key}")
+            raise ConfigError(f"{key} is missing; expected {describe_type(hints[name])}; set {key}")
     try:
         return config_class(**arguments)
     except ConfigError:
@@ -168,8 +190,9 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
             return value
         near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        expected = "one of " + ", ".join(str(a) for a in arguments)
-        raise ConfigError(f"{key} is {_shown(value)}; expected {expected}; set {_settable(key)}{hint}")
+        raise ConfigError(
+            f"{key} is {_shown(value)}; expected one of {', '.join(map(str, arguments))}; set {_settable(key)}{hint}"
+        )
     if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
@@ -184,7 +207,7 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
         return _plain(value, key)
     elif annotation in (bool, int) and type(value) is annotation:  # a bool is no int here
         return value
-    expected = _type_name(annotation)
+    expected = describe_type(annotation)
     raise ConfigError(
         f"{key} is {_shown(value)} ({type(value).__name__}); expected {expected}; set {_settable(key)}"
     )
@@ -233,22 +256,8 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def _section_class(annotation: Any) -> type | None:
-    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
-
-
 def _has_no_default(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _type_name(annotation: Any) -> str:
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _type_name(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return " or ".join(_type_name(a) for a in typing.get_args(annotation))
-    if annotation is type(None):
-        return "null"
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
-import re
 import textwrap
-import types
-import typing
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from runtime.ranges import parse_range
+from runtime.options import iterate_options
 
 _WIDTH = 116
 
@@ -38,58 +33,8 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 def describe_usage(description: str | None, config_class: type) -> str:
     """Returns the help of a program that takes `CONFIG.yaml [key.sub=value ...]`."""
     lines = [inspect.cleandoc(description or ""), "", "Options, with their defaults:"]
-    for key, default, text in iterate_options(config_class):
-        lines.append(f"  {key}={default}")
+    for option in iterate_options(config_class):
+        lines.append(f"  {option.key}={option.default}")
+        text = f"{option.text} ({option.type})"
         lines += textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines) + "\n"
-
-
-def iterate_options(config_class: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yields key, default (`...` where there is none) and meaning with range or choices of every option."""
-    hints = typing.get_type_hints(config_class, include_extras=True)
-    meanings = _meanings(config_class)
-    for field in dataclasses.fields(config_class):
-        annotation = hints[field.name]
-        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
-            yield from iterate_options(annotation, f"{prefix}{field.name}.")
-        else:
-            rule = _rule(annotation, field.name)
-            text = " ".join(part for part in (meanings.get(field.name, ""), rule and f"[{rule}]") if part)
-            yield prefix + field.name, _default(field), text
-
-
-def _meanings(config_class: type) -> dict[str, str]:
-    """Returns the texts of the `Attributes:` section of a class's docstring."""
-    _, _, section = inspect.cleandoc(config_class.__doc__ or "").partition("Attributes:\n")
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.M)
-    return {name: " ".join(text.split()) for name, text in entries}
-
-
-def _rule(annotation: Any, name: str) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return parse_range(arguments[1]).describe(name)
-    if origin is typing.Literal:
-        return ", ".join(str(choice) for choice in arguments)
-    if origin in (types.UnionType, typing.Union):
-        rule = _rule(next(a for a in arguments if a is not types.NoneType), name)
-        return f"{rule}, or null" if rule else "may be null"
-    if origin is tuple:
-        rule = _rule(arguments[0], "each")
-        return f"{rule}, a list" if rule else "a list"
-    if origin is dict:
-        return "a mapping"
-    return "true or false" if annotation is bool else ""
-
-
-def _default(field: dataclasses.Field) -> str:
-    if field.default_factory is not dataclasses.MISSING:
-        return _as_yaml(field.default_factory())
-    return "..." if field.default is dataclasses.MISSING else _as_yaml(field.default)
-
-
-def _as_yaml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(_as_yaml(item) for item in value)}]"
-    names = {None: "null", True: "true", False: "false"}
-    return names[value] if value is None or isinstance(value, bool) else str(value) or '""'

@@ -14,50 +14,49 @@ _OPTION = r"--?[A-Za-z][\w-]*(=.*)?"
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """One cluster; null leaves a choice to the cluster's own default.
-
-    Attributes:
-        partition: default of `--partition`.
-        account: what the job is charged to.
-        qos: quality of service.
-        nodes: default of `--nodes`.
-        gpus_per_node: default of `--gpus-per-node`; 0 on a cluster without GPUs.
-        tasks_per_node: processes a node where `gpus_per_node` is 0; with GPUs there is one task per GPU.
-        cpus_per_task: CPU cores a process: the loader's workers (`data.num_workers`) and 2 more.
-        memory_per_cpu: such as `4G`.
-        gpu_option: how the site counts GPUs: `gpus-per-node` (`--gpus-per-node=N`) or `gres` (`--gres=gpu:N`).
-        time: default of `--time`, as D-HH:MM:SS, HH:MM:SS or minutes. Not 0, which Slurm takes for no limit at all.
-        signal: what warns of the time limit.
-        warn_before_end_s: seconds from the warning to the time limit: at least what one save takes. Slurm's
-            clock for this is coarse: the warning may come 60 s earlier.
-        max_restarts: requeues after which a job stays down.
-        min_uptime_s: a rank that is killed earlier than this after the start is not retried.
-        sbatch_options: further options such as `--constraint=h100`.
-        srun_options: options of every `srun`, such as `--container-image=IMAGE`.
-        setup: shell lines before the program: modules, environment.
-        environment: variables of the job, such as NCCL_SOCKET_IFNAME.
-        python: the interpreter that `srun` starts; null is the one that runs submit.
-    """
+    """One cluster; null leaves a choice to the cluster's own default."""
 
     partition: str | None = None
+    """Default of `--partition`."""
     account: str | None = None
+    """What the job is charged to."""
     qos: str | None = None
+    """Quality of service."""
     nodes: Annotated[int, "[1, 1e6]"] = 1
+    """Default of `--nodes`."""
     gpus_per_node: Annotated[int, "[0, 1024]"] = 4
+    """Default of `--gpus-per-node`; 0 on a cluster without GPUs."""
     tasks_per_node: Annotated[int, "[1, 1024]"] = 1
+    """Processes a node where `gpus_per_node` is 0; with GPUs there is one task per GPU."""
     cpus_per_task: Annotated[int, "[1, 1e4]"] = 10
+    """CPU cores a process: the loader's workers (`data.num_workers`) and 2 more."""
     memory_per_cpu: str | None = None
+    """Default of `--mem-per-cpu`, such as `4G`."""
     gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
+    """How the site counts GPUs: `gpus-per-node` (`--gpus-per-node=N`) or `gres` (`--gres=gpu:N`)."""
     time: str = "24:00:00"
+    """Default of `--time`, as D-HH:MM:SS, HH:MM:SS or minutes. Not 0, which Slurm takes for no limit at all.
+    """
     signal: Literal["USR2", "USR1"] = "USR2"
+    """What warns of the time limit."""
     warn_before_end_s: Annotated[int, "[1, 65535]"] = 300
+    """Seconds from the warning to the time limit: at least what one save takes. Slurm's clock for this is
+    coarse: the warning may come 60 s earlier.
+    """
     max_restarts: Annotated[int, "[0, 1e6]"] = 100
+    """Requeues after which a job stays down."""
     min_uptime_s: Annotated[int, "[0, 1e6]"] = 120
+    """A rank that is killed earlier than this after the start is not retried."""
     sbatch_options: tuple[str, ...] = ()
+    """Further options such as `--constraint=h100`."""
     srun_options: tuple[str, ...] = ()
+    """Options of every `srun`, such as `--container-image=IMAGE`."""
     setup: tuple[str, ...] = ()
+    """Shell lines before the program: modules, environment."""
     environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the job, such as NCCL_SOCKET_IFNAME."""
     python: str | None = None
+    """The interpreter that `srun` starts; null is the one that runs submit."""
 
     def __post_init__(self) -> None:
         """Refuses what sbatch would refuse later, or take and misread."""

@@ -12,32 +12,30 @@ from prototypes.config import ObjectiveConfig, PrototypesConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run lives and how it starts.
-
-    Attributes:
-        name: the run's directory is `output_dir/name`.
-        output_dir: parent of run directories.
-        seed: the one number from which every random stream is derived.
-        device: `auto` (CUDA where there is one), `cpu` or `cuda`.
-        resume: continue from the newest complete checkpoint of the run directory where there is one.
-        extend: continue a run with more `optim.epochs` or `optim.steps` than it was made with. Schedules then follow
-            the new length from the newest checkpoint on.
-        adopt: continue a run directory that was made under another `run.name`: renamed, or copied.
-        dry_run: print what the run would be (parameters, FLOPs, memory, steps) and exit.
-        dry_run_world_size: ranks that the dry run describes; null describes those that run it.
-        collective_timeout_s: seconds after which a collective that a rank never joined fails.
-    """
+    """Where a run lives and how it starts."""
 
     name: str = "run"
+    """The run's directory is `output_dir/name`."""
     output_dir: str = "outputs"
+    """Parent of run directories."""
     seed: Annotated[int, "[0, 4294967295]"] = 0
+    """The one number from which every random stream is derived."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` (CUDA where there is one), `cpu` or `cuda`."""
     resume: bool = True
+    """Continue from the newest complete checkpoint of the run directory where there is one."""
     extend: bool = False
+    """Continue a run with more `optim.epochs` or `optim.steps` than it was made with. Schedules then follow
+    the new length from the newest checkpoint on.
+    """
     adopt: bool = False
+    """Continue a run directory that was made under another `run.name`: renamed, or copied."""
     dry_run: bool = False
+    """Print what the run would be (parameters, FLOPs, memory, steps) and exit."""
     dry_run_world_size: Annotated[int, "[1, 1e6]"] | None = None
+    """Ranks that the dry run describes; null describes those that run it."""
     collective_timeout_s: Annotated[float, "[1, 1e6]"] = 600.0
+    """Seconds after which a collective that a rank never joined fails."""
 
     def __post_init__(self) -> None:
         """Refuses a name that would leave the output directory, or that file systems or sbatch do not take."""
@@ -53,19 +51,17 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """The batch: `global_batch_size = micro_batch_size_per_gpu * gradient_accumulation_steps * world size`.
-
-    Attributes:
-        global_batch_size: images per optimizer step over all ranks.
-        gradient_accumulation_steps: micro-batches per optimizer step on each rank.
-        accumulation: what several micro-batches learn. `exact`: what one batch of all of them does, for a second
-            forward pass of the student. `per_micro_batch`: the mean of a loss of each, whose entropy and partition are
-            the micro-batch's own; another loss, and no extra pass.
-    """
+    """The batch: `global_batch_size = micro_batch_size_per_gpu * gradient_accumulation_steps * world size`."""
 
     global_batch_size: Annotated[int, "[1, 1e8]"] = 1024
+    """Images per optimizer step over all ranks."""
     gradient_accumulation_steps: Annotated[int, "[1, 1e6]"] = 1
+    """Micro-batches per optimizer step on each rank."""
     accumulation: Literal["exact", "per_micro_batch"] = "exact"
+    """What several micro-batches learn. `exact`: what one batch of all of them does, for a second forward
+    pass of the student. `per_micro_batch`: the mean of a loss of each, whose entropy and partition are the
+    micro-batch's own; another loss, and no extra pass.
+    """
 
     @property
     def runs_student_twice(self) -> bool:
@@ -90,129 +86,118 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizer and schedules. Learning rates are per 256 images of global batch (linear scaling).
-
-    Attributes:
-        optimizer: `adamw`, or `lars` (CARP's ResNet recipe; plain replicas, ZeRO-0, only).
-        lr: peak learning rate per 256 images.
-        min_lr: the learning rate at the end, per 256 images.
-        warmup_epochs: epochs of linear warm-up from 0.
-        epochs: length of the run; `steps` overrides it.
-        steps: optimizer steps of the run, or null to derive them from `epochs`.
-        weight_decay: at the start.
-        weight_decay_end: at the end, along a cosine.
-        betas: Adam's decay rates of the two moments.
-        momentum: LARS's momentum.
-        trust_coefficient: LARS's trust coefficient.
-        clip_grad_norm: largest 2-norm of the gradient, or null for no clipping.
-        layer_decay: learning rate of block i times `layer_decay ** (depth - i)`; 1 leaves it out.
-        prototype_lr_scale: learning rate of prototypes that the encoder's loss trains, relative to the rest.
-        ema_momentum: of the teacher, at the start.
-        ema_momentum_end: at the end, along a cosine.
-        max_skipped_steps: non-finite steps in a row after which the run stops.
-        spike_factor: skip a step whose loss exceeds this multiple of the recent median; null leaves it out.
-    """
+    """Optimizer and schedules. Learning rates are per 256 images of global batch (linear scaling)."""
 
     optimizer: Literal["adamw", "lars"] = "adamw"
+    """`adamw`, or `lars` (CARP's ResNet recipe; plain replicas, ZeRO-0, only)."""
     lr: Annotated[float, "[0, 100]"] = 5e-4
+    """Peak learning rate per 256 images."""
     min_lr: Annotated[float, "[0, 100]"] = 1e-6
+    """The learning rate at the end, per 256 images."""
     warmup_epochs: Annotated[float, "[0, 1e6]"] = 10.0
+    """Epochs of linear warm-up from 0."""
     epochs: Annotated[float, "(0, 1e6]"] = 100.0
+    """Length of the run; `steps` overrides it."""
     steps: Annotated[int, "[1, 1e9]"] | None = None
+    """Optimizer steps of the run, or null to derive them from `epochs`."""
     weight_decay: Annotated[float, "[0, 10]"] = 0.04
+    """Weight decay at the start."""
     weight_decay_end: Annotated[float, "[0, 10]"] = 0.4
+    """Weight decay at the end, along a cosine."""
     betas: tuple[Annotated[float, "[0, 1)"], Annotated[float, "[0, 1)"]] = (0.9, 0.999)
+    """Adam's decay rates of the two moments."""
     momentum: Annotated[float, "[0, 1)"] = 0.9
+    """LARS's momentum."""
     trust_coefficient: Annotated[float, "(0, 10]"] = 1e-3
+    """LARS's trust coefficient."""
     clip_grad_norm: Annotated[float, "(0, 1e6]"] | None = 3.0
+    """Largest 2-norm of the gradient, or null for no clipping."""
     layer_decay: Annotated[float, "(0, 1]"] = 1.0
+    """Learning rate of block i times `layer_decay ** (depth - i)`; 1 leaves it out."""
     prototype_lr_scale: Annotated[float, "[0, 1e4]"] = 1.0
+    """Learning rate of prototypes that the encoder's loss trains, relative to the rest."""
     ema_momentum: Annotated[float, "[0, 1]"] = 0.996
+    """Decay rate of the teacher's moving average at the start."""
     ema_momentum_end: Annotated[float, "[0, 1]"] = 1.0
+    """The same at the end, along a cosine."""
     max_skipped_steps: Annotated[int, "[1, 1e6]"] = 10
+    """Non-finite steps in a row after which the run stops."""
     spike_factor: Annotated[float, "(1, 1e6]"] | None = None
+    """Skip a step whose loss exceeds this multiple of the recent median; null leaves it out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the step is executed; none of this changes the result beyond rounding.
-
-    Attributes:
-        name: `deepspeed` or `fsdp2`.
-        deepspeed_config: JSON file of DeepSpeed mechanics: ZeRO stage, precision (see `ds_configs/`).
-        precision: of FSDP2's compute; DeepSpeed's comes from its JSON file.
-        tf32: compute what is fp32 (matrix products and convolutions) with TF32's 10-bit mantissa on CUDA. Off, fp32 is
-            fp32; torch's own default is TF32 for convolutions.
-        checksum_every: steps between comparisons of the replicas' checksums over ranks; 0 leaves them out.
-        hang_timeout_s: seconds without a finished step after which stacks are dumped and the silent rank named;
-            0 leaves the watchdog out.
-    """
+    """How the step is executed; none of this changes the result beyond rounding."""
 
     name: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    """`deepspeed` or `fsdp2`."""
     deepspeed_config: str = "ds_configs/zero1_fp32.json"
+    """JSON file of DeepSpeed mechanics: ZeRO stage, precision (see `ds_configs/`)."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of FSDP2's compute; DeepSpeed's comes from its JSON file."""
     tf32: bool = False
+    """Compute what is fp32 (matrix products and convolutions) with TF32's 10-bit mantissa on CUDA. Off, fp32
+    is fp32; torch's own default is TF32 for convolutions.
+    """
     checksum_every: Annotated[int, "[0, 1e9]"] = 50
+    """Steps between comparisons of the replicas' checksums over ranks; 0 leaves them out."""
     hang_timeout_s: Annotated[float, "0 or [1, 1e6]"] = 600.0
+    """Seconds without a finished step after which stacks are dumped and the silent rank named; 0 leaves the
+    watchdog out.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When states are saved and which stay.
-
-    Attributes:
-        every_steps: optimizer steps between checkpoints; the last step is always saved.
-        keep_last: newest complete checkpoints that stay.
-        keep_every: additionally keep checkpoints at multiples of this step; 0 keeps none.
-        asynchronous: write in a thread while training goes on. The step waits only for the copy into CPU memory
-            (a rank's share of the state); the checkpoint is published at a later step boundary.
-    """
+    """When states are saved and which stay."""
 
     every_steps: Annotated[int, "[1, 1e9]"] = 1000
+    """Optimizer steps between checkpoints; the last step is always saved."""
     keep_last: Annotated[int, "[1, 1e6]"] = 2
+    """Newest complete checkpoints that stay."""
     keep_every: Annotated[int, "[0, 1e9]"] = 0
+    """Additionally keep checkpoints at multiples of this step; 0 keeps none."""
     asynchronous: bool = False
+    """Write in a thread while training goes on. The step waits only for the copy into CPU memory (a rank's
+    share of the state); the checkpoint is published at a later step boundary.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is written while training.
-
-    Attributes:
-        every_steps: steps between lines of `metrics.jsonl`.
-        wandb_mode: `disabled`, `offline` or `online`; wandb is a view of `metrics.jsonl` and cannot stop a run.
-        wandb_project: project of the wandb run.
-        unique_early_steps: steps at which unique prototypes are counted besides once an epoch: collapse is early.
-    """
+    """What is written while training."""
 
     every_steps: Annotated[int, "[1, 1e9]"] = 10
+    """Steps between lines of `metrics.jsonl`."""
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
+    """`disabled`, `offline` or `online`; wandb is a view of `metrics.jsonl` and cannot stop a run."""
     wandb_project: str = "decoupled-prototypes"
+    """Project of the wandb run."""
     unique_early_steps: tuple[Annotated[int, "[0, 1e9]"], ...] = (0, 100, 300, 1000, 3000, 10000)
+    """Steps at which unique prototypes are counted besides once an epoch: collapse is early."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InTrainingEvaluationConfig:
-    """The k-NN probe beside training.
-
-    Attributes:
-        knn_every_steps: optimizer steps between probes; 0 leaves them out.
-        knn_train_images: images of the training split in the probe's bank.
-        knn_test_images: images of the test split that are classified.
-        test_split: name of the split that is classified.
-        runs_as: `process` classifies on the run's own devices between two steps, into `metrics.jsonl`; `slurm_job`
-            hands the checkpoint of that step to `sbatch` and goes on: `results/in_training/` fills meanwhile.
-        sbatch_script: batch script of the job.
-        sbatch_options: of the job, such as `--partition=eval` or `--gpus-per-node=0`; they win over the script's.
-    """
+    """The k-NN probe beside training."""
 
     knn_every_steps: Annotated[int, "[0, 1e9]"] = 0
+    """Optimizer steps between probes; 0 leaves them out."""
     knn_train_images: Annotated[int, "[1, 1e9]"] = 10000
+    """Images of the training split in the probe's bank."""
     knn_test_images: Annotated[int, "[1, 1e9]"] = 2000
+    """Images of the test split that are classified."""
     test_split: str = "test"
+    """Name of the split that is classified."""
     runs_as: Literal["process", "slurm_job"] = "process"
+    """`process` classifies on the run's own devices between two steps, into `metrics.jsonl`; `slurm_job`
+    hands the checkpoint of that step to `sbatch` and goes on: `results/in_training/` fills meanwhile.
+    """
     sbatch_script: str = "slurm/evaluate.sbatch"
+    """Batch script of the job."""
     sbatch_options: tuple[str, ...] = ()
+    """Options of the job, such as `--partition=eval` or `--gpus-per-node=0`; they win over the script's."""
 
     def __post_init__(self) -> None:
         """Refuses options that sbatch would take for a script."""

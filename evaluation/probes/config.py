@@ -23,17 +23,14 @@ def _refuse_unknown_features(names: tuple[str, ...], key: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig:
-    """Weighted k nearest neighbours on L2-normalised features (Wu et al. 2018; CARP's and DINO's evaluation).
-
-    Attributes:
-        k: numbers of neighbours; the headline is 20 where it is among them.
-        temperature: T of the vote's weight exp(similarity / T).
-        features: features to try; every one is reported.
-    """
+    """Weighted k nearest neighbours on L2-normalised features (Wu et al. 2018; CARP's and DINO's evaluation)."""
 
     k: tuple[Annotated[int, "[1, 1e6]"], ...] = (10, 20, 100, 200)
+    """Numbers of neighbours; the headline is 20 where it is among them."""
     temperature: Annotated[float, "[1e-4, 100]"] = 0.07
+    """T of the vote's weight exp(similarity / T)."""
     features: tuple[str, ...] = ("embedding",)
+    """Features to try; every one is reported."""
 
     def __post_init__(self) -> None:
         """Refuses no neighbour and unknown features."""
@@ -48,16 +45,6 @@ class LinearConfig:
     DINOv2 takes 12,500 steps of 1,024 images whatever the set; ten passes over ImageNet are as many. Training starts
     with `epochs` passes and doubles until `min_steps`; it stops before where doubling lowers the smallest
     cross-entropy on the held-out part by less than 1 %. Every length has its own cosine to 0; what was taken is said.
-
-    Attributes:
-        learning_rates: per 256 images of batch; each trains its own classifier beside the others.
-        features: features to try.
-        epochs: passes over the cached training features, at least.
-        min_steps: optimizer steps, at least, unless the held-out part says that they change nothing.
-        batch_size: images per step.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        held_out: share of the training split on which learning rate and feature are chosen.
     """
 
     learning_rates: tuple[Annotated[float, "(0, 1e4]"], ...] = (
@@ -75,13 +62,21 @@ class LinearConfig:
         0.5,
         1.0,
     )
+    """Learning rates per 256 images of batch; each trains its own classifier beside the others."""
     features: tuple[str, ...] = ("embedding",)
+    """Features to try."""
     epochs: Annotated[int, "[1, 1e6]"] = 10
+    """Passes over the cached training features, at least."""
     min_steps: Annotated[int, "[0, 1e7]"] = 12_500
+    """Optimizer steps, at least, unless the held-out part says that they change nothing."""
     batch_size: Annotated[int, "[1, 1e7]"] = 1024
+    """Images per step."""
     momentum: Annotated[float, "[0, 1)"] = 0.9
+    """Momentum of SGD."""
     weight_decay: Annotated[float, "[0, 10]"] = 0.0
+    """Weight decay of SGD."""
     held_out: Annotated[float, "(0, 1)"] = 0.1
+    """Share of the training split on which learning rate and feature are chosen."""
 
     def __post_init__(self) -> None:
         """Refuses an empty grid and unknown features."""
@@ -91,20 +86,18 @@ class LinearConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogisticConfig:
-    """L2-regularised multinomial logistic regression by L-BFGS on L2-normalised features.
-
-    Attributes:
-        inverse_regularisation: scikit-learn's C: the loss is C * sum of cross-entropies + |W|^2 / 2 (no penalty on
-            the bias). The best on the held-out part is refitted on the whole training split.
-        feature: the feature.
-        max_iterations: of L-BFGS.
-        held_out: share of the training split on which C is chosen.
-    """
+    """L2-regularised multinomial logistic regression by L-BFGS on L2-normalised features."""
 
     inverse_regularisation: tuple[Annotated[float, "[1e-9, 1e9]"], ...] = (0.1, 1.0, 10.0, 100.0, 1000.0)
+    """scikit-learn's C: the loss is C * sum of cross-entropies + |W|^2 / 2 (no penalty on the bias). The best
+    on the held-out part is refitted on the whole training split.
+    """
     feature: str = "embedding"
+    """The feature that it reads, one of those that `knn.features` may name."""
     max_iterations: Annotated[int, "[1, 1e6]"] = 1000
+    """Largest number of iterations of L-BFGS."""
     held_out: Annotated[float, "(0, 1)"] = 0.1
+    """Share of the training split on which C is chosen."""
 
     def __post_init__(self) -> None:
         """Refuses an empty grid and unknown features."""
@@ -115,19 +108,16 @@ class LogisticConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotConfig:
-    """Logistic regression on a few labelled images per class, over several draws.
-
-    Attributes:
-        shots: labelled images per class.
-        draws: random draws per number of shots; mean and standard deviation are reported.
-        inverse_regularisation: C of the logistic regression, fixed: there is nothing to choose it on.
-        feature: the feature.
-    """
+    """Logistic regression on a few labelled images per class, over several draws."""
 
     shots: tuple[Annotated[int, "[1, 1e6]"], ...] = (1, 5, 10)
+    """Labelled images per class."""
     draws: Annotated[int, "[1, 1e4]"] = 5
+    """Random draws per number of shots; mean and standard deviation are reported."""
     inverse_regularisation: Annotated[float, "[1e-9, 1e9]"] = 10.0
+    """C of the logistic regression, fixed: there is nothing to choose it on."""
     feature: str = "embedding"
+    """The feature that it reads, one of those that `knn.features` may name."""
 
     def __post_init__(self) -> None:
         """Refuses no shot and an unknown feature."""
@@ -137,33 +127,30 @@ class FewShotConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
-    """Fine-tuning of the whole network by a short recipe: AdamW, layer-wise decay, crops and flips, cosine.
-
-    Attributes:
-        feature: what the classifier reads: `embedding`, `cls`, `mean` or `both`.
-        epochs: passes over the training split.
-        batch_size: images per step.
-        lr: of the classifier and the last block, per 256 images of batch.
-        layer_decay: factor on the learning rate from one block to the one before it (BEiT, Bao et al. 2022).
-        weight_decay: of AdamW; not on biases, norms and embeddings.
-        warmup: share of the steps over which the rate rises.
-        label_smoothing: of the cross-entropy.
-        crop_scale_min: smallest share of an image's area that a training crop shows; 1 shows it whole.
-        flip: mirror half of the training images.
-        shuffle_buffer: images among which the next one is drawn (shards are mixed when written).
-    """
+    """Fine-tuning of the whole network by a short recipe: AdamW, layer-wise decay, crops and flips, cosine."""
 
     feature: str = "embedding"
+    """What the classifier reads: `embedding`, `cls`, `mean` or `both`."""
     epochs: Annotated[int, "[1, 1e6]"] = 5
+    """Passes over the training split."""
     batch_size: Annotated[int, "[1, 1e6]"] = 256
+    """Images per step."""
     lr: Annotated[float, "(0, 100]"] = 1e-3
+    """Learning rate of the classifier and the last block, per 256 images of batch."""
     layer_decay: Annotated[float, "(0, 1]"] = 0.75
+    """Factor on the learning rate from one block to the one before it (BEiT, Bao et al. 2022)."""
     weight_decay: Annotated[float, "[0, 10]"] = 0.05
+    """Weight decay of AdamW; not on biases, norms and embeddings."""
     warmup: Annotated[float, "[0, 1)"] = 0.1
+    """Share of the steps over which the rate rises."""
     label_smoothing: Annotated[float, "[0, 1)"] = 0.1
+    """Label smoothing of the cross-entropy."""
     crop_scale_min: Annotated[float, "(0, 1]"] = 0.5
+    """Smallest share of an image's area that a training crop shows; 1 shows it whole."""
     flip: bool = True
+    """Mirror half of the training images."""
     shuffle_buffer: Annotated[int, "[1, 1e7]"] = 2048
+    """Images among which the next one is drawn (shards are mixed when written)."""
 
     def __post_init__(self) -> None:
         """Refuses a feature that has no gradient."""
@@ -177,19 +164,16 @@ class FineTuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusteringConfig:
-    """k-means on features, and the assignment to the prototypes where projections can be computed.
-
-    Attributes:
-        num_clusters: of k-means, or null for the number of classes.
-        restarts: k-means++ starts; the one of smallest inertia is reported.
-        max_iterations: of Lloyd's algorithm.
-        feature: the feature.
-    """
+    """k-means on features, and the assignment to the prototypes where projections can be computed."""
 
     num_clusters: Annotated[int, "[2, 1e7]"] | None = None
+    """Clusters of k-means, or null for the number of classes."""
     restarts: Annotated[int, "[1, 1e4]"] = 5
+    """k-means++ starts; the one of smallest inertia is reported."""
     max_iterations: Annotated[int, "[1, 1e6]"] = 100
+    """Largest number of iterations of Lloyd's algorithm."""
     feature: str = "embedding"
+    """The feature that it reads, one of those that `knn.features` may name."""
 
     def __post_init__(self) -> None:
         """Refuses an unknown feature."""
@@ -198,21 +182,20 @@ class ClusteringConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LongTailConfig:
-    """Accuracy by how often a class was seen in training.
-
-    Attributes:
-        classifier: whose predictions are split: `knn` (headline k and feature), `linear` or `logistic`.
-        few_at_most: a class of at most so many training images is tail.
-        many_above: a class of more training images than this is head; between the two is medium.
-            20 and 100 are the iNaturalist rule (Liu et al. 2019).
-        imbalance_ratio: thins the training split to an exponential class profile whose largest class is this many
-            times the smallest (Cui et al. 2019), or null for the split as it is.
-    """
+    """Accuracy by how often a class was seen in training."""
 
     classifier: Literal["knn", "linear", "logistic"] = "knn"
+    """Whose predictions are split: `knn` (headline k and feature), `linear` or `logistic`."""
     few_at_most: Annotated[int, "[0, 1e9]"] = 20
+    """A class of at most so many training images is tail."""
     many_above: Annotated[int, "[0, 1e9]"] = 100
+    """A class of more training images than this is head; between the two is medium. 20 and 100 are the
+    iNaturalist rule (Liu et al. 2019).
+    """
     imbalance_ratio: Annotated[float, "[1, 1e9]"] | None = None
+    """Thins the training split to an exponential class profile whose largest class is this many times the
+    smallest (Cui et al. 2019), or null for the split as it is.
+    """
 
     def __post_init__(self) -> None:
         """Refuses thresholds in the wrong order."""
@@ -226,21 +209,20 @@ class LongTailConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypeAuditConfig:
-    """The audit of a checkpoint's prototypes.
-
-    Attributes:
-        weights: weights file `PATH` or `PATH#TENSOR` whose prototypes are audited beside `encoder`'s features (another
-            project's checkpoint beside its backbone in timm), or null for the encoder's own.
-        thresholds: eps of Definition 2.1 (two prototypes are one when 1 - cosine < eps).
-        angle_pairs: random pairs from which the histogram of cosines is drawn.
-        use_images: also count which prototypes the test images use, where the checkpoint carries its projection
-            head and another probe needs features.
-    """
+    """The audit of a checkpoint's prototypes."""
 
     weights: str | None = None
+    """Weights file `PATH` or `PATH#TENSOR` whose prototypes are audited beside `encoder`'s features (another
+    project's checkpoint beside its backbone in timm), or null for the encoder's own.
+    """
     thresholds: tuple[Annotated[float, "(0, 2]"], ...] = (0.025, 0.05, 0.1, 0.25, 0.5)
+    """eps of Definition 2.1 (two prototypes are one when 1 - cosine < eps)."""
     angle_pairs: Annotated[int, "[1, 1e9]"] = 200_000
+    """Random pairs from which the histogram of cosines is drawn."""
     use_images: bool = True
+    """Also count which prototypes the test images use, where the checkpoint carries its projection head and
+    another probe needs features.
+    """
 
     def __post_init__(self) -> None:
         """Refuses no threshold."""
@@ -249,12 +231,9 @@ class PrototypeAuditConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfidenceConfig:
-    """Bootstrap intervals over test images.
-
-    Attributes:
-        resamples: bootstrap resamples.
-        level: of the interval.
-    """
+    """Bootstrap intervals over test images."""
 
     resamples: Annotated[int, "[1, 1e6]"] = 1000
+    """Bootstrap resamples."""
     level: Annotated[float, "(0, 1)"] = 0.95
+    """Level of the interval."""

@@ -14,19 +14,16 @@ def require(holds: bool, key: str, value: object, rule: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """Effective memory M = 1 / (1 - lambda) of a component, in assigned samples.
-
-    Attributes:
-        samples: M itself; null derives it as `epochs` of the samples that one component sees in an epoch.
-        epochs: share of an epoch's assigned samples per component.
-        minimum: lower bound of the derived M.
-        maximum: upper bound of the derived M.
-    """
+    """Effective memory M = 1 / (1 - lambda) of a component, in assigned samples."""
 
     samples: Annotated[float, "(1, 1e9]"] | None = None
+    """M itself; null derives it as `epochs` of the samples that one component sees in an epoch."""
     epochs: Annotated[float, "(0, 1e6]"] = 0.5
+    """Share of an epoch's assigned samples per component."""
     minimum: Annotated[float, "(1, 1e9]"] = 4.0
+    """Lower bound of the derived M."""
     maximum: Annotated[float, "(1, 1e9]"] = 200.0
+    """Upper bound of the derived M."""
 
     def __post_init__(self) -> None:
         require(
@@ -39,94 +36,87 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AnnealingConfig:
-    """Inverse temperature beta of the responsibilities over the steps.
-
-    Attributes:
-        schedule: "constant" (beta = end), "geometric" (start -> end over `fraction` of the steps) or
-            "perplexity" (beta is steered so that the perplexity of the responsibilities goes from
-            `perplexity_start` to `perplexity_end` over `fraction` of the steps).
-        start: beta at step 0; null takes min(1, max(.3, 3 beta_critical)).
-        end: last beta.
-        fraction: share of the training over which beta moves.
-        guard: "critical" keeps beta >= min(1, 2 beta_critical), below which all means merge; null switches
-            the guard off.
-        perplexity_start: target of the controller at step 0.
-        perplexity_end: target of the controller after `fraction` of the steps.
-    """
+    """Inverse temperature beta of the responsibilities over the steps."""
 
     schedule: Literal["constant", "geometric", "perplexity"] = "geometric"
+    """"constant" (beta = end), "geometric" (start -> end over `fraction` of the steps) or "perplexity" (beta
+    is steered so that the perplexity of the responsibilities goes from `perplexity_start` to `perplexity_end`
+    over `fraction` of the steps).
+    """
     start: Annotated[float, "[1e-4, 100]"] | None = None
+    """beta at step 0; null takes min(1, max(.3, 3 beta_critical))."""
     end: Annotated[float, "[1e-4, 100]"] = 1.0
+    """Last beta."""
     fraction: Annotated[float, "[0, 1]"] = 0.1
+    """Share of the training over which beta moves."""
     guard: Literal["critical"] | None = "critical"
+    """"critical" keeps beta >= min(1, 2 beta_critical), below which all means merge; null switches the guard
+    off.
+    """
     perplexity_start: Annotated[float, "(1, 1e6]"] = 8.0
+    """Target of the controller at step 0."""
     perplexity_end: Annotated[float, "(1, 1e6]"] = 2.0
+    """Target of the controller after `fraction` of the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixingWeightsConfig:
-    """Mixing weights pi of the mixture.
-
-    Attributes:
-        mode: "tracked" (running share of responsibility), "uniform" (1 / K) or "from_counts" (nearly uniform:
-            the counts saturate at M).
-        floor: every weight stays at least floor / K.
-    """
+    """Mixing weights pi of the mixture."""
 
     mode: Literal["tracked", "uniform", "from_counts"] = "tracked"
+    """"tracked" (running share of responsibility), "uniform" (1 / K) or "from_counts" (nearly uniform: the
+    counts saturate at M).
+    """
     floor: Annotated[float, "[1e-9, 1)"] = 0.1
+    """Every weight stays at least floor / K."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VarianceConfig:
-    """What keeps the variances of the components away from zero and from noise.
-
-    Attributes:
-        floor: a component's variance stays at least floor x the features' own variance, per dimension; for
-            `vmf` the same of 1 / kappa.
-        shrinkage: strength of the MAP shrinkage towards the features' variance, in units of the memory M. Not
-            for variances that all components share.
-    """
+    """What keeps the variances of the components away from zero and from noise."""
 
     floor: Annotated[float, "[1e-6, 1]"] = 0.05
+    """A component's variance stays at least floor x the features' own variance, per dimension; for `vmf` the
+    same of 1 / kappa.
+    """
     shrinkage: Annotated[float, "[0, 1e6]"] = 0.25
+    """Strength of the MAP shrinkage towards the features' variance, in units of the memory M. Not for
+    variances that all components share.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitialisationConfig:
-    """How the means start.
-
-    Attributes:
-        method: "sphere" (random unit vectors), "data" (the first K features) or "data_spread" (of K features
-            those at least `spread_distance` apart in cosine distance, the rest random unit vectors). The
-            mixture stands still until K features were seen.
-        spread_distance: least cosine distance between features accepted by "data_spread".
-        warmup_fraction: share of the training after which "data_spread" starts to collect.
-    """
+    """How the means start."""
 
     method: Literal["sphere", "data", "data_spread"] = "sphere"
+    """"sphere" (random unit vectors), "data" (the first K features) or "data_spread" (of K features those at
+    least `spread_distance` apart in cosine distance, the rest random unit vectors). The mixture stands still
+    until K features were seen.
+    """
     spread_distance: Annotated[float, "(0, 2)"] = 0.1
+    """Least cosine distance between features accepted by "data_spread"."""
     warmup_fraction: Annotated[float, "[0, 1)"] = 0.01
+    """Share of the training after which "data_spread" starts to collect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynchronizationConfig:
-    """How ranks share one step's observations.
-
-    Attributes:
-        method: "all_reduce" (sum the statistics; the default at every K), "all_gather" (gather the rows, every
-            rank computes everything), "sharded" (gather the rows, each rank computes the statistics of its
-            range of prototypes) or "auto" (the cost rule decides once; the checkpoint keeps the choice).
-        reduction: "fp32", "fp64" (sums in double precision) or "fixed_order" (bitwise independent of the
-            number of ranks: rows gathered and sorted; needs "all_gather").
-        bandwidth_gb_per_s: effective bandwidth between ranks that the cost rule assumes.
-        overlap_ms: time of the student's forward pass, behind which the rule assumes an exchange to hide.
-    """
+    """How ranks share one step's observations."""
 
     method: Literal["all_reduce", "all_gather", "sharded", "auto"] = "all_reduce"
+    """"all_reduce" (sum the statistics; the default at every K), "all_gather" (gather the rows, every rank
+    computes everything), "sharded" (gather the rows, each rank computes the statistics of its range of
+    prototypes) or "auto" (the cost rule decides once; the checkpoint keeps the choice).
+    """
     reduction: Literal["fp32", "fp64", "fixed_order"] = "fp32"
+    """"fp32", "fp64" (sums in double precision) or "fixed_order" (bitwise independent of the number of ranks:
+    rows gathered and sorted; needs "all_gather").
+    """
     bandwidth_gb_per_s: Annotated[float, "(0, 1e6]"] = 46.0
+    """Effective bandwidth between ranks that the cost rule assumes."""
     overlap_ms: Annotated[float, "[0, 1e6]"] = 50.0
+    """Time of the student's forward pass, behind which the rule assumes an exchange to hide."""
 
     def __post_init__(self) -> None:
         key = "prototypes.gmm.synchronization"
@@ -146,25 +136,24 @@ class SynchronizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RevivalConfig:
-    """What happens to starved and duplicate components.
-
-    Attributes:
-        method: "off" (the paper), "split" (next to the heaviest, widest component) or "reseed" (to the rows
-            farthest from every prototype).
-        interval_steps: steps between two events.
-        max_share: largest share of K moved in one event.
-        duplicate_distance: cosine distance below which a mean counts as a duplicate; 0 looks for none.
-        row_distance: least cosine distance from every prototype of a row that "reseed" moves a component to.
-        surplus: duplicates that no row has room for "stay", or wait as a "spare" in a random direction;
-            "spare" needs "reseed".
-    """
+    """What happens to starved and duplicate components."""
 
     method: Literal["off", "split", "reseed"] = "off"
+    """"off" (the paper), "split" (next to the heaviest, widest component) or "reseed" (to the rows farthest
+    from every prototype).
+    """
     interval_steps: Annotated[int, "[1, 1e9]"] = 500
+    """Steps between two events."""
     max_share: Annotated[float, "(0, 1]"] = 0.01
+    """Largest share of K moved in one event."""
     duplicate_distance: Annotated[float, "[0, 2)"] = 0.025
+    """Cosine distance below which a mean counts as a duplicate; 0 looks for none."""
     row_distance: Annotated[float, "(0, 2)"] = 0.1
+    """Least cosine distance from every prototype of a row that "reseed" moves a component to."""
     surplus: Literal["stay", "spare"] = "stay"
+    """Duplicates that no row has room for "stay", or wait as a "spare" in a random direction; "spare" needs
+    "reseed".
+    """
 
     def __post_init__(self) -> None:
         key = "prototypes.gmm.revival"
@@ -178,62 +167,49 @@ class RevivalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VariationalConfig:
-    """Priors of the estimator `vb_gmm`.
-
-    Attributes:
-        weight_concentration: Dirichlet alpha0 of the mixing weights.
-        mean_strength: kappa0, samples that the prior on a mean counts for.
-    """
+    """Priors of the estimator `vb_gmm`."""
 
     weight_concentration: Annotated[float, "[1e-6, 1e6]"] = 0.1
+    """Dirichlet alpha0 of the mixing weights."""
     mean_strength: Annotated[float, "[1e-6, 1e6]"] = 0.01
+    """Kappa0, samples that the prior on a mean counts for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GmmConfig:
-    """The online mixture of the mode `full`.
-
-    Attributes:
-        input: "l2" (unit rows) or "raw" (the projections as they are).
-        center: subtract the running mean of the projections first.
-        standardise: divide by the running standard deviation too.
-        forgetting: "responsibility" (old statistics are forgotten as new mass arrives) or "uniform" (by the
-            same factor every step; the ablation).
-        uniform_rate: the factor of uniform forgetting.
-        responsibility_scale: exponent of the forgetting: "sum" or "mean" of a component's responsibilities.
-        gain: "omega" (exact for split samples) or "simple" (the mass itself).
-        memory: effective memory of a component.
-        beta: annealing of the responsibilities.
-        mixing_weights: how pi is tracked.
-        variance: floor and shrinkage.
-        init: how the means start.
-        balance: strength with which the log of the running usage is subtracted from the logits; 0 is off.
-        largest: responsibilities kept per row, the others become 0; 0 keeps all.
-        tied_concentration: one concentration for all components of the estimator `vmf`.
-        kmeans_temperature: temperature of the cosine of the estimator `sph_kmeans`.
-        kmeans_hard: whether `sph_kmeans` assigns to the nearest centroid alone.
-        variational: priors of the estimator `vb_gmm`.
-        synchronization: how ranks share their observations.
-        revival: what happens to starved and duplicate components.
-    """
+    """The online mixture of the mode `full`."""
 
     input: Literal["l2", "raw"] = "l2"
+    """"l2" (unit rows) or "raw" (the projections as they are)."""
     center: bool = False
+    """Subtract the running mean of the projections first."""
     standardise: bool = False
+    """Divide by the running standard deviation too."""
     forgetting: Literal["responsibility", "uniform"] = "responsibility"
+    """"responsibility" (old statistics are forgotten as new mass arrives) or "uniform" (by the same factor
+    every step; the ablation).
+    """
     uniform_rate: Annotated[float, "(0, 1)"] = 0.05
+    """The factor of uniform forgetting."""
     responsibility_scale: Literal["sum", "mean"] = "sum"
+    """Exponent of the forgetting: "sum" or "mean" of a component's responsibilities."""
     gain: Literal["omega", "simple"] = "omega"
+    """"omega" (exact for split samples) or "simple" (the mass itself)."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     beta: AnnealingConfig = field(default_factory=AnnealingConfig)
     mixing_weights: MixingWeightsConfig = field(default_factory=MixingWeightsConfig)
     variance: VarianceConfig = field(default_factory=VarianceConfig)
     init: InitialisationConfig = field(default_factory=InitialisationConfig)
     balance: Annotated[float, "[0, 1000]"] = 0.0
+    """Strength with which the log of the running usage is subtracted from the logits; 0 is off."""
     largest: Annotated[int, "[0, 1e8]"] = 0
+    """Responsibilities kept per row, the others become 0; 0 keeps all."""
     tied_concentration: bool = False
+    """One concentration for all components of the estimator `vmf`."""
     kmeans_temperature: Annotated[float, "[1e-3, 100]"] = 0.1
+    """Temperature of the cosine of the estimator `sph_kmeans`."""
     kmeans_hard: bool = False
+    """Whether `sph_kmeans` assigns to the nearest centroid alone."""
     variational: VariationalConfig = field(default_factory=VariationalConfig)
     synchronization: SynchronizationConfig = field(default_factory=SynchronizationConfig)
     revival: RevivalConfig = field(default_factory=RevivalConfig)
