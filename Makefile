@@ -88,7 +88,7 @@ bench: $(VENV)/.installed-dev
 
 options: $(VENV)/.installed
 	$(BIN)/python -m runtime.options_page training.config:PretrainConfig=pretrain.py evaluation.config:EvaluationConfig=evaluate.py \
-	  evaluation.audit_config:AuditConfig='configs/audit_*.yaml' slurm.config:ClusterConfig='slurm/clusters/*.yaml' > docs/options.md
+	  audit.config:AuditConfig='configs/audit_*.yaml' slurm.config:ClusterConfig='slurm/clusters/*.yaml' > docs/options.md
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

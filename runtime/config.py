@@ -54,25 +54,50 @@ def load_config(config_class: type[ConfigT], yaml_path: str, overrides: Sequence
 
 
 def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns the mapping in a YAML file with dotted overrides applied; see `load_config`."""
-    if not _is_file(yaml_path):
-        raise ConfigError(
-            f"configuration file is {_shown(yaml_path)}; expected an existing YAML file; pass its path"
-        )
+    """Returns the mapping in a YAML file with its bases below it and dotted overrides above; see `load_config`.
+
+    `base: other.yaml`, or a list of them, names files relative to the one that names them. Of several values of a key
+    the file's own counts, then the last base's; sections are merged key by key, lists are replaced.
+    """
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"override is {override!r}; expected key.sub=value; write it with one '='")
+    layers = list(_read_layers(yaml_path))
+    try:
+        merged = OmegaConf.merge(*layers, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (
+        Exception
+    ) as error:  # references and overrides, of which OmegaConf raises whatever its parser meets
+        raise ConfigError(f"{yaml_path} cannot be read as YAML: {_one_line(error)}; mend the file") from error
+    return typing.cast(dict[str, Any], values)
+
+
+def _read_layers(path: str, named_by: tuple[Path, ...] = ()) -> Iterator[dict[Any, Any]]:
+    """Yields the contents of a file's bases and of the file, without the key `base`; what counts most comes last."""
+    if not _is_file(path):
+        what = f"base of {named_by[-1]}" if named_by else "configuration file"
+        raise ConfigError(f"{what} is {_shown(path)}; expected an existing YAML file; pass its path")
+    here = Path(path)
+    if here.resolve() in {other.resolve() for other in named_by}:
+        circle = " -> ".join(map(str, (*named_by, here)))
+        raise ConfigError(f"base is {circle}; expected no file below itself; take one base out")
     try:
         # Untrusted tags cannot construct objects: OmegaConf's loader derives from yaml.SafeLoader.
-        merged = OmegaConf.merge(OmegaConf.load(yaml_path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = OmegaConf.to_container(OmegaConf.load(here))
     except Exception as error:  # on malformed text OmegaConf and PyYAML raise whatever their parsers meet
-        raise ConfigError(f"{yaml_path} cannot be read as YAML: {_one_line(error)}; mend the file") from error
+        raise ConfigError(f"{path} cannot be read as YAML: {_one_line(error)}; mend the file") from error
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{yaml_path} holds a {type(values).__name__}; expected key: value lines; mend the file"
-        )
-    return typing.cast(dict[str, Any], values)
+        kind = type(values).__name__
+        raise ConfigError(f"{path} holds a {kind}; expected key: value lines; mend the file")
+    bases = values.pop("base", None) or []
+    names = [bases] if isinstance(bases, str) else bases
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        rule = "a file's name, or a list of them"
+        raise ConfigError(f"base of {path} is {_shown(bases)}; expected {rule}; set base in it")
+    for name in names:
+        yield from _read_layers(str(here.parent / name), (*named_by, here))
+    yield values
 
 
 def build_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:

@@ -13,7 +13,7 @@ import pytest
 from audit.config import AuditConfig
 from audit.run import iterate_cells
 from evaluation.config import EvaluationConfig
-from runtime.config import ConfigError, build_config, config_hash, iterate_keys, load_config
+from runtime.config import ConfigError, build_config, config_hash, iterate_keys, load_config, read_yaml
 from training.config import PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,11 +45,31 @@ def unread_options(config_class):
 
 @pytest.mark.parametrize("path", PRETRAIN_CONFIGS, ids=lambda path: path.stem)
 def test_pretrain_config_loads(path):
-    load_config(PretrainConfig, str(path))
+    assert path.stem == f"pretrain_{load_config(PretrainConfig, str(path)).run.name}"
     header = path.read_text().splitlines()[:6]
     assert any("python pretrain.py" in line or "torchrun" in line or "sbatch" in line for line in header), (
         "the first lines of a configuration say how to run it"
     )
+
+
+def test_every_base_is_one():
+    named = "\n".join(line for path in PRETRAIN_CONFIGS for line in path.read_text().splitlines()[:8])
+    bases = sorted((ROOT / "configs" / "base").glob("*.yaml"))
+    assert bases and [path.name for path in bases if f"base/{path.name}" not in named] == []
+    assert [path.name for path in bases if "run" in read_yaml(str(path))] == [], "a run's name is its file's"
+
+
+# Arms of one comparison differ in what they compare; a base mended for one is mended for both.
+@pytest.mark.parametrize(
+    "full",
+    [path for path in PRETRAIN_CONFIGS if path.stem.endswith("18_full") or path.stem.endswith("net_full")],
+    ids=lambda path: path.stem,
+)
+def test_full_and_joint_differ_in_their_prototypes_alone(full):
+    joint = full.with_name(full.name.replace("_full", "_joint"))
+    first, second = (load_config(PretrainConfig, str(path)) for path in (full, joint))
+    assert (first.prototypes.mode, second.prototypes.mode) == ("full", "joint")
+    assert first == dataclasses.replace(second, run=first.run, prototypes=first.prototypes)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import pytest
 
-from evaluation.audit_config import AuditConfig
+from audit.config import AuditConfig
 from evaluation.config import EvaluationConfig
 from runtime.config import iterate_keys
 from runtime.options import iterate_options

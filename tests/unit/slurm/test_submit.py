@@ -313,6 +313,18 @@ def test_no_place_to_write_is_one_line_and_leaves_nothing(
     assert "sbatch" not in (stand_in_slurm / "calls").read_text(), "nothing was queued"
 
 
+def test_a_configuration_with_a_base_is_frozen_whole(
+    stand_in_slurm: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    """What the job reads days later names no file that may have changed meanwhile."""
+    (tmp_path / "mine.yaml").write_text(f"base: {CHECKOUT / CONFIG}\noptim:\n  epochs: 7\n")
+    assert main([str(tmp_path / "mine.yaml"), *arguments[1:]]) == 0
+    (frozen,) = (tmp_path / "runs/trial/slurm/001").glob("*.yaml")
+    assert not re.search("^base:", frozen.read_text(), re.M)
+    expected = load_config(PretrainConfig, CONFIG, [*arguments[1:], "optim.epochs=7"])
+    assert load_config(PretrainConfig, str(frozen)) == expected
+
+
 PARTITIONS = "main* 2-00:00:00\\ngpu 1:00:00\\nlong infinite\\n"
 
 
