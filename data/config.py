@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 RecipeName = Literal["dino", "carp", "grayscale-small", "none"]
 SamplerName = Literal["uniform", "class_balanced", "square_root"]
+
+_Probability = Annotated[float, "[0, 1]"]
+_Share = Annotated[float, "(0, 1]"]
+_Sigma = Annotated[float, "[0.01, 100]"]
 
 # Pillow's own warning level for decompression bombs: a quarter of a gigabyte of RGB.
 MAX_IMAGE_PIXELS = 89_478_485
@@ -14,33 +18,21 @@ MAX_IMAGE_PIXELS = 89_478_485
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One published augmentation recipe: the crops' geometry and what happens to their colours.
-
-    Blur and solarisation have one probability per global view; a further global view takes the last one's.
-    """
+    """One published augmentation recipe: a value for each option of `AugmentationConfig`, which says what they mean."""
 
     global_crop_scale: tuple[float, float]
-    """Smallest and largest part of the image's area that a global crop covers."""
     local_crop_scale: tuple[float, float]
-    """The same for local crops."""
     flip: float = 0.5
-    """Probability of a horizontal flip."""
+    vertical_flip: float = 0.0
+    quarter_turns: float = 0.0
     jitter: float = 0.8
-    """Probability of the colour jitter."""
     jitter_strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Brightness, contrast, saturation and hue, in torchvision's sense."""
     gray: float = 0.2
-    """Probability of dropping the colours."""
     global_blur: tuple[float, ...] = (1.0, 0.1)
-    """Probability of a Gaussian blur, for each global view."""
     local_blur: float = 0.5
-    """The same for local crops."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest standard deviation of the blur, in pixels."""
     global_solarize: tuple[float, ...] = (0.0, 0.2)
-    """Probability of inverting pixels of 128 and more, for each global view."""
     local_solarize: float = 0.0
-    """The same for local crops."""
 
 
 RECIPES: dict[str, Recipe] = {
@@ -74,8 +66,66 @@ RECIPES: dict[str, Recipe] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """What happens to a view, in place of what `data.recipe` has for it; null takes the recipe's.
+
+    Blur and solarisation have one probability per global view; a further global view takes the last one's.
+    """
+
+    global_crop_scale: tuple[_Share, _Share] | None = None
+    """Smallest and largest part of the image's area that a global crop covers."""
+    local_crop_scale: tuple[_Share, _Share] | None = None
+    """Smallest and largest part of the image's area that a local crop covers."""
+    flip: _Probability | None = None
+    """Probability of a horizontal flip."""
+    vertical_flip: _Probability | None = None
+    """Probability of a vertical flip, for images without an upright, such as satellites' and microscopes'."""
+    quarter_turns: _Probability | None = None
+    """Probability of a turn by 90, 180 or 270 degrees, each as likely; after the flips."""
+    jitter: _Probability | None = None
+    """Probability of the colour jitter."""
+    jitter_strength: (
+        tuple[
+            Annotated[float, "[0, 1]"],
+            Annotated[float, "[0, 1]"],
+            Annotated[float, "[0, 1]"],
+            Annotated[float, "[0, 0.5]"],
+        ]
+        | None
+    ) = None
+    """Brightness, contrast, saturation and hue, in torchvision's sense; hue is a part of the full circle."""
+    gray: _Probability | None = None
+    """Probability of dropping the colours."""
+    global_blur: tuple[_Probability, ...] | None = None
+    """Probability of a Gaussian blur, for each global view."""
+    local_blur: _Probability | None = None
+    """Probability of a Gaussian blur of a local crop."""
+    blur_sigma: tuple[_Sigma, _Sigma] | None = None
+    """Smallest and largest standard deviation of the blur, in pixels."""
+    global_solarize: tuple[_Probability, ...] | None = None
+    """Probability of inverting pixels of 128 and more, for each global view."""
+    local_solarize: _Probability | None = None
+    """Probability of inverting pixels of 128 and more in a local crop."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, one line, for ranges in the wrong order and for no probability."""
+        for name in ("global_crop_scale", "local_crop_scale", "blur_sigma"):
+            pair = getattr(self, name)
+            _require(pair is None or pair[0] <= pair[1], f"augmentation.{name}", pair, "smallest <= largest")
+        for name in ("global_blur", "global_solarize"):
+            values = getattr(self, name)
+            _require(values is None or bool(values), f"augmentation.{name}", "empty", "a probability or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The training images and what is cut from them."""
+
+    # Options of former versions: the value that changed nothing, and what to do where it is another.
+    FORMER: ClassVar[dict[str, tuple[Any, str]]] = {
+        "global_crop_scale": (None, "set data.augmentation.global_crop_scale"),
+        "local_crop_scale": (None, "set data.augmentation.local_crop_scale"),
+    }
 
     shards: str
     """Folder that holds `{split}-*.tar` and `manifest.json`; also `s3://`-like addresses of one."""
@@ -90,21 +140,20 @@ class DataConfig:
     epoch, `square_root` a share that grows with the square root of the class's images.
     """
     recipe: RecipeName = "dino"
-    """Augmentation by name, see `RECIPES`."""
+    """Augmentation by name: `dino`, `carp`, `grayscale-small` (grey images of about 28 x 28) or `none` (crops and flips
+    alone). A preset of `data.augmentation`, whose options replace its values one by one.
+    """
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     channels: Literal[1, 3] = 3
     """3 decodes every image to RGB, 1 to grey values (cheaper where the images are grey)."""
     num_global_crops: Annotated[int, "[1, 100]"] = 2
     """Global crops an image, at least 1."""
     global_crop_size: Annotated[int, "[1, 1e4]"] = 224
     """Side of a global crop in pixels."""
-    global_crop_scale: tuple[Annotated[float, "(0, 1]"], Annotated[float, "(0, 1]"]] | None = None
-    """Area range of global crops; null takes the recipe's."""
     num_local_crops: Annotated[int, "[0, 1000]"] = 6
     """Local crops an image; may be 0."""
     local_crop_size: Annotated[int, "[1, 1e4]"] = 96
     """Side of a local crop in pixels."""
-    local_crop_scale: tuple[Annotated[float, "(0, 1]"], Annotated[float, "(0, 1]"]] | None = None
-    """Area range of local crops; null takes the recipe's."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """How crops are resized (always antialiased)."""
     mean: tuple[Annotated[float, "[0, 1]"], ...] = (0.485, 0.456, 0.406)
@@ -138,9 +187,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError, one line, for values that do not go together, and for empty names."""
-        for name in ("global_crop_scale", "local_crop_scale"):
-            scale = getattr(self, name)
-            _require(scale is None or scale[0] <= scale[1], name, scale, "smallest <= largest")
         for name in ("mean", "std"):
             values = getattr(self, name)
             rule = f"one number or {self.channels}, as data.channels is {self.channels}"
@@ -149,14 +195,10 @@ class DataConfig:
         _require(bool(self.split), "split", repr(self.split), "the name of a split")
 
     @property
-    def resolved_global_crop_scale(self) -> tuple[float, float]:
-        """The area range of global crops: the configuration's, else the recipe's."""
-        return self.global_crop_scale or RECIPES[self.recipe].global_crop_scale
-
-    @property
-    def resolved_local_crop_scale(self) -> tuple[float, float]:
-        """The area range of local crops: the configuration's, else the recipe's."""
-        return self.local_crop_scale or RECIPES[self.recipe].local_crop_scale
+    def resolved_augmentation(self) -> Recipe:
+        """What happens to a view: the recipe with the values of `augmentation` that are not null."""
+        given = {name: value for name, value in vars(self.augmentation).items() if value is not None}
+        return replace(RECIPES[self.recipe], **given)
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:

@@ -1,7 +1,7 @@
 """A picture of augmented crops, as the networks see them: one image a row, its views side by side.
 
 python -m data.show_crops datasets/fashion-mnist --recipe grayscale-small --global-size 28 --local-size 16 \
-        --out crops.png
+        --augment vertical_flip=0.5 global_blur=0,0 --out crops.png
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.config import RECIPES, DataConfig
+from data.config import RECIPES, AugmentationConfig, DataConfig
 from data.usage import Parser
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             shards=options.shards,
             split=options.split,
             recipe=options.recipe,
+            augmentation=AugmentationConfig(**dict(options.augment)),
             num_local_crops=options.local_crops,
             global_crop_size=options.global_size,
             local_crop_size=options.local_size,
@@ -91,6 +92,22 @@ def _to_pixels(crops: Tensor, config: DataConfig) -> NDArray[Any]:
     return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
 
 
+def _parse_augmentation(text: str) -> tuple[str, float | tuple[float, ...]]:
+    """Returns name and value of `name=number,number`, as long as the recipes' own; else argparse says what is wrong."""
+    name, _, numbers = text.partition("=")
+    known = vars(RECIPES["dino"])
+    if name not in known:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names no augmentation; expected one of {', '.join(known)}"
+        )
+    values = tuple(float(number) for number in numbers.split(","))
+    if isinstance(known[name], tuple):
+        return name, values
+    if len(values) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has {len(values)} numbers; expected one")
+    return name, values[0]
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m data.show_crops",
@@ -99,6 +116,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("shards", help="folder of shards")
     parser.add_argument("--split", default="train")
     parser.add_argument("--recipe", default="dino", choices=sorted(RECIPES))
+    parser.add_argument(
+        "--augment",
+        nargs="+",
+        type=_parse_augmentation,
+        default=(),
+        metavar="NAME=NUMBERS",
+        help="options of data.augmentation in place of the recipe's: quarter_turns=1 jitter_strength=.2,.2,0,0",
+    )
     parser.add_argument("--out", default="crops.png", type=Path)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--local-crops", type=int, default=4)

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import logging
 import math
 import re
 import types
@@ -24,6 +25,8 @@ from omegaconf import OmegaConf
 from runtime.ranges import parse_range
 
 ConfigT = TypeVar("ConfigT")
+
+logger = logging.getLogger(__name__)
 
 # Text that would not survive being written into paths, batch scripts, logs and YAML files: line ends and other control
 # characters, bytes that are no UTF-8 (surrogates), and OmegaConf's mark of a reference.
@@ -163,6 +166,7 @@ def _build_section(config_class: type, values: Any, prefix: str, known_keys: set
         )
     hints = typing.get_type_hints(config_class, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
+    values = _without_former(config_class, values, prefix)
     for name in values:
         if name not in fields:
             raise ConfigError(_unknown_key_message(f"{prefix}{name}", list(fields), prefix, known_keys))
@@ -182,6 +186,24 @@ def _build_section(config_class: type, values: Any, prefix: str, known_keys: set
         raise
     except ValueError as error:
         raise ConfigError(_one_line(error)) from error
+
+
+def _without_former(config_class: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns `values` without options of former versions that changed nothing; `FORMER` of a class lists them.
+
+    A run's `config.yaml` names every option there was when it was made.
+
+    Raises:
+        ConfigError: such an option has another value, and the result would not be what it was.
+    """
+    former = getattr(config_class, "FORMER", {})
+    for name in [name for name in values if name in former]:
+        neutral, remedy = former[name]
+        if values[name] != neutral:
+            rule = f"no such option, which former versions had, or {_shown(neutral)}"
+            raise ConfigError(f"{prefix}{name} is {_shown(values[name])}; expected {rule}; {remedy}")
+        logger.warning("%s%s is an option of former versions; its value changes nothing", prefix, name)
+    return {name: value for name, value in values.items() if name not in former}
 
 
 def _unknown_key_message(key: str, siblings: list[str], prefix: str, known_keys: set[str]) -> str:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data.config import RECIPES, DataConfig
+from data.config import DataConfig
 from data.views.collate import CropBatch
 from data.views.random_numbers import draw_uniforms, hash_array
 
@@ -68,12 +68,12 @@ class ColourDraws:
 
 
 class DeviceAugmentation(nn.Module):
-    """Turns uint8 crops into normalised float32 crops by the configuration's recipe. No gradient; no state.
+    """Turns uint8 crops into normalised float32 crops by the configuration's augmentation. No gradient; no state.
 
     The result is the same bits for the same crops and seeds on one kind of device.
 
     Args:
-        config: names the recipe, the mean and the standard deviation.
+        config: names recipe and augmentation, the mean and the standard deviation.
     """
 
     mean: Tensor
@@ -81,7 +81,7 @@ class DeviceAugmentation(nn.Module):
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__()
-        self.recipe = RECIPES[config.recipe]
+        self.recipe = config.resolved_augmentation
         self.num_global_crops = config.num_global_crops
         self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)

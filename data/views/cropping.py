@@ -1,4 +1,4 @@
-"""Random resized crops and flips in uint8, in the loader: the geometry half of the augmentation."""
+"""Random resized crops, flips and turns in uint8, in the loader: the geometry half of the augmentation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.config import RECIPES, DataConfig
+from data.config import DataConfig, Recipe
 from data.views.random_numbers import draw_uniforms, hash_array
 
 # torchvision's RandomResizedCrop: ten tries for a box that fits, then the largest central one.
@@ -26,21 +26,21 @@ def draw_boxes(
     seeds: NDArray[np.uint64],
     sizes: NDArray[np.int64],
     scales: NDArray[np.float64],
-    flip_probability: float,
+    flips: Recipe,
 ) -> NDArray[np.int64]:
-    """Returns the boxes of the crops of n images, drawn as torchvision's RandomResizedCrop draws them.
+    """Returns the boxes of the crops of n images, drawn as torchvision's RandomResizedCrop draws them, and their flips.
 
     Args:
         seeds: uint64 [n], augmentation seeds; a box depends on its image's seed and size and on its view's number.
         sizes: int64 [n, 2], heights and widths of the images.
         scales: float64 [V, 2], smallest and largest part of the area for each view.
-        flip_probability: of a horizontal flip.
+        flips: with the probabilities of flips and turns; no other number depends on them.
 
     Returns:
-        int64 [n, V, 5]: top, left, height, width and whether to flip.
+        int64 [n, V, 7]: top, left, height, width, whether to flip horizontally and vertically, and quarter turns.
     """
     keys = hash_array(hash_array(seeds, np.array([GEOMETRY_PURPOSE]))[:, None], range(len(scales)))
-    numbers = draw_uniforms(keys, 2 * _NUM_TRIES + 3)
+    numbers = draw_uniforms(keys, 2 * _NUM_TRIES + 5)
     height, width = sizes[:, 0, None, None], sizes[:, 1, None, None]
     low, high = scales[:, :1], scales[:, 1:]
     areas = height * width * (low + (high - low) * numbers[..., :_NUM_TRIES])
@@ -55,21 +55,26 @@ def draw_boxes(
     box_height = np.where(found, np.take_along_axis(heights, first, -1)[..., 0], largest[..., 0])
     box_width = np.where(found, np.take_along_axis(widths, first, -1)[..., 0], largest[..., 1])
     room_y, room_x = height[..., 0] - box_height, width[..., 0] - box_width
-    place_y, place_x, flip = numbers[..., -3], numbers[..., -2], numbers[..., -1]
+    place_y, place_x, flip, vertical, turn = np.moveaxis(numbers[..., 2 * _NUM_TRIES :], -1, 0)
     # An image without a fitting box gives its centre.
     top = np.where(found, np.floor(place_y * (room_y + 1)), room_y // 2).astype(np.int64)
     left = np.where(found, np.floor(place_x * (room_x + 1)), room_x // 2).astype(np.int64)
-    return np.stack([top, left, box_height, box_width, flip < flip_probability], axis=-1)
+    # Below its probability p, a uniform number is uniform in [0, p): thirds of it are the three turns.
+    turns = np.where(
+        turn < flips.quarter_turns, 1 + (turn * 3 / max(flips.quarter_turns, 1e-12)).astype(int), 0
+    )
+    flipped = (flip < flips.flip, vertical < flips.vertical_flip)
+    return np.stack([top, left, box_height, box_width, *flipped, np.minimum(turns, 3)], axis=-1)
 
 
 class Cropper:
     """Cuts images' global and local crops; see `data.config.DataConfig` for their numbers and sizes."""
 
     def __init__(self, config: DataConfig) -> None:
-        global_scales = [config.resolved_global_crop_scale] * config.num_global_crops
-        local_scales = [config.resolved_local_crop_scale] * config.num_local_crops
+        self._recipe = config.resolved_augmentation
+        global_scales = [self._recipe.global_crop_scale] * config.num_global_crops
+        local_scales = [self._recipe.local_crop_scale] * config.num_local_crops
         self._scales = np.array(global_scales + local_scales, dtype=np.float64)
-        self._flip = RECIPES[config.recipe].flip
         self._interpolation = config.interpolation
 
     def cut_(
@@ -84,7 +89,7 @@ class Cropper:
             local_crops: uint8 [V_l, n, C, size, size], overwritten.
         """
         sizes = np.array([image.shape[-2:] for image in images], dtype=np.int64)
-        boxes = draw_boxes(np.array(seeds, dtype=np.uint64), sizes, self._scales, self._flip).tolist()
+        boxes = draw_boxes(np.array(seeds, dtype=np.uint64), sizes, self._scales, self._recipe).tolist()
         targets = [*global_crops.unbind(0), *local_crops.unbind(0)]
         for index, image in enumerate(images):
             for target, box in zip(targets, boxes[index], strict=True):
@@ -92,12 +97,14 @@ class Cropper:
                 target[index].copy_(self._cut(image, box, target.shape[-2:]))
 
     def _cut(self, image: Tensor, box: list[int], size: Sequence[int]) -> Tensor:
-        top, left, height, width, flip = box
+        top, left, height, width, flip, vertical, turns = box
         crop = image[None, :, top : top + height, left : left + width]
         # What torchvision's v2 resized_crop calls for uint8 images, without its dispatch, which costs as much as a
         # small crop. "bicubic" and uint8 round and clamp inside the kernel.
         resized = F.interpolate(crop, size=list(size), mode=self._interpolation, antialias=True)[0]
-        return resized.flip(-1) if flip else resized
+        axes = [axis for axis, flipped in ((-1, flip), (-2, vertical)) if flipped]
+        resized = resized.flip(axes) if axes else resized
+        return resized.rot90(turns, (-2, -1)) if turns else resized
 
 
 def allocate_crops(config: DataConfig, batch_size: int) -> tuple[Tensor, Tensor]:

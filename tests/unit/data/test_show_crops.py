@@ -1,6 +1,7 @@
 """The picture of crops shows every view of every image, de-normalised."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from data.show_crops import main
@@ -22,3 +23,26 @@ def test_a_picture_is_written(make_set, tmp_path):
 def test_a_wrong_folder_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.png")]) == 2
     assert capsys.readouterr().err.startswith("error: data.shards is")
+
+
+def test_options_of_the_augmentation_are_shown(make_set, tmp_path):
+    """A turn of every view shows in the picture; what is no option is said before anything is read."""
+    shards = make_set([6])
+    sizes = ["--global-size", "20", "--local-crops", "0", "--images", "2", "--recipe", "none"]
+    pictures = []
+    for options in (["flip=0"], ["flip=0", "vertical_flip=1"]):
+        out = tmp_path / "crops.png"
+        assert main([shards, "--out", str(out), *sizes, "--augment", *options]) == 0
+        pictures.append(np.array(Image.open(out)))
+    plain, flipped = (picture[4:24, 4:24] for picture in pictures)
+    assert np.array_equal(plain[::-1], flipped) and not np.array_equal(plain, flipped)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("tilt=1", "names no augmentation"), ("flip=1,2", "2 numbers"), ("flip=x", "flip=x")],
+)
+def test_no_option_of_the_augmentation_is_one_line(option, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["nowhere", "--augment", option])
+    assert end.value.code == 2 and message in capsys.readouterr().err

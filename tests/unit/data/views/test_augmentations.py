@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms.v2.functional as reference
 from torchvision.transforms.v2 import InterpolationMode
 
-from data.config import RECIPES, DataConfig
+from data.config import RECIPES, AugmentationConfig, DataConfig, Recipe
 from data.views import augmentations
 from data.views.augmentations import DeviceAugmentation
 from data.views.collate import CropBatch
@@ -145,12 +145,13 @@ def test_crops_equal_torchvisions_resized_crop():
     cropper = Cropper(config)
     global_crops, local_crops = allocate_crops(config, 2)
     cropper.cut_(pictures, seeds, global_crops, local_crops)
-    scales = np.array([config.resolved_global_crop_scale] * 2 + [config.resolved_local_crop_scale] * 2)
+    recipe = config.resolved_augmentation
+    scales = np.array([recipe.global_crop_scale] * 2 + [recipe.local_crop_scale] * 2)
     sizes = np.array([picture.shape[-2:] for picture in pictures])
-    boxes = draw_boxes(np.array(seeds, dtype=np.uint64), sizes, scales, 0.5)
+    boxes = draw_boxes(np.array(seeds, dtype=np.uint64), sizes, scales, recipe)
     for index, picture in enumerate(pictures):
         for view in range(4):
-            top, left, height, width, flip = boxes[index, view].tolist()
+            top, left, height, width, flip = boxes[index, view].tolist()[:5]
             size = [12, 12] if view < 2 else [6, 6]
             crop = reference.resized_crop(
                 picture, top, left, height, width, size, InterpolationMode.BICUBIC, antialias=True
@@ -162,8 +163,8 @@ def test_crops_equal_torchvisions_resized_crop():
 def test_boxes_lie_inside_and_cover_the_asked_area():
     seeds = np.arange(4000, dtype=np.uint64)
     sizes = np.tile([[60, 80]], (4000, 1))
-    boxes = draw_boxes(seeds, sizes, np.array([[0.2, 0.6], [0.05, 0.2]]), 0.5)
-    top, left, height, width, flip = np.moveaxis(boxes, -1, 0)
+    boxes = draw_boxes(seeds, sizes, np.array([[0.2, 0.6], [0.05, 0.2]]), RECIPES["dino"])
+    top, left, height, width, flip, *_ = np.moveaxis(boxes, -1, 0)
     assert (top >= 0).all() and (left >= 0).all()
     assert (top + height <= 60).all() and (left + width <= 80).all()
     area = height * width / 4800
@@ -176,7 +177,99 @@ def test_boxes_lie_inside_and_cover_the_asked_area():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (2, 3)])
 def test_boxes_of_odd_images_fit(size):
-    boxes = draw_boxes(np.arange(50, dtype=np.uint64), np.tile([size], (50, 1)), np.array([[0.4, 1.0]]), 0.5)
-    top, left, height, width, _ = np.moveaxis(boxes, -1, 0)
+    boxes = draw_boxes(
+        np.arange(50, dtype=np.uint64), np.tile([size], (50, 1)), np.array([[0.4, 1.0]]), RECIPES["dino"]
+    )
+    top, left, height, width, *_ = np.moveaxis(boxes, -1, 0)
     assert (height >= 1).all() and (width >= 1).all()
     assert (top + height <= size[0]).all() and (left + width <= size[1]).all()
+
+
+def boxes_of(seeds, **augmentation):
+    config = config_of("dino", augmentation=AugmentationConfig(**augmentation))
+    recipe = config.resolved_augmentation
+    scales = np.array([recipe.global_crop_scale, recipe.local_crop_scale])
+    sizes = np.tile([[60, 80]], (len(seeds), 1))
+    return draw_boxes(seeds, sizes, scales, recipe)
+
+
+def test_the_crops_of_the_recipes_stay_what_they_were():
+    """Drawn before there were vertical flips and turns: a seed's crops are what runs go on with after an update."""
+    boxes = boxes_of(np.arange(3, dtype=np.uint64))
+    assert boxes[..., :5].tolist() == [
+        [[1, 7, 59, 71, 0], [9, 20, 40, 38, 0]],
+        [[14, 8, 39, 50, 1], [4, 0, 35, 35, 0]],
+        [[2, 3, 55, 58, 0], [9, 0, 45, 36, 1]],
+    ]
+    assert not boxes[..., 5:].any()
+    for name in RECIPES:
+        assert (RECIPES[name].vertical_flip, RECIPES[name].quarter_turns) == (0.0, 0.0)
+        draws = DeviceAugmentation(config_of(name)).draw(np.arange(3, dtype=np.uint64), 1)
+        assert draws.order.tolist() == [[2, 3, 0, 1], [3, 2, 1, 0], [3, 2, 1, 0]]
+    draws = DeviceAugmentation(config_of("dino")).draw(np.arange(3, dtype=np.uint64), 1)
+    assert np.allclose(draws.sigma, [0, 1.1758233, 0]) and draws.gray.tolist() == [False, False, True]
+
+
+def test_flips_and_turns_are_drawn_apart_from_everything_else():
+    seeds = np.arange(20_000, dtype=np.uint64) * np.uint64(31)
+    plain = boxes_of(seeds)
+    turned = boxes_of(seeds, vertical_flip=0.5, quarter_turns=0.6)
+    assert np.array_equal(plain[..., :5], turned[..., :5])
+    flip, vertical, turns = np.moveaxis(turned[..., 4:], -1, 0)
+    assert abs(vertical.mean() - 0.5) < 0.015
+    shares = np.bincount(turns.ravel(), minlength=4) / turns.size
+    assert np.abs(shares - [0.4, 0.2, 0.2, 0.2]).max() < 0.015
+    # Independent of each other, and of the other view's.
+    pairs = ((flip, vertical), (vertical, turns > 0), (flip, turns > 0), (vertical[:, :1], vertical[:, 1:]))
+    assert all(abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.03 for a, b in pairs)
+    always = boxes_of(seeds, quarter_turns=1.0)[..., 6]
+    assert set(np.unique(always)) == {1, 2, 3}
+    assert not boxes_of(seeds, flip=0.0)[..., 4].any()
+
+
+@pytest.mark.parametrize("augmentation", [{"vertical_flip": 1.0}, {"quarter_turns": 1.0}, {"flip": 1.0}])
+def test_flips_and_turns_move_whole_crops(augmentation):
+    """Against the crop of the same seed without them, view by view."""
+    picture = torch.randint(
+        0, 256, (3, 40, 52), generator=torch.Generator().manual_seed(4), dtype=torch.uint8
+    )
+    seeds = list(range(12))
+    cut = {}
+    for name, options in (("without", {"flip": 0.0}), ("with", {"flip": 0.0, **augmentation})):
+        config = config_of("none", augmentation=AugmentationConfig(**options))
+        cut[name] = allocate_crops(config, len(seeds))
+        Cropper(config).cut_([picture] * len(seeds), seeds, *cut[name])
+    for plain, moved in zip(cut["without"], cut["with"], strict=True):
+        for before, after in zip(plain.flatten(0, 1), moved.flatten(0, 1), strict=True):
+            if "quarter_turns" in augmentation:
+                candidates = [before.rot90(k, (-2, -1)) for k in (1, 2, 3)]
+            else:
+                candidates = [before.flip(-2 if "vertical_flip" in augmentation else -1)]
+            assert any(torch.equal(after, candidate) for candidate in candidates)
+
+
+def test_options_replace_the_recipes_values_one_by_one():
+    assert {f.name for f in dataclasses.fields(AugmentationConfig)} == {
+        f.name for f in dataclasses.fields(Recipe)
+    }
+    assert config_of("carp").resolved_augmentation == RECIPES["carp"]
+    changed = config_of("dino", augmentation=AugmentationConfig(global_blur=(0.0, 0.0), gray=0.0))
+    assert changed.resolved_augmentation == dataclasses.replace(
+        RECIPES["dino"], global_blur=(0.0, 0.0), gray=0.0
+    )
+    draws = DeviceAugmentation(changed).draw(np.arange(500, dtype=np.uint64), 0)
+    assert not draws.sigma.any() and not draws.gray.any() and draws.jitter.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blur_sigma": (2.0, 1.0)}, "data.augmentation.blur_sigma is .*; expected smallest <= largest"),
+        ({"global_crop_scale": (0.5, 0.4)}, "data.augmentation.global_crop_scale is"),
+        ({"global_blur": ()}, "data.augmentation.global_blur is empty"),
+    ],
+)
+def test_values_that_do_not_go_together_are_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        AugmentationConfig(**options)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,41 @@
+"""A run's config.yaml names every option there was: what former versions had is ignored where it changed nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from runtime.config import ConfigError, build_config, config_to_dict, load_config
+from training.config import PretrainConfig
+from training.config_difference import find_differences
+
+ROOT = Path(__file__).resolve().parents[3]
+MINIMAL = {"data": {"shards": "x"}}
+
+
+def test_a_former_option_without_effect_is_one_line_in_the_log(caplog):
+    values = {"data": {"shards": "x", "global_crop_scale": None, "local_crop_scale": None}}
+    assert build_config(PretrainConfig, values) == build_config(PretrainConfig, MINIMAL)
+    assert [record.getMessage().split()[0] for record in caplog.records] == [
+        "data.global_crop_scale",
+        "data.local_crop_scale",
+    ]
+
+
+def test_a_former_option_with_an_effect_is_refused_in_one_line():
+    with pytest.raises(
+        ConfigError, match=r"data.global_crop_scale is \[0.3, 1.0\]; .*set data.augmentation.gl"
+    ):
+        build_config(PretrainConfig, {"data": {"shards": "x", "global_crop_scale": [0.3, 1.0]}})
+
+
+def test_a_run_of_a_former_version_is_the_same_run():
+    """Made before `data.augmentation`: what is learned has not changed, and the run goes on."""
+    now = config_to_dict(
+        load_config(PretrainConfig, str(ROOT / "configs" / "pretrain_vitl16_imagenet_full.yaml"))
+    )
+    saved = config_to_dict(build_config(PretrainConfig, now))
+    del saved["data"]["augmentation"]
+    saved["data"] |= {"global_crop_scale": None, "local_crop_scale": None}
+    assert find_differences(saved, now) == {}
+    saved["data"]["global_crop_scale"] = [0.3, 1.0]
+    assert list(find_differences(saved, now)) == ["data.global_crop_scale"]
