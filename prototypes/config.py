@@ -93,12 +93,6 @@ class PrototypesConfig:
             f"a divisor of prototypes.num_prototypes ({self.num_prototypes})",
         )
         require(
-            self.gmm.largest <= self.num_prototypes,
-            "prototypes.gmm.largest",
-            self.gmm.largest,
-            f"at most prototypes.num_prototypes ({self.num_prototypes})",
-        )
-        require(
             self.gmm.input == "l2" or self.estimator not in ("vmf", "sph_kmeans"),
             "prototypes.gmm.input",
             self.gmm.input,

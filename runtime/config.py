@@ -106,7 +106,30 @@ def _read_layers(path: str, named_by: tuple[Path, ...] = ()) -> Iterator[dict[An
 def build_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Returns `config_class` built from nested plain values, checking every key, type and range."""
     known = set(iterate_keys(config_class))
+    if isinstance(values, Mapping):
+        values = without_former(config_class, values)
     return typing.cast(ConfigT, _build_section(config_class, values, prefix="", known_keys=known))
+
+
+def without_former(config_class: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values without options of former versions that changed nothing; `FORMER` of a class lists them.
+
+    A run's `config.yaml` names every option there was when it was made.
+
+    Raises:
+        ConfigError: such an option has another value, and the result would not be what it was.
+    """
+    former, kept = getattr(config_class, "FORMER", {}), dict(values)
+    for name in [name for name in values if name in former]:
+        neutral, remedy = former[name]
+        if kept.pop(name) != neutral:
+            rule = f"no such option, which former versions had, or {_shown(neutral)}"
+            raise ConfigError(f"{prefix}{name} is {_shown(values[name])}; expected {rule}; {remedy}")
+        logger.warning("%s%s is an option of former versions; its value changes nothing", prefix, name)
+    for name, hint in typing.get_type_hints(config_class).items():
+        if section_class(hint) is not None and isinstance(kept.get(name), Mapping):
+            kept[name] = without_former(hint, kept[name], f"{prefix}{name}.")
+    return kept
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -166,7 +189,6 @@ def _build_section(config_class: type, values: Any, prefix: str, known_keys: set
         )
     hints = typing.get_type_hints(config_class, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    values = _without_former(config_class, values, prefix)
     for name in values:
         if name not in fields:
             raise ConfigError(_unknown_key_message(f"{prefix}{name}", list(fields), prefix, known_keys))
@@ -186,24 +208,6 @@ def _build_section(config_class: type, values: Any, prefix: str, known_keys: set
         raise
     except ValueError as error:
         raise ConfigError(_one_line(error)) from error
-
-
-def _without_former(config_class: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Returns `values` without options of former versions that changed nothing; `FORMER` of a class lists them.
-
-    A run's `config.yaml` names every option there was when it was made.
-
-    Raises:
-        ConfigError: such an option has another value, and the result would not be what it was.
-    """
-    former = getattr(config_class, "FORMER", {})
-    for name in [name for name in values if name in former]:
-        neutral, remedy = former[name]
-        if values[name] != neutral:
-            rule = f"no such option, which former versions had, or {_shown(neutral)}"
-            raise ConfigError(f"{prefix}{name} is {_shown(values[name])}; expected {rule}; {remedy}")
-        logger.warning("%s%s is an option of former versions; its value changes nothing", prefix, name)
-    return {name: value for name, value in values.items() if name not in former}
 
 
 def _unknown_key_message(key: str, siblings: list[str], prefix: str, known_keys: set[str]) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from runtime.config import ConfigError, without_former
+from training.config import PretrainConfig
+
 # What may differ between two starts of one run: how and where it is executed, not what is learned.
 MECHANICS = (
     "run.output_dir",
@@ -45,7 +48,10 @@ def describe_difference(run_dir: object, saved: dict[str, Any], current: dict[st
 
     A longer run is the same one with `run.extend`, another name with `run.adopt`.
     """
-    differences = find_differences(saved, current)
+    try:
+        differences = find_differences(without_former(PretrainConfig, saved), current)
+    except ConfigError as error:
+        return f"run directory {run_dir} is of a former version: {error}, or set run.name to a new name"
     longer = _is_longer(differences)
     if longer and current["run"].get("extend"):
         differences = {key: pair for key, pair in differences.items() if key not in LENGTH}

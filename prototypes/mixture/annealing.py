@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +16,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CRITICAL_REFRESH_STEPS = 100
-_CONTROLLER_GAIN = 0.05
 _NO_ROOM = 0.5
-_STEERED_RANGE = (1e-3, 1e3)
-"""A perplexity that no beta reaches (fewer prototypes, exact duplicates) must not drive beta to 0 or infinity."""
 
 
 def compute_critical_beta(covariance: Float[Tensor, "P P"]) -> float:
@@ -70,24 +66,12 @@ class Annealing:
             )
         self.beta = self._guarded(self.config.end if self.config.schedule == "constant" else self.start)
 
-    def advance(self, step: int, log_perplexity: float | None = None) -> None:
-        """Sets beta for `step`; `log_perplexity` of the last responsibilities steers "perplexity"."""
+    def advance(self, step: int) -> None:
+        """Sets beta for `step`."""
         progress = min(1.0, step / self.num_steps) if self.num_steps > 0 else 1.0
-        if self.config.schedule == "constant":
-            beta = self.config.end
-        elif self.config.schedule == "geometric":
-            beta = self.start * (self.config.end / self.start) ** progress
-        else:
-            beta = self._steer(progress, log_perplexity)
-        self.beta = self._guarded(beta)
-
-    def _steer(self, progress: float, log_perplexity: float | None) -> float:
-        if log_perplexity is None:
-            return self.beta
-        log_start, log_end = math.log(self.config.perplexity_start), math.log(self.config.perplexity_end)
-        excess = log_perplexity - (log_start + progress * (log_end - log_start))
-        steered = self.beta * math.exp(math.copysign(_CONTROLLER_GAIN, excess))
-        return min(max(steered, _STEERED_RANGE[0]), _STEERED_RANGE[1])
+        is_constant = self.config.schedule == "constant"
+        end = self.config.end
+        self.beta = self._guarded(end if is_constant else self.start * (end / self.start) ** progress)
 
     def _guarded(self, beta: float) -> float:
         if self.config.guard == "critical":

@@ -64,13 +64,6 @@ def assign_hard_(
     return log_joint.div_(_row_sum(log_joint, across))
 
 
-def keep_largest_(responsibilities: Float[Tensor, "N K"], number: int) -> Float[Tensor, "N K"]:
-    """Keeps each row's `number` largest responsibilities, renormalised, in place, and returns them."""
-    values, index = responsibilities.topk(number, dim=1)
-    values.div_(values.sum(dim=1, keepdim=True))
-    return responsibilities.zero_().scatter_(1, index, values)
-
-
 def count_winners_(
     hits: Float[Tensor, " K"],
     responsibilities: Float[Tensor, "N K"],

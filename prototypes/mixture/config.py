@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 
 def require(holds: bool, key: str, value: object, rule: str) -> None:
@@ -38,11 +38,14 @@ class MemoryConfig:
 class AnnealingConfig:
     """Inverse temperature beta of the responsibilities over the steps."""
 
-    schedule: Literal["constant", "geometric", "perplexity"] = "geometric"
-    """"constant" (beta = end), "geometric" (start -> end over `fraction` of the steps) or "perplexity" (beta
-    is steered so that the perplexity of the responsibilities goes from `perplexity_start` to `perplexity_end`
-    over `fraction` of the steps).
-    """
+    # Of the schedule "perplexity", which changed nothing that could be measured (docs/evidence.md).
+    FORMER: ClassVar[dict[str, tuple[Any, str]]] = {
+        "perplexity_start": (8.0, "take it out"),
+        "perplexity_end": (2.0, "take it out"),
+    }
+
+    schedule: Literal["constant", "geometric"] = "geometric"
+    """"constant" (beta = end) or "geometric" (start -> end over `fraction` of the steps)."""
     start: Annotated[float, "[1e-4, 100]"] | None = None
     """beta at step 0; null takes min(1, max(.3, 3 beta_critical))."""
     end: Annotated[float, "[1e-4, 100]"] = 1.0
@@ -53,20 +56,14 @@ class AnnealingConfig:
     """"critical" keeps beta >= min(1, 2 beta_critical), below which all means merge; null switches the guard
     off.
     """
-    perplexity_start: Annotated[float, "(1, 1e6]"] = 8.0
-    """Target of the controller at step 0."""
-    perplexity_end: Annotated[float, "(1, 1e6]"] = 2.0
-    """Target of the controller after `fraction` of the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixingWeightsConfig:
     """Mixing weights pi of the mixture."""
 
-    mode: Literal["tracked", "uniform", "from_counts"] = "tracked"
-    """"tracked" (running share of responsibility), "uniform" (1 / K) or "from_counts" (nearly uniform: the
-    counts saturate at M).
-    """
+    mode: Literal["tracked", "uniform"] = "tracked"
+    """"tracked" (running share of responsibility) or "uniform" (1 / K)."""
     floor: Annotated[float, "[1e-9, 1)"] = 0.1
     """Every weight stays at least floor / K."""
 
@@ -179,6 +176,9 @@ class VariationalConfig:
 class GmmConfig:
     """The online mixture of the mode `full`."""
 
+    # Responsibilities kept per row: all were computed before, so that it saved nothing.
+    FORMER: ClassVar[dict[str, tuple[Any, str]]] = {"largest": (0, "take it out")}
+
     input: Literal["l2", "raw"] = "l2"
     """"l2" (unit rows) or "raw" (the projections as they are)."""
     center: bool = False
@@ -202,8 +202,6 @@ class GmmConfig:
     init: InitialisationConfig = field(default_factory=InitialisationConfig)
     balance: Annotated[float, "[0, 1000]"] = 0.0
     """Strength with which the log of the running usage is subtracted from the logits; 0 is off."""
-    largest: Annotated[int, "[0, 1e8]"] = 0
-    """Responsibilities kept per row, the others become 0; 0 keeps all."""
     tied_concentration: bool = False
     """One concentration for all components of the estimator `vmf`."""
     kmeans_temperature: Annotated[float, "[1e-3, 100]"] = 0.1
@@ -213,11 +211,3 @@ class GmmConfig:
     variational: VariationalConfig = field(default_factory=VariationalConfig)
     synchronization: SynchronizationConfig = field(default_factory=SynchronizationConfig)
     revival: RevivalConfig = field(default_factory=RevivalConfig)
-
-    def __post_init__(self) -> None:
-        require(
-            self.largest == 0 or self.synchronization.method in ("all_reduce", "all_gather"),
-            "prototypes.gmm.largest",
-            self.largest,
-            "0 with synchronization.method sharded or auto",
-        )

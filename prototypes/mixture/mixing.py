@@ -54,17 +54,15 @@ def update_mixing_weights(
     config: MixingWeightsConfig,
     weights: Float[Tensor, " K"],
     mass: Float[Tensor, " K"],
-    counts: Float[Tensor, " K"],
     rate: Float[Tensor, ""],
 ) -> Float[Tensor, " K"]:
     """Returns pi after a batch; bitwise `weights` where the batch has no mass.
 
     "tracked": pi <- pi + e (w / sum w - pi), then max(pi, floor / K), renormalised. pi is tracked on its own
-    because the counts saturate at M for every component, so that "from_counts" is nearly uniform. Time-based
+    because the counts saturate at M for every component: pi in proportion to them would be nearly uniform. Time-based
     averaging is right here: a weight must fall when mass stays away. Source: ours, after Sato & Ishii 2000.
     """
     if config.mode == "uniform":
         return weights
-    share = update_usage(weights, mass, rate) if config.mode == "tracked" else counts / counts.sum()
-    floored = share.clamp_min(config.floor / len(weights))
+    floored = update_usage(weights, mass, rate).clamp_min(config.floor / len(weights))
     return torch.where(mass.sum() > 0, floored / floored.sum(), weights)

@@ -20,7 +20,7 @@ from ..random_numbers import draw_unit_vectors
 from ..statistics import Collectives, FlatStatistics, full_precision
 from . import moments
 from .annealing import Annealing
-from .assignments import keep_largest_, normalise_responsibilities_
+from .assignments import normalise_responsibilities_
 from .forgetting import derive_memory
 
 if TYPE_CHECKING:
@@ -156,8 +156,7 @@ class Mixture(PrototypeEstimator):
         across: Collectives | None,
     ) -> Float[Tensor, "N K"]:
         """Turns log joint densities into responsibilities, in place."""
-        gamma = normalise_responsibilities_(log_joint, self.annealing.beta, penalty, across)
-        return keep_largest_(gamma, self.gmm.largest) if self.gmm.largest else gamma
+        return normalise_responsibilities_(log_joint, self.annealing.beta, penalty, across)
 
     # ---------------------------------------------------------------- density
 

@@ -158,7 +158,7 @@ class OnlineMixture(Mixture):
         self.step += 1
         if self.step % CRITICAL_REFRESH_STEPS == 0 and self.is_initialised:
             self.annealing.beta_critical = compute_critical_beta(self.row_covariance)
-        self.annealing.advance(self.step, self._log_perplexity_for_schedule())
+        self.annealing.advance(self.step)
 
     def discard(self) -> None:
         """Leaves the state; the published prototypes are the state's again."""
@@ -340,7 +340,7 @@ class OnlineMixture(Mixture):
         weight_rate, usage_rate = compute_rates(statistics.mass, self.context.num_observations_per_epoch)
         usage = update_usage(self.usage, statistics.mass, usage_rate)
         weights = update_mixing_weights(
-            self.gmm.mixing_weights, self.mixing_weights, statistics.mass, forgetting.counts, weight_rate
+            self.gmm.mixing_weights, self.mixing_weights, statistics.mass, weight_rate
         )
         self._candidate.write({"counts": forgetting.counts, "usage": usage, "mixing_weights": weights})
         for chunk in iterate_chunks(slice(0, self.num_prototypes), self.means.device):
@@ -388,13 +388,6 @@ class OnlineMixture(Mixture):
         self._is_published = True
 
     # ---------------------------------------------------------------- after the step
-
-    def _log_perplexity_for_schedule(self) -> float | None:
-        """Returns the mean log-perplexity of the last responsibilities; waits for the device."""
-        if self.gmm.beta.schedule != "perplexity":
-            return None
-        num_probed = float(self._last["num_probed"])
-        return float(self._last["log_perplexity"]) / num_probed if num_probed > 0 else None
 
     def _forget_observations(self) -> None:
         self._held, self._num_bad, self._next_scalars = [], 0, None

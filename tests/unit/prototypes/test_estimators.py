@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from prototypes.build import build_estimator
 from prototypes.config import ClusteringConfig, CouplingConfig, PrototypesConfig
 from prototypes.families.vmf import compute_concentration, compute_log_normaliser, compute_resultant_length
-from prototypes.mixture.annealing import Annealing
 from prototypes.mixture.config import AnnealingConfig, InitialisationConfig, RevivalConfig, VarianceConfig
 from prototypes.mixture.revival import find_starved, revive_
 from tests.unit.prototypes import oracle
@@ -26,7 +25,6 @@ from tests.unit.prototypes.building import (
     set_state,
     take_step,
     tensors,
-    with_gmm,
 )
 
 OBSERVING = (*[("full", name) for name in (*MIXTURES, "sinkhorn")], ("partial", "gmm_diag"))
@@ -309,13 +307,6 @@ def test_weights_count_rows():
 # ------------------------------------------------------------------------------- options
 
 
-def test_largest_keeps_the_largest_responsibilities():
-    config = with_gmm(make_config(16, 8), largest=3)
-    gamma = set_state(build(config)).responsibilities(torch.randn(20, 8))
-    assert ((gamma > 0).sum(1) <= 3).all()
-    torch.testing.assert_close(gamma.sum(1), torch.ones(20))
-
-
 def test_balance_moves_mass_to_the_unused():
     plain, balanced = build(make_config(16, 8)), build(make_config(16, 8, balance=1.0))
     for estimator in (plain, balanced):
@@ -334,31 +325,6 @@ def test_the_reported_perplexity_is_that_of_the_balanced_responsibilities():
     expected = torch.special.entr(gamma).sum(1).mean().exp()
     take_step(estimator, rows)
     assert estimator.metrics()["gmm/responsibility_perplexity"] == pytest.approx(float(expected), rel=1e-3)
-
-
-def test_perplexity_schedule_steers_towards_its_target():
-    beta = AnnealingConfig(
-        schedule="perplexity", start=0.2, guard=None, perplexity_start=3.0, perplexity_end=3.0
-    )
-    estimator = build(make_config(16, 8, beta=beta))
-    for step in range(120):
-        take_step(estimator, clustered_rows(64, 8, spread=0.6, seed=step))
-    assert 2.0 < estimator.metrics()["gmm/responsibility_perplexity"] < 4.5
-
-
-def test_a_perplexity_that_cannot_be_reached_leaves_beta_within_bounds():
-    config = AnnealingConfig(schedule="perplexity", guard=None)
-    for log_perplexity, bound in ((10.0, 1e3), (0.0, 1e-3)):
-        annealing = Annealing(config, total_steps=10)
-        annealing.begin(0.1)
-        for step in range(1000):
-            annealing.advance(step, log_perplexity)
-        assert annealing.beta == pytest.approx(bound)
-
-
-def test_more_kept_responsibilities_than_prototypes_are_refused():
-    with pytest.raises(ValueError, match=r"prototypes.gmm.largest is 17; expected at most"):
-        make_config(16, 8, largest=17)
 
 
 def test_geometric_schedule_starts_from_the_critical_value_and_ends_at_one():

@@ -6,7 +6,7 @@ import pytest
 
 from runtime.config import ConfigError, build_config, config_to_dict, load_config
 from training.config import PretrainConfig
-from training.config_difference import find_differences
+from training.config_difference import describe_difference
 
 ROOT = Path(__file__).resolve().parents[3]
 MINIMAL = {"data": {"shards": "x"}}
@@ -36,6 +36,29 @@ def test_a_run_of_a_former_version_is_the_same_run():
     saved = config_to_dict(build_config(PretrainConfig, now))
     del saved["data"]["augmentation"]
     saved["data"] |= {"global_crop_scale": None, "local_crop_scale": None}
-    assert find_differences(saved, now) == {}
-    saved["data"]["global_crop_scale"] = [0.3, 1.0]
-    assert list(find_differences(saved, now)) == ["data.global_crop_scale"]
+    saved["prototypes"]["gmm"]["largest"] = 0
+    saved["prototypes"]["gmm"]["beta"] |= {"perplexity_start": 8.0, "perplexity_end": 2.0}
+    assert describe_difference("outputs/run", saved, now) is None
+    assert build_config(PretrainConfig, saved) == build_config(PretrainConfig, now)
+    saved["prototypes"]["gmm"]["largest"] = 4
+    problem = describe_difference("outputs/run", saved, now)
+    assert (
+        "outputs/run is of a former version: prototypes.gmm.largest is 4" in problem and "\n" not in problem
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("prototypes.gmm.beta.schedule=perplexity", "prototypes.gmm.beta.schedule is 'perplexity'"),
+        (
+            "prototypes.gmm.mixing_weights.mode=from_counts",
+            "prototypes.gmm.mixing_weights.mode is 'from_counts'",
+        ),
+        ("prototypes.gmm.largest=4", "prototypes.gmm.largest is 4; expected no such option"),
+    ],
+)
+def test_what_was_taken_out_is_named_in_one_line(override, expected):
+    with pytest.raises(ConfigError) as error:
+        load_config(PretrainConfig, str(ROOT / "configs/pretrain_vitl16_imagenet_full.yaml"), [override])
+    assert str(error.value).startswith(expected) and "\n" not in str(error.value)

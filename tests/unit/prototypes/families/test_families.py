@@ -149,15 +149,13 @@ def test_running_moments_and_the_critical_beta():
 def test_mixing_weights_usage_and_their_rates():
     rng = np.random.default_rng(0)
     weights, mass = rng.dirichlet(np.ones(K)), rng.uniform(0, 9, size=K)
-    counts, floor = rng.uniform(1, 20, size=K), 0.5
-    tensors = [torch.tensor(value, dtype=torch.float32) for value in (weights, mass, counts)]
+    floor = 0.5
+    tensors = [torch.tensor(value, dtype=torch.float32) for value in (weights, mass)]
     slow, fast = compute_rates(tensors[1], 1000)
     assert float(slow) == pytest.approx(min(0.01, mass.sum() / 2000))
     assert float(fast) == pytest.approx(min(0.1, 4 * mass.sum() / 1000))
     tracked = np.maximum(weights + 0.1 * (mass / mass.sum() - weights), floor / K)
     expected = {"tracked": tracked / tracked.sum(), "uniform": weights}
-    from_counts = np.maximum(counts / counts.sum(), floor / K)
-    expected["from_counts"] = from_counts / from_counts.sum()
     for mode, value in expected.items():
         config = MixingWeightsConfig(mode=mode, floor=floor)
         updated = update_mixing_weights(config, *tensors, torch.tensor(0.1))
