@@ -45,7 +45,7 @@ def _log_as_before():
 @pytest.fixture
 def record_property(record_property):
     """Figures as plain numbers: a tensor or a NumPy scalar does not cross to the process of xdist that reports."""
-    return lambda name, value: record_property(name, float(value))
+    return lambda name, value: record_property(name, value if isinstance(value, str) else float(value))
 
 
 def pytest_collection_modifyitems(items):

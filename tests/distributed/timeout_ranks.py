@@ -18,6 +18,7 @@ from runtime.preemption import PreemptionFlag
 from tests.helpers.digits import DEMO, TINY
 from training.build import build_trainer
 from training.config import PretrainConfig
+from training.run_directory import held_run_directory
 
 TIMEOUT_S = 77.0
 
@@ -31,8 +32,9 @@ def main(out: Path, shards: str, engine: str) -> None:
     overrides = [*TINY, f"data.shards={shards}", "optim.steps=2", "model.head.use_bn=false", engine]
     config = load_config(PretrainConfig, DEMO, overrides)
     process = distributed.start("cpu", timeout_s=TIMEOUT_S)
-    build_trainer(config, process, out.parent / "run", PreemptionFlag(), lambda *_: None)
-    before = timeouts()
+    with held_run_directory(config, out.parent / "run", process) as directory:
+        build_trainer(config, process, directory, PreemptionFlag(), lambda *_: None)
+        before = timeouts()
     process.limit_collectives()
     if process.is_main:
         out.write_text(json.dumps({"before": before, "after": timeouts()}))

@@ -21,17 +21,19 @@ def defined_names(path):
     return names
 
 
+def find_files(name):
+    return list((ROOT / "prototypes").rglob(name))
+
+
 def find_missing(text):
     missing, found = [], 0
     for module, name in re.findall(r"`([a-z_]+)\.([A-Za-z_][A-Za-z_.]*)`", text):
-        path = ROOT / "prototypes" / f"{module}.py"
-        if name != "py" and path.exists():
+        paths = find_files(f"{module}.py")
+        if name != "py" and paths:
             found += 1
-            if name not in defined_names(path):
+            if not any(name in defined_names(path) for path in paths):
                 missing.append(f"{module}.{name}")
-    missing += [
-        name for name in re.findall(r"`([a-z_]+\.py)`", text) if not (ROOT / "prototypes" / name).exists()
-    ]
+    missing += [name for name in re.findall(r"`([a-z_]+(?:/[a-z_]+)?\.py)`", text) if not find_files(name)]
     return missing, found
 
 
@@ -42,7 +44,7 @@ def test_every_function_that_the_page_names_exists():
 
 
 def test_a_name_that_is_not_there_is_found():
-    assert find_missing("`gmm.no_such_function` and `nothing.py`")[0] == [
-        "gmm.no_such_function",
+    assert find_missing("`online_em.no_such_function` and `nothing.py`")[0] == [
+        "online_em.no_such_function",
         "nothing.py",
     ]

@@ -68,8 +68,7 @@ def test_copies_of_a_sample_get_other_crops(make_set, make_config, tmp_path):
     import webdataset
 
     from data.verify_shards import write_manifests
-
-    from .conftest import encode_image
+    from tests.unit.data.conftest import encode_image
 
     directory = tmp_path / "skewed"
     directory.mkdir()

@@ -19,7 +19,7 @@ from data.verify_shards import main as verify_main
 from data.writing import fashion_mnist
 from data.writing.image_sources import list_image_folder
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 MAKE_SHARDS = (sys.executable, "-m", "data.make_shards")
 
 

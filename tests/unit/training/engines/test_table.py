@@ -10,7 +10,7 @@ from torch import nn
 from models.vit import compile_blocks
 from training.engines.table import ENGINES, REMEDIES, UNSUPPORTED, check_combination
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "engines.md"
+PAGE = Path(__file__).resolve().parents[4] / "docs" / "engines.md"
 
 
 def network(feature: str) -> nn.Module:
