@@ -66,10 +66,9 @@ from benchmarks._timing import describe_noise
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
-from prototypes.build import build_estimator
-from prototypes.config import PartitionConfig, PrototypesConfig
-from prototypes.objectives.carp import carp_loss
-from prototypes.objectives.partitions import draw_partition
+from prototypes.build import build_estimator, build_objective
+from prototypes.config import ObjectiveConfig, PartitionConfig, PrototypesConfig
+from prototypes.objectives.interface import LogitOperands, RankBatch
 from runtime import distributed
 from runtime.distributed import Process
 from runtime.rendezvous import free_port
@@ -126,12 +125,16 @@ class Contestant:
     ) -> None:
         spec = spec_of(options)
         self.batch = options.batch[0]
+        partition = PartitionConfig(size=512)
+        self._objective = build_objective(
+            ObjectiveConfig(), partition, seed=0, mean_over_ranks=sync.mean_over_ranks
+        )
         self._estimator = build_estimator(
             PrototypesConfig(
                 mode=mode,  # type: ignore[arg-type]
                 num_prototypes=spec.num_prototypes,
                 dim=spec.dim,
-                partition=PartitionConfig(size=512),
+                partition=partition,
             ),
             seed=0,
             num_observations_per_epoch=100_000,
@@ -145,7 +148,7 @@ class Contestant:
         )
         learned = (self._estimator.build_learned(), self._estimator.build_learned())
         self._engine = build_engine(name, spec.model, learned, options, process)
-        self._sync, self._device, self._steps = sync, process.device, 0
+        self._device, self._steps = process.device, 0
         torch.manual_seed(process.rank)
         self._global_crops, self._local_crops = (
             torch.randn(number * self.batch, spec.model.channels, side, side, device=process.device)
@@ -159,21 +162,14 @@ class Contestant:
         observation = estimator.observe(teacher.projections)
         student = engine.forward_student([self._global_crops, self._local_crops])
         estimator.commit(observation)
-        partition = draw_partition(
-            estimator.num_prototypes, 512, seed=0, step=self._steps, micro_step=0, device=self._device
-        )
-        rows, columns = estimator.logit_operands(student.projections, "student", student.learned_prototypes)
-        goal_rows, goal_columns = estimator.logit_operands(
-            teacher.projections, "teacher", teacher.learned_prototypes
-        )
-        loss = carp_loss(
-            rows.unflatten(0, (-1, self.batch)),
-            goal_rows.unflatten(0, (-1, self.batch)),
-            columns,
-            goal_columns,
-            partition,
-            mean_over_ranks=self._sync.mean_over_ranks,
-        ).total
+        operands = [
+            LogitOperands(rows.unflatten(0, (-1, self.batch)), columns)
+            for rows, columns in (
+                estimator.logit_operands(student.projections, "student", student.learned_prototypes),
+                estimator.logit_operands(teacher.projections, "teacher", teacher.learned_prototypes),
+            )
+        ]
+        loss = self._objective(RankBatch(student=operands[0], teacher=operands[1]), step=self._steps)["total"]
         engine.backward(loss, is_last_micro_step=True)
         if engine.gradients_are_finite():
             estimator.accept()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 _GRACE_STEPS = 200
@@ -19,39 +19,46 @@ class Alarm(NamedTuple):
     message: str
 
 
-def find_alarms(metrics: Metrics, *, step: int, partition_size: int) -> list[Alarm]:
+class Collapse(NamedTuple):
+    """What constant networks make of an objective: the sum of the scalars `terms` becomes ln `num_choices`."""
+
+    terms: tuple[str, ...]
+    num_choices: int
+
+
+def find_alarms(metrics: Metrics, *, step: int, collapses: Sequence[Collapse] = ()) -> list[Alarm]:
     """Returns the alarms that a line of metrics raises; none on a healthy run.
 
     Looks at the keys that are there and stays silent about the others, so a line of any kind will do. An
     alarm that a fresh run would raise too waits for 200 steps, the frozen codebook for 1,000.
 
     Args:
-        metrics: names as in the metrics file: `loss/entropy`, `prototypes/used`, `gmm/...`, `features/...`.
+        metrics: names as in the metrics file: `loss/...`, `prototypes/used`, `gmm/...`, `features/...`.
         step: optimizer steps done.
-        partition_size: prototypes per block, whose log is the loss of a collapsed run.
+        collapses: how the objective's scalars show a collapsed run (`Objective.collapses`).
     """
-    alarms = []
+    found = [("uniform_collapse", _uniform_collapse(metrics, c)) for c in collapses if step >= _GRACE_STEPS]
     for name, (keys, first_step, describe) in _RULES.items():
         if step < first_step or not all(key in metrics for key in keys):
             continue
-        message = describe(metrics, partition_size)
-        if message is not None:
-            alarms.append(Alarm(name, message))
-    return alarms
+        found.append((name, describe(metrics)))
+    return [Alarm(name, message) for name, message in found if message is not None]
 
 
-def _uniform_collapse(metrics: Metrics, partition_size: int) -> str | None:
-    # Not the total: whatever the entropy's weight and further terms, these two add up to ln S when all collapses.
-    loss, collapsed = metrics["loss/consistency"] + metrics["loss/entropy"], math.log(partition_size)
+def _uniform_collapse(metrics: Metrics, collapse: Collapse) -> str | None:
+    keys = [f"loss/{term}" for term in collapse.terms]
+    if not all(key in metrics for key in keys):
+        return None
+    loss, collapsed = sum(metrics[key] for key in keys), math.log(collapse.num_choices)
     if abs(loss - collapsed) > 0.01 * collapsed:
         return None
     return (
-        f"uniform collapse: consistency + entropy is {loss:.3f}, within 1 % of ln {partition_size} = "
+        f"uniform collapse: {' + '.join(collapse.terms)} is {loss:.3f}, within 1 % of ln {collapse.num_choices} = "
         f"{collapsed:.3f}, which a constant network reaches; try BatchNorm in the head or a lower learning rate"
     )
 
 
-def _prototype_death(metrics: Metrics, partition_size: int) -> str | None:
+def _prototype_death(metrics: Metrics) -> str | None:
     used, ceiling = metrics["prototypes/used"], metrics["prototypes/used_ceiling"]
     # Few rows cannot use many prototypes, and a mixture that waits for its start uses none of none.
     if used > 0.1 * ceiling or ceiling == 0:
@@ -62,7 +69,7 @@ def _prototype_death(metrics: Metrics, partition_size: int) -> str | None:
     )
 
 
-def _underflow(metrics: Metrics, partition_size: int) -> str | None:
+def _underflow(metrics: Metrics) -> str | None:
     count = metrics["gmm/count_min"]
     if count > 1e-6:
         return None
@@ -72,7 +79,7 @@ def _underflow(metrics: Metrics, partition_size: int) -> str | None:
     )
 
 
-def _vanished_means(metrics: Metrics, partition_size: int) -> str | None:
+def _vanished_means(metrics: Metrics) -> str | None:
     vanished = metrics["gmm/zero_norm"]
     # Not `vanished == 0`: a share that is not a number is no healthy one.
     if vanished <= 0:
@@ -83,7 +90,7 @@ def _vanished_means(metrics: Metrics, partition_size: int) -> str | None:
     )
 
 
-def _frozen_codebook(metrics: Metrics, partition_size: int) -> str | None:
+def _frozen_codebook(metrics: Metrics) -> str | None:
     displacement = metrics["gmm/displacement"]
     if displacement > 1e-3:
         return None
@@ -93,7 +100,7 @@ def _frozen_codebook(metrics: Metrics, partition_size: int) -> str | None:
     )
 
 
-def _feature_collapse(metrics: Metrics, partition_size: int) -> str | None:
+def _feature_collapse(metrics: Metrics) -> str | None:
     cosine, rank = metrics["features/mean_cosine"], metrics["features/effective_rank"]
     if cosine < 0.99 and rank > 2:
         return None
@@ -103,7 +110,7 @@ def _feature_collapse(metrics: Metrics, partition_size: int) -> str | None:
     )
 
 
-def _beta_below_critical(metrics: Metrics, partition_size: int) -> str | None:
+def _beta_below_critical(metrics: Metrics) -> str | None:
     beta, critical = metrics["gmm/beta"], metrics["gmm/beta_critical"]
     if beta >= critical:
         return None
@@ -113,8 +120,7 @@ def _beta_below_critical(metrics: Metrics, partition_size: int) -> str | None:
     )
 
 
-_RULES: dict[str, tuple[tuple[str, ...], int, Callable[[Metrics, int], str | None]]] = {
-    "uniform_collapse": (("loss/consistency", "loss/entropy"), _GRACE_STEPS, _uniform_collapse),
+_RULES: dict[str, tuple[tuple[str, ...], int, Callable[[Metrics], str | None]]] = {
     "prototype_death": (("prototypes/used", "prototypes/used_ceiling"), _GRACE_STEPS, _prototype_death),
     "underflow": (("gmm/count_min",), 0, _underflow),
     "vanished_means": (("gmm/zero_norm",), 0, _vanished_means),

@@ -1,13 +1,15 @@
-"""From the options to the estimator that they name."""
+"""From the options to the estimator and the objective that they name."""
 
 from __future__ import annotations
 
 import torch
 
 from . import clustering, learned
-from .config import PrototypesConfig
+from .config import ObjectiveConfig, PartitionConfig, PrototypesConfig
 from .estimator import EstimatorContext, PrototypeEstimator
 from .families import gmm_diag, gmm_shared, spherical_kmeans, vb_gmm, vmf
+from .objectives.carp import CarpObjective
+from .objectives.interface import MeanOverRanks, Objective
 from .statistics import Collectives, Gather, ReduceSum
 
 
@@ -74,3 +76,21 @@ def _build_family(config: PrototypesConfig, context: EstimatorContext) -> Protot
         clustering.SinkhornCodes,
     )
     return {family.name: family for family in families}[config.estimator](config, context)  # type: ignore[call-arg]
+
+
+def build_objective(
+    config: ObjectiveConfig,
+    partition: PartitionConfig,
+    *,
+    seed: int,
+    mean_over_ranks: MeanOverRanks | None = None,
+) -> Objective:
+    """Returns the objective of the encoder.
+
+    Args:
+        config: the objective's options.
+        partition: random blocks of the prototypes inside it.
+        seed: the run's seed.
+        mean_over_ranks: differentiable mean over ranks; None in a single process.
+    """
+    return CarpObjective(config, partition, seed=seed, mean_over_ranks=mean_over_ranks)

@@ -216,10 +216,12 @@ class PartialEstimator(SinkhornCodes):
     def auxiliary_loss(
         self,
         learned: Float[Tensor, "K P"] | None = None,
-        partition: Int64[Tensor, "G S"] | None = None,
+        *,
+        step: int = 0,
+        micro_step: int = 0,
     ) -> Float[Tensor, ""] | None:
         """Returns tie * mean_k |C_student - sg(C_teacher)|^2, or None without a tie."""
-        del partition
+        del step, micro_step
         if self.config.coupling.tie == 0:
             return None
         difference = require_learned(learned) - self.prototypes("teacher")

@@ -182,10 +182,18 @@ class PrototypeEstimator(nn.Module, ABC):
     def auxiliary_loss(
         self,
         learned: Float[Tensor, "K P"] | None = None,
-        partition: Int64[Tensor, "G S"] | None = None,
+        *,
+        step: int = 0,
+        micro_step: int = 0,
     ) -> Float[Tensor, ""] | None:
-        """Returns a loss of the learned prototypes to add to the objective, or None."""
-        del learned, partition
+        """Returns a loss of the learned prototypes to add to the objective, or None.
+
+        Args:
+            learned: as in `prototypes`.
+            step: optimizer step; whatever is drawn is a function of the seed, it and `micro_step`.
+            micro_step: number of the loss inside the step.
+        """
+        del learned, step, micro_step
         return None
 
     def assignment(self) -> Assignment | None:

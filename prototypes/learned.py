@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from .config import PrototypesConfig
 from .estimator import EstimatorContext, PrototypeEstimator, Role
 from .objectives.koleo import compute_koleo
+from .objectives.partitions import draw_partition
 from .random_numbers import draw_unit_vectors
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
+    from jaxtyping import Float
 
 
 class LearnedPrototypes(nn.Module):
@@ -57,14 +58,26 @@ class JointEstimator(PrototypeEstimator):
     def auxiliary_loss(
         self,
         learned: Float[Tensor, "K P"] | None = None,
-        partition: Int64[Tensor, "G S"] | None = None,
+        *,
+        step: int = 0,
+        micro_step: int = 0,
     ) -> Float[Tensor, ""] | None:
-        """Returns koleo_weight * KoLeo of the student's prototypes in the mode `joint_kp`, else None."""
+        """Returns koleo_weight * KoLeo of the student's prototypes in the mode `joint_kp`, else None.
+
+        Its blocks are those of CARP's loss of the same step: the same function of the same numbers.
+        """
         if self.config.mode != "joint_kp":
             return None
-        if partition is None:
-            raise ValueError("partition is None; expected the loss's partition; pass it")
-        return self.config.koleo_weight * compute_koleo(require_learned(learned), partition)
+        learned = require_learned(learned)
+        partition = draw_partition(
+            self.num_prototypes,
+            self.config.partition.size,
+            seed=self.seed,
+            step=step,
+            micro_step=micro_step,
+            device=learned.device,
+        )
+        return self.config.koleo_weight * compute_koleo(learned, partition)
 
 
 def require_learned(learned: Float[Tensor, "K P"] | None) -> Float[Tensor, "K P"]:

@@ -186,6 +186,13 @@ def find_violations(name, source):
             and not imported.startswith(f"{target}.config")
         ):
             found.append(f"{name} imports {imported}: slurm may use config classes only")
+        is_objective = imported.startswith("prototypes.objectives") and "interface" not in imported
+        if room == "training" and is_objective:
+            found.append(
+                f"{name} imports {imported}: training knows the interface of objectives, no objective"
+            )
+        if target == "tests":
+            found.append(f"{name} imports {imported}: tests wrap what is tested, which knows nothing of them")
     if room in FLOORS and floor_of(name) is None and not name.endswith("__init__"):
         found.append(f"{name} stands on no floor of {room}; FLOORS names its neighbours")
     if source.count("\n") > MAX_FILE_LINES:
@@ -228,6 +235,9 @@ PLANTED = {
     ),
     "prototypes know no encoder": ("prototypes.learned", "import models.vit"),
     "data knows no rank": ("data.stream.pipeline", "from runtime.distributed import start"),
+    "training knows no objective": ("training.step", "from prototypes.objectives.carp import carp_loss"),
+    "a step's objective has an interface": ("training.step", "from prototypes.objectives import carp"),
+    "no tests in production": ("training.trainer", "from tests.faults.injection import reach"),
     "training knows no evaluation": ("training.trainer", "from evaluation.probes.knn import build_knn_probe"),
     "evaluation uses diagnostics only": (
         "evaluation.probes.knn",
@@ -259,6 +269,14 @@ PLANTED = {
 @pytest.mark.parametrize(("name", "source"), PLANTED.values(), ids=PLANTED.keys())
 def test_planted_violation_is_found(name, source):
     assert find_violations(name, source)
+
+
+@pytest.mark.parametrize("name", ["step", "accumulation", "trainer"])
+def test_a_step_names_no_objective(name):
+    text = (ROOT / "training" / f"{name}.py").read_text().lower()
+    assert [word for word in ("carp", "partition", "entropy", "consistency") if word in text] == (
+        ["entropy"] if name == "accumulation" else []
+    )
 
 
 def test_nothing_tracked_names_a_machine():

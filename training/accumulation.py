@@ -28,8 +28,12 @@ def join(outputs: Sequence[NetworkOutput], num_images: int) -> NetworkOutput:
     """
     if len(outputs) == 1:
         return outputs[0]
-    by_view = [output.projections.unflatten(0, (-1, num_images)) for output in outputs]
-    return NetworkOutput(torch.cat(by_view, dim=1).flatten(0, 1), outputs[0].learned_prototypes)
+    patches = [output.patch_projections for output in outputs if output.patch_projections is not None]
+    return NetworkOutput(
+        _join_rows([output.projections for output in outputs], num_images),
+        outputs[0].learned_prototypes,
+        _join_rows(patches, num_images) if patches else None,
+    )
 
 
 def split(gradient: NetworkOutput, num_parts: int, num_images: int) -> Iterator[NetworkOutput]:
@@ -38,23 +42,35 @@ def split(gradient: NetworkOutput, num_parts: int, num_images: int) -> Iterator[
     All micro-batches share the prototypes: each carries an equal part of their gradient, whose sum counts once, and no
     engine meets a parameter without a gradient.
     """
-    by_part = gradient.projections.unflatten(0, (-1, num_parts, num_images)).unbind(1)
-    prototypes = gradient.learned_prototypes
-    for projections in by_part:
-        yield NetworkOutput(projections.flatten(0, 1), None if prototypes is None else prototypes / num_parts)
+    prototypes, patches = gradient.learned_prototypes, gradient.patch_projections
+    parts_of_patches = None if patches is None else _split_rows(patches, num_parts, num_images)
+    for index, projections in enumerate(_split_rows(gradient.projections, num_parts, num_images)):
+        yield NetworkOutput(
+            projections,
+            None if prototypes is None else prototypes / num_parts,
+            None if parts_of_patches is None else parts_of_patches[index],
+        )
+
+
+def _join_rows(parts: Sequence[Tensor], num_images: int) -> Tensor:
+    return torch.cat([part.unflatten(0, (-1, num_images)) for part in parts], dim=1).flatten(0, 1)
+
+
+def _split_rows(rows: Tensor, num_parts: int, num_images: int) -> list[Tensor]:
+    return [part.flatten(0, 1) for part in rows.unflatten(0, (-1, num_parts, num_images)).unbind(1)]
 
 
 def differentiate(loss: RowLoss, student: NetworkOutput) -> tuple[dict[str, Tensor], NetworkOutput]:
-    """Returns the loss's scalars and the gradient of its `total` at the student's rows and prototypes; no graph.
+    """Returns the loss's scalars and the gradient of its `total` at whatever the student gave; no graph.
 
     Collective where the loss is. What the loss does not use has the gradient 0.
     """
-    rows, prototypes = student.projections.detach().requires_grad_(), student.learned_prototypes
-    leaves = [rows] if prototypes is None else [rows, prototypes.detach().requires_grad_()]
+    leaves = [None if value is None else value.detach().requires_grad_() for value in student]
     with torch.enable_grad():
-        terms = loss(NetworkOutput(rows, None if prototypes is None else leaves[1]))
-    gradients = torch.autograd.grad(terms["total"], leaves, allow_unused=True, materialize_grads=True)
-    gradient = NetworkOutput(gradients[0], None if prototypes is None else gradients[1])
+        terms = loss(NetworkOutput._make(leaves))
+    given = [leaf for leaf in leaves if leaf is not None]
+    gradients = iter(torch.autograd.grad(terms["total"], given, allow_unused=True, materialize_grads=True))
+    gradient = NetworkOutput._make(None if leaf is None else next(gradients) for leaf in leaves)
     return {name: value.detach() for name, value in terms.items()}, gradient
 
 

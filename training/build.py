@@ -13,7 +13,7 @@ from data.stream.pipeline import TrainingStream
 from data.views.augmentations import DeviceAugmentation
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
-from prototypes.build import build_estimator
+from prototypes.build import build_estimator, build_objective
 from prototypes.diagnostics import UsageCounter
 from prototypes.estimator import PrototypeEstimator
 from runtime.config import config_hash
@@ -133,15 +133,18 @@ def _build_training_step(
     return TrainingStep(
         engine=_build_engine(config, process, estimator, initialise=initialise),
         estimator=estimator,
-        prototypes=config.prototypes,
-        objective=config.objective,
+        objective=build_objective(
+            config.objective,
+            config.prototypes.partition,
+            seed=config.run.seed,
+            mean_over_ranks=synchronization.mean_over_ranks,
+        ),
         batch=config.batch,
         augmentation=DeviceAugmentation(config.data).to(process.device),
         synchronization=synchronization,
         usage=UsageCounter(config.prototypes.num_prototypes, device=process.device),
         spike_guard=LossSpikeGuard(config.optim.spike_factor),
         device=process.device,
-        seed=config.run.seed,
     )
 
 

@@ -6,12 +6,10 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from prototypes.estimator import PrototypeEstimator
 from runtime.distributed import Process
-from runtime.faults import is_planned
 from runtime.watchdog import HangWatchdog
 from training.config import EngineConfig
 from training.engines.interface import Engine
@@ -64,9 +62,6 @@ class RunHealth:
         Raises:
             ReplicaMismatchError: on all ranks alike, naming rank and tensor.
         """
-        for point, role in (("replicas", ""), ("teacher", "teacher/")):
-            if is_planned("flip", point, step, self._process.rank):
-                flip_lowest_bit_(next(value for name, value in self._replicas() if name.startswith(role)))
         if self._every == 0 or step % self._every:
             return
         check_replicas(self._replicas(), self._process, step)
@@ -76,9 +71,3 @@ class RunHealth:
             if isinstance(value, Tensor):
                 yield f"estimator/{name}", value
         yield from self._engine.replicated_tensors()
-
-
-@torch.no_grad()
-def flip_lowest_bit_(tensor: Tensor) -> None:
-    """Changes one number of a tensor by its least significant bit, in place: a device that computes wrongly."""
-    tensor.view(-1).view(torch.uint8)[0] ^= 1

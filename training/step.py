@@ -14,12 +14,9 @@ from torch import Tensor
 
 from data.views.augmentations import Crops, DeviceAugmentation
 from data.views.collate import CropBatch
-from prototypes.config import ObjectiveConfig, PrototypesConfig
 from prototypes.diagnostics import UsageCounter
 from prototypes.estimator import PrototypeEstimator, Role
-from prototypes.objectives.carp import carp_loss
-from prototypes.objectives.partitions import draw_partition
-from runtime.faults import planned_factor, reach
+from prototypes.objectives.interface import LogitOperands, Objective, RankBatch
 from training.accumulation import RowLoss, StudentPass, differentiate, join
 from training.config import BatchConfig
 from training.engines.interface import Engine, NetworkOutput
@@ -34,7 +31,8 @@ class StepOutcome:
 
     Attributes:
         applied: whether anything moved; a step with a non-finite loss or gradient moves nothing.
-        loss: of the whole batch, means over ranks: total, consistency, entropy, and the auxiliary loss if there is one.
+        loss: of the whole batch, means over ranks: the objective's scalars, `total` among them, and `auxiliary`, the
+            estimator's own loss, if there is one.
         grad_norm: 2-norm of the gradient before clipping; 0 where the step was not applied.
         projections: [views * B, P] the teacher's projections of all micro-batches, for diagnostics.
         prototypes: [K, P] the teacher's prototypes of this step, C^t, before any of them was revived.
@@ -65,27 +63,23 @@ class TrainingStep:
         *,
         engine: Engine,
         estimator: PrototypeEstimator,
-        prototypes: PrototypesConfig,
-        objective: ObjectiveConfig,
+        objective: Objective,
         batch: BatchConfig,
         augmentation: DeviceAugmentation,
         synchronization: Synchronization,
         usage: UsageCounter,
         spike_guard: LossSpikeGuard,
         device: torch.device,
-        seed: int,
     ) -> None:
         self.engine = engine
         self.estimator = estimator
+        self.objective = objective
         self.usage = usage
         self.spike_guard = spike_guard
-        self._partition = prototypes.partition
-        self._objective = objective
         self._accumulation = batch.accumulation
         self._augmentation = augmentation
         self._synchronization = synchronization
         self._device = device
-        self._seed = seed
 
     def __call__(self, batches: Sequence[CropBatch], step: int, schedule: StepSchedule) -> StepOutcome:
         """Returns what the step did.
@@ -95,12 +89,10 @@ class TrainingStep:
             step: updates done so far; with the seed it determines every random draw of the step.
             schedule: learning rate, weight decay and EMA momentum of this step.
         """
-        reach("forward", step)
         crops = [self._augmentation(batch.to(self._device)) for batch in batches]
         # The mixture sees the whole batch, however many micro-batches it comes in: one observation, one commit.
         shares, teacher = self._forward_teacher(crops)
         observation = self.estimator.observe(teacher.projections)
-        reach("reduce", step)
         # The student's first forward pass needs no prototypes: it overlaps the reduction of the statistics.
         student = self._forward_student(shares[0])
         self.estimator.commit(observation)
@@ -114,9 +106,7 @@ class TrainingStep:
             losses.append(loss)
         mean_loss = self._mean_loss(losses)
 
-        reach("backward", step)
         applied, grad_norm = self._apply(float(mean_loss["total"]), schedule)
-        reach("update", step)
         if applied:
             self._count_usage(teacher, len(batches))
         prototypes = self.estimator.prototypes("teacher", teacher.learned_prototypes).detach()
@@ -174,52 +164,32 @@ class TrainingStep:
         return StudentPass(self.engine, [_student_views(micro) for micro in share.crops], num_images)
 
     def _row_loss(self, share: _Share, step: int, index: int) -> RowLoss:
-        """Returns the loss of a share as a function of the student's rows: the place of the objective."""
+        """Returns the loss of a share as a function of the student's rows: where objective and estimator meet."""
         num_images = sum(micro.global_crops.shape[1] for micro in share.crops)
-        # Logits of more images against fewer blocks at once: their memory does not grow with the micro-batches.
-        blocks_per_chunk = max(1, self._partition.blocks_per_chunk // len(share.crops))
-        partition = draw_partition(
-            self.estimator.num_prototypes,
-            self._partition.size,
-            seed=self._seed,
-            step=step,
-            micro_step=index,
-            device=self._device,
-        )
 
         def compute(student: NetworkOutput) -> dict[str, Tensor]:
-            student_rows, student_prototypes = self._logit_operands(student, "student")
-            teacher_rows, teacher_prototypes = self._logit_operands(share.teacher, "teacher")
-            loss = carp_loss(
-                student_rows.unflatten(0, (-1, num_images)),
-                teacher_rows.unflatten(0, (-1, num_images)),
-                student_prototypes,
-                teacher_prototypes,
-                partition,
-                mean_over_ranks=self._synchronization.mean_over_ranks,
-                entropy_weight=self._objective.entropy_weight,
-                blocks_per_chunk=blocks_per_chunk,
+            batch = RankBatch(
+                student=_by_view(self._logit_operands(student, "student"), num_images),
+                teacher=_by_view(self._logit_operands(share.teacher, "teacher"), num_images),
+                num_parts=len(share.crops),
             )
-            terms = {"total": loss.total, "consistency": loss.consistency, "entropy": loss.entropy}
-            auxiliary = self.estimator.auxiliary_loss(student.learned_prototypes, partition)
-            if auxiliary is not None:
-                terms |= {"total": loss.total + auxiliary, "auxiliary": auxiliary}
-            return terms | {"total": terms["total"] * planned_factor("loss", step)}
+            terms = self.objective(batch, step=step, micro_step=index)
+            auxiliary = self.estimator.auxiliary_loss(student.learned_prototypes, step=step, micro_step=index)
+            if auxiliary is None:
+                return terms
+            return terms | {"total": terms["total"] + auxiliary, "auxiliary": auxiliary}
 
         return compute
 
-    def _logit_operands(self, output: NetworkOutput, role: Role) -> tuple[Tensor, Tensor]:
-        temperatures = {
-            "student": self._objective.student_temperature,
-            "teacher": self._objective.teacher_temperature,
-        }
-        return self.estimator.logit_operands(
+    def _logit_operands(self, output: NetworkOutput, role: Role) -> LogitOperands:
+        operands = self.estimator.logit_operands(
             output.projections,
             role,
             output.learned_prototypes,
-            kind=self._objective.logits,
-            temperature=temperatures[role],
+            kind=self.objective.logits,
+            temperature=self.objective.temperatures[role],
         )
+        return LogitOperands(*operands)
 
     @torch.no_grad()
     def _count_usage(self, teacher: NetworkOutput, num_parts: int) -> None:
@@ -229,6 +199,10 @@ class TrainingStep:
         assignment = self.estimator.assignment()
         if assignment is not None:
             self.usage.add_assignment(assignment)
+
+
+def _by_view(operands: LogitOperands, num_images: int) -> LogitOperands:
+    return operands._replace(rows=operands.rows.unflatten(0, (-1, num_images)))
 
 
 def _teacher_views(crops: Crops) -> list[Tensor]:

@@ -241,7 +241,7 @@ class Trainer:
         speed = values.get("throughput/images_per_s", 0.0)
         logger.info("step %d/%d  %s  %.0f images/s", self.progress.step, self._num_steps, text, speed)
         for alarm in find_alarms(
-            values, step=self.progress.step, partition_size=self.config.prototypes.partition.size
+            values, step=self.progress.step, collapses=self.training_step.objective.collapses
         ):
             # Once a run: an alarm that stays true would bury every other line.
             if alarm.name not in self._alarms_raised:

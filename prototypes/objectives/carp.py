@@ -3,17 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ..alarms import Collapse
+from ..config import ObjectiveConfig, PartitionConfig
+from .interface import MeanOverRanks, Objective, RankBatch
+from .partitions import draw_partition
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
     from torch import Tensor
 
-MeanOverRanks = Callable[["Tensor"], "Tensor"]
+
+class CarpObjective(Objective):
+    """CARP on random partitions that it draws itself, a new one for every loss.
+
+    Args:
+        config: logits and the entropy's weight.
+        partition: size of the blocks, and how many of them have logits at once.
+        seed: the run's seed, of which the partitions are a function.
+        mean_over_ranks: of the mean probabilities.
+    """
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        partition: PartitionConfig,
+        *,
+        seed: int,
+        mean_over_ranks: MeanOverRanks | None = None,
+    ) -> None:
+        super().__init__(config)
+        self._entropy_weight = config.entropy_weight
+        self._partition = partition
+        self._seed = seed
+        self._mean_over_ranks = mean_over_ranks
+
+    def __call__(self, batch: RankBatch, *, step: int, micro_step: int = 0) -> dict[str, Tensor]:
+        """Returns `total`, `consistency` and `entropy` of `carp_loss`. Collective."""
+        columns = batch.student.columns
+        loss = carp_loss(
+            batch.student.rows,
+            batch.teacher.rows,
+            columns,
+            batch.teacher.columns,
+            draw_partition(
+                len(columns),
+                self._partition.size,
+                seed=self._seed,
+                step=step,
+                micro_step=micro_step,
+                device=columns.device,
+            ),
+            mean_over_ranks=self._mean_over_ranks,
+            entropy_weight=self._entropy_weight,
+            blocks_per_chunk=max(1, self._partition.blocks_per_chunk // batch.num_parts),
+        )
+        return loss._asdict()
+
+    @property
+    def collapses(self) -> tuple[Collapse, ...]:
+        """Whatever the entropy's weight, consistency and entropy of constant networks add up to log S."""
+        return (Collapse(("consistency", "entropy"), self._partition.size),)
 
 
 class CarpLoss(NamedTuple):

@@ -92,8 +92,9 @@ def test_torchrun_trains_zero_1_and_half_the_ranks_continue_with_twice_the_micro
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
     def start(launcher, name, *overrides, **extra):
+        program = ["-m", "tests.faults.injection"] if extra else ["pretrain.py"]
         return subprocess.run(
-            [*launcher, "pretrain.py", DEMO, *options, f"run.name={name}", *overrides],
+            [*launcher, *program, DEMO, *options, f"run.name={name}", *overrides],
             cwd=ROOT,
             env=environment | extra,
             capture_output=True,

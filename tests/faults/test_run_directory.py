@@ -32,10 +32,11 @@ ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 STEPS, EVERY = 6, 3
 
 
-def command(shards: str, run_dir: Path, *overrides: str) -> list[str]:
+def command(shards: str, run_dir: Path, *overrides: str, module: str = "pretrain") -> list[str]:
     return [
         sys.executable,
-        "pretrain.py",
+        "-m",
+        module,
         DEMO,
         *TINY,
         f"data.shards={shards}",
@@ -47,12 +48,12 @@ def command(shards: str, run_dir: Path, *overrides: str) -> list[str]:
     ]
 
 
-def run(shards: str, run_dir: Path, *overrides: str, expect: int = 0, **environment: str) -> str:
-    """Runs pretrain.py and returns what it said on stderr."""
+def run(shards: str, run_dir: Path, *overrides: str, expect: int = 0, fault: str = "") -> str:
+    """Runs pretrain.py, under a fault if one is planned, and returns what it said on stderr."""
     done = subprocess.run(
-        command(shards, run_dir, *overrides),
+        command(shards, run_dir, *overrides, module="tests.faults.injection" if fault else "pretrain"),
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault},
         capture_output=True,
         text=True,
         timeout=200,
@@ -259,7 +260,7 @@ def test_a_run_whose_last_save_failed_says_so_in_its_exit_code(
         tmp_path / "run",
         f"checkpoint.asynchronous={asynchronous}",
         expect=1,
-        FAULT=f"enospc@0:{STEPS}:save_written",
+        fault=f"enospc@0:{STEPS}:save_written",
     )
     last = said.splitlines()[-1]
     assert f"the run is done, but step {STEPS} is not saved" in last
@@ -267,7 +268,7 @@ def test_a_run_whose_last_save_failed_says_so_in_its_exit_code(
 
 
 def test_a_run_that_only_skips_says_what_is_saved(shards: str, tmp_path: Path) -> None:
-    said = run(shards, tmp_path / "run", "optim.max_skipped_steps=3", expect=1, FAULT="nan@0:*:loss")
+    said = run(shards, tmp_path / "run", "optim.max_skipped_steps=3", expect=1, fault="nan@0:*:loss")
     assert (
         "3 steps in a row were skipped; the newest whole checkpoint is that of step 0"
         in said.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Faults of a run on two gloo ranks: the fault matrix on `pretrain.py` itself, with planned faults (FAULT=...)."""
+"""Faults of a run on two gloo ranks: the fault matrix on `pretrain.py`, with planned faults around it."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def start(
         "model.head.use_bn=false",
         *overrides,
     ]
-    environment = {**env, **({"FAULT": fault} if fault else {})}
-    return start_ranks("pretrain", arguments, world_size, environment=environment, log_dir=out / label)
+    module, planned = ("tests.faults.injection", {"FAULT": fault}) if fault else ("pretrain", {})
+    return start_ranks(module, arguments, world_size, environment={**env, **planned}, log_dir=out / label)
 
 
 def run(

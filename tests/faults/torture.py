@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 import pretrain
 from runtime.program import run_program
 from runtime.rendezvous import free_port
+from tests.faults import injection
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
 from training.checkpoints.files import CheckpointError, list_committed, load_manifest
 
@@ -75,7 +76,7 @@ class Job:
             "WORLD_SIZE": str(WORLD_SIZE),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
-            **({"FAULT": fault} if fault else {}),
+            "FAULT": fault or "",
         }
         self.codes: list[int | None] = [None] * WORLD_SIZE
         self.pids = [
@@ -134,7 +135,7 @@ def _fork(environment: dict[str, str], arguments: list[str], log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        code = run_program(pretrain.main, arguments)
+        code = run_program(injection.main if environment["FAULT"] else pretrain.main, arguments)
     except BaseException:
         traceback.print_exc()
     finally:

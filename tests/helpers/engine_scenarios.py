@@ -27,7 +27,7 @@ from evaluation.probes.knn import build_knn_probe
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
-from prototypes.build import build_estimator
+from prototypes.build import build_estimator, build_objective
 from prototypes.config import CouplingConfig, ObjectiveConfig, PartitionConfig, PrototypesConfig
 from prototypes.config import Mode as PrototypeMode
 from prototypes.diagnostics import UsageCounter
@@ -383,15 +383,15 @@ def one_step(
     step = TrainingStep(
         engine=engine,
         estimator=estimator,
-        prototypes=prototypes,
-        objective=ObjectiveConfig(),
+        objective=build_objective(
+            ObjectiveConfig(), prototypes.partition, seed=0, mean_over_ranks=synchronization.mean_over_ranks
+        ),
         batch=BatchConfig(global_batch_size=num_images, gradient_accumulation_steps=accumulation),
         augmentation=lambda batch: batch,  # type: ignore[arg-type]
         synchronization=synchronization,
         usage=UsageCounter(prototypes.num_prototypes),
         spike_guard=LossSpikeGuard(None),
         device=process.device,
-        seed=0,
     )
     images = torch.randn(2, num_images, 1, 16, 16, generator=torch.Generator().manual_seed(1))
     mine = images.chunk(process.world_size, 1)[process.rank]

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runtime.faults import reach
 from runtime.files import fsync_directory, fsync_file, sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -151,12 +150,10 @@ def open_temporary(root: Path, step: int, world_size: int) -> tuple[int, Path, s
     return step, temporary, key
 
 
-def write_part(temporary: Path, step: int, rank: int, key: str, write: WriteFunction) -> Part:
+def write_part(temporary: Path, rank: int, key: str, write: WriteFunction) -> Part:
     """Calls the writer, then flushes and hashes every file it left."""
     directory = _rank_directory(temporary, rank, key)
-    reach("save_begin", step, rank)
     write(directory)
-    reach("save_written", step, rank)
     entries = []
     for path in sorted(directory.rglob("*")):
         if path.is_dir():
@@ -166,7 +163,6 @@ def write_part(temporary: Path, step: int, rank: int, key: str, write: WriteFunc
         relative = path.relative_to(directory).as_posix()
         entries.append(FileEntry(relative, path.stat().st_size, sha256_of(path), rank))
     fsync_directory(directory)
-    reach("save_hashed", step, rank)
     return Part(entries)
 
 
@@ -196,9 +192,7 @@ def publish(
             indent=1,
         )
         write_atomically(temporary / MANIFEST_NAME, manifest)
-        reach("save_manifest", step, 0)
         write_atomically(temporary / COMMIT_NAME, hashlib.sha256(manifest.encode()).hexdigest() + "\n")
-        reach("save_commit", step, 0)
         if final.exists():
             _delete(final)  # it failed its check (`open_temporary` keeps a good one)
         temporary.rename(final)
@@ -208,7 +202,6 @@ def publish(
         if (final / COMMIT_NAME).is_file() and not (final / REJECTED_NAME).exists():
             return SaveOutcome(step, final)  # only the flush of the renaming failed
         return SaveOutcome(step, None, "; ".join(failures) or f"rank 0: {describe(error)}")
-    reach("save_committed", step, 0)
     return SaveOutcome(step, final)
 
 

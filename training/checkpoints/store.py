@@ -245,7 +245,7 @@ class _PendingSave:
 
     def _run(self) -> None:
         try:
-            self._part = write_part(self.temporary, self.step, self._rank, self.key, self._write)
+            self._part = write_part(self.temporary, self._rank, self.key, self._write)
         except OSError as error:
             self._part = Part(error=describe(error), is_disk_error=True)
         except Exception as error:  # told to all ranks by `finish`, which raises

@@ -25,10 +25,13 @@ class NetworkOutput(NamedTuple):
     Attributes:
         projections: [N, P] fp32, all crops in order.
         learned_prototypes: [K, P] unit rows where the encoder's loss trains prototypes, else None.
+        patch_projections: [N, M, P] fp32, of M patches of each crop: what a network with a head for patches will give
+            as the third value of its forward pass. None from today's, which then cost nothing for it.
     """
 
     projections: Tensor
     learned_prototypes: Tensor | None
+    patch_projections: Tensor | None = None
 
 
 class TrainedNetwork(nn.Module):

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from prototypes.alarms import find_alarms
+from prototypes.alarms import Collapse, find_alarms
+from prototypes.build import build_objective
+from prototypes.config import ObjectiveConfig, PartitionConfig
 from prototypes.diagnostics import (
     UsageCounter,
     count_unique,
@@ -134,11 +136,11 @@ def test_uniform_forgetting_shrinks_means_away_and_the_record_says_so():
     assert count_unique(prototypes)[0.5] == unique
     assert counter.metrics(~vanished)["prototypes/used"] <= unique / 16
     assert metrics["gmm/zero_norm"] == num_vanished / 16
-    alarms = [alarm.name for alarm in find_alarms(metrics, step=2000, partition_size=4)]
+    alarms = [alarm.name for alarm in find_alarms(metrics, step=2000)]
     assert {"underflow", "vanished_means"} <= set(alarms)
     # It is named as soon as a mean has gone, not when its last bit has.
     for unique, num_vanished, metrics in seen:
-        named = [alarm.name for alarm in find_alarms(metrics, step=0, partition_size=4)]
+        named = [alarm.name for alarm in find_alarms(metrics, step=0)]
         assert ("vanished_means" in named) == (num_vanished > 0)
         assert unique <= 16 - num_vanished
 
@@ -150,6 +152,7 @@ def test_rank_and_cosine_of_known_features():
     assert mean_cosine(torch.eye(6)) == pytest.approx(0, abs=1e-6)
 
 
+CARP = build_objective(ObjectiveConfig(), PartitionConfig(size=512), seed=0).collapses
 HEALTHY = {
     "loss/consistency": 2.9,
     "loss/entropy": 0.2,
@@ -181,20 +184,27 @@ HEALTHY = {
     ],
 )
 def test_each_alarm_fires_alone_on_its_case(name, change):
-    alarms = find_alarms({**HEALTHY, **change}, step=5000, partition_size=512)
+    alarms = find_alarms({**HEALTHY, **change}, step=5000, collapses=CARP)
     assert [alarm.name for alarm in alarms] == [name]
     assert "\n" not in alarms[0].message
 
 
+def test_the_objective_says_how_its_own_scalars_collapse():
+    metrics, own = {**HEALTHY, "loss/cross_entropy": 4.17}, Collapse(("cross_entropy",), 64)
+    (alarm,) = find_alarms(metrics, step=200, collapses=[own, *CARP])
+    assert alarm.name == "uniform_collapse" and "cross_entropy is 4.170, within 1 % of ln 64" in alarm.message
+    assert find_alarms(metrics, step=199, collapses=[own]) == find_alarms(metrics, step=200) == []
+
+
 def test_no_alarm_on_healthy_or_missing_values():
-    assert find_alarms(HEALTHY, step=5000, partition_size=512) == []
-    assert find_alarms({}, step=5000, partition_size=512) == []
+    assert find_alarms(HEALTHY, step=5000, collapses=CARP) == []
+    assert find_alarms({}, step=5000, collapses=CARP) == []
     few_rows = {**HEALTHY, "prototypes/used": 0.04, "prototypes/used_ceiling": 0.05}
-    assert find_alarms(few_rows, step=5000, partition_size=512) == []
+    assert find_alarms(few_rows, step=5000, collapses=CARP) == []
     standing = {**HEALTHY, "prototypes/used": 0.0, "prototypes/used_ceiling": 0.0}
-    assert find_alarms(standing, step=5000, partition_size=512) == []
+    assert find_alarms(standing, step=5000, collapses=CARP) == []
     fresh = {**HEALTHY, "loss/consistency": 6.24, "prototypes/used": 0.0, "gmm/displacement": 0.0}
-    assert find_alarms(fresh, step=0, partition_size=512) == []
+    assert find_alarms(fresh, step=0, collapses=CARP) == []
 
 
 def run_for_alarms(num_steps=220, rows=None, **gmm):
@@ -207,17 +217,17 @@ def run_for_alarms(num_steps=220, rows=None, **gmm):
 @pytest.mark.learned
 def test_alarms_on_planted_estimators():
     healthy = run_for_alarms()
-    assert find_alarms(healthy, step=2000, partition_size=4) == []
+    assert find_alarms(healthy, step=2000) == []
     estimator = build(make_config(1024, 8, responsibility_scale="mean"))
     for step in range(5):
         take_step(estimator, clustered_rows(128, 8, seed=step))
-    frozen = find_alarms(estimator.metrics(), step=2000, partition_size=4)
+    frozen = find_alarms(estimator.metrics(), step=2000)
     assert [alarm.name for alarm in frozen] == ["frozen_codebook"]
     uniform = build(make_config(32, 8, **exact_gmm(forgetting="uniform", uniform_rate=0.5)))
     uniform.means[0] = 300.0
     for step in range(40):
         take_step(uniform, clustered_rows(32, 8, seed=step))
-    underflow = find_alarms(uniform.metrics(), step=40, partition_size=4)
+    underflow = find_alarms(uniform.metrics(), step=40)
     assert [alarm.name for alarm in underflow] == ["underflow", "vanished_means"]
     cold = run_for_alarms(num_steps=5, beta=AnnealingConfig(schedule="constant", end=0.05, guard=None))
-    assert "beta_below_critical" in [alarm.name for alarm in find_alarms(cold, step=2000, partition_size=4)]
+    assert "beta_below_critical" in [alarm.name for alarm in find_alarms(cold, step=2000)]

@@ -498,7 +498,7 @@ def test_tie_pulls_the_student_s_prototypes():
     )
     estimator = build(config)
     learned = torch.nn.functional.normalize(torch.randn(16, 8), dim=1).requires_grad_()
-    loss = estimator.auxiliary_loss(learned, None)
+    loss = estimator.auxiliary_loss(learned)
     expected = 2 * (learned - estimator.prototypes("teacher")).square().sum(1).mean()
     torch.testing.assert_close(loss, expected)
 

@@ -9,11 +9,13 @@ import torch
 from data.views.augmentations import Crops
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
-from prototypes.build import build_estimator
+from prototypes.build import build_estimator, build_objective
 from prototypes.config import CouplingConfig, ObjectiveConfig, PartitionConfig, PrototypesConfig
 from prototypes.diagnostics import UsageCounter
 from prototypes.mixture.config import GmmConfig, InitialisationConfig
 from prototypes.objectives.carp import carp_loss
+from prototypes.objectives.interface import Objective
+from prototypes.objectives.koleo import compute_koleo
 from prototypes.objectives.partitions import draw_partition
 from tests.helpers.plain_engine import PlainEngine
 from training.accumulation import StudentPass, differentiate, join, split
@@ -95,8 +97,7 @@ def build_step(accumulation=1, how="exact", model=VIT, objective=None, **prototy
     return TrainingStep(
         engine=PlainEngine(student, teacher),
         estimator=estimator,
-        prototypes=config,
-        objective=objective or ObjectiveConfig(),
+        objective=build_objective(objective or ObjectiveConfig(), config.partition, seed=0),
         batch=BatchConfig(
             global_batch_size=IMAGES, gradient_accumulation_steps=accumulation, accumulation=how
         ),
@@ -105,7 +106,6 @@ def build_step(accumulation=1, how="exact", model=VIT, objective=None, **prototy
         usage=UsageCounter(PROTOTYPES),
         spike_guard=LossSpikeGuard(None),
         device=torch.device("cpu"),
-        seed=0,
     )
 
 
@@ -195,7 +195,7 @@ def test_per_micro_batch_is_the_mean_of_the_micro_batches_losses():
         assert float((gradients[name] - parameter.grad).abs().max()) <= 1e-5 * scale, name
 
 
-@pytest.mark.parametrize("arm", ["joint", "gmm_diag"])
+@pytest.mark.parametrize("arm", ["joint", "joint_kp", "gmm_diag"])
 def test_one_micro_batch_is_the_plain_gradient_bit_for_bit_and_one_pass(arm):
     results = [train(1, num_steps=1, how=how, **ARMS[arm]) for how in ("exact", "per_micro_batch")]
     step = build_step(**ARMS[arm])
@@ -208,16 +208,21 @@ def test_one_micro_batch_is_the_plain_gradient_bit_for_bit_and_one_pass(arm):
     goal_rows, goal_columns = step.estimator.logit_operands(
         teacher.projections, "teacher", teacher.learned_prototypes
     )
+    partition = draw_partition(PROTOTYPES, BLOCK, seed=0, step=0)
     loss = carp_loss(
         rows.unflatten(0, (-1, IMAGES)),
         goal_rows.unflatten(0, (-1, IMAGES)),
         columns,
         goal_columns,
-        draw_partition(PROTOTYPES, BLOCK, seed=0, step=0),
+        partition,
     )
-    loss.total.backward()
+    total = loss.total
+    if arm == "joint_kp":
+        total = total + step.estimator.config.koleo_weight * compute_koleo(columns, partition)
+    total.backward()
     for ((outcome, gradients),), found in results:
-        assert torch.equal(outcome.loss["total"], loss.total.detach())
+        assert torch.equal(outcome.loss["total"], total.detach())
+        assert torch.equal(outcome.loss["entropy"], loss.entropy.detach())
         for name, parameter in step.engine.student.named_parameters():
             assert torch.equal(gradients[name], parameter.grad), name
         assert found.engine.num_passes == 1
@@ -308,13 +313,24 @@ def test_a_pass_over_several_micro_batches_holds_no_graph():
     assert output.projections.grad_fn is None and output.learned_prototypes.grad_fn is None
 
 
-def test_join_is_the_order_of_one_batch_and_split_its_inverse():
+@pytest.mark.parametrize("with_patches", [False, True])
+def test_join_is_the_order_of_one_batch_and_split_its_inverse(with_patches):
     rows = torch.arange(3 * 4 * 2.0).view(3, 4, 2)
-    parts = [NetworkOutput(part.flatten(0, 1), torch.ones(5, 2)) for part in rows.chunk(2, dim=1)]
+    patches = torch.arange(3 * 4 * 5 * 2.0).view(3, 4, 5, 2)
+    parts = [
+        NetworkOutput(part.flatten(0, 1), torch.ones(5, 2), of.flatten(0, 1) if with_patches else None)
+        for part, of in zip(rows.chunk(2, dim=1), patches.chunk(2, dim=1), strict=True)
+    ]
     joined = join(parts, 2)
     assert torch.equal(joined.projections, rows.flatten(0, 1))
+    assert (joined.patch_projections is not None) == with_patches
     for part, back in zip(parts, split(joined, 2, 2), strict=True):
         assert torch.equal(part.projections, back.projections)
+        if with_patches:
+            assert torch.equal(joined.patch_projections, patches.flatten(0, 1))
+            assert torch.equal(part.patch_projections, back.patch_projections)
+        else:
+            assert back.patch_projections is None
         assert torch.equal(back.learned_prototypes, torch.full((5, 2), 0.5))
 
 
@@ -324,6 +340,47 @@ def test_differentiate_gives_zero_where_the_loss_uses_nothing():
     assert terms["total"] == 6 and not terms["total"].requires_grad
     assert torch.equal(gradient.projections, 2 * torch.ones(2, 3))
     assert torch.equal(gradient.learned_prototypes, torch.zeros(4, 3))
+    assert gradient.patch_projections is None
+
+
+class TwoTerms(Objective):
+    """A loss that is no sum over images and shares nothing with CARP's."""
+
+    def __call__(self, batch, *, step, micro_step=0):
+        self.asked = (step, micro_step, batch.num_parts)
+        student, teacher = (side.rows @ side.columns.T for side in (batch.student, batch.teacher))
+        mean = student.softmax(-1).mean((0, 1))
+        agreement = (student[: len(teacher)] * teacher.detach()).mean()
+        return {"total": 10 + (mean * mean.log()).sum() + agreement, "agreement": agreement}
+
+
+@pytest.mark.parametrize("arm", ["joint", "gmm_diag"])
+def test_a_step_runs_any_objective_and_returns_its_scalars(arm):
+    outcomes = []
+    for accumulation in (1, 4):
+        step = build_step(accumulation, **ARMS[arm])
+        step.objective = TwoTerms(ObjectiveConfig(logits="cosine", student_temperature=0.5))
+        torch.manual_seed(0)
+        outcome = step(draw_micro_batches(accumulation), 3, SCHEDULE)
+        assert outcome.applied and list(outcome.loss) == ["total", "agreement"]
+        assert step.objective.asked == (3, 0, accumulation)
+        outcomes.append([(outcome, step.engine.gradients)])
+    check_equal_steps(*outcomes)
+
+
+def test_the_gradient_at_patches_goes_back_into_their_micro_batches():
+    rows = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
+    patches = torch.randn(3, 4, 5, 2, generator=torch.Generator().manual_seed(1))
+
+    def loss(student):
+        balance = student.patch_projections.softmax(-1).mean((0, 1)).square().sum()
+        return {"total": balance + student.projections.mean()}
+
+    _, whole = differentiate(loss, NetworkOutput(rows.flatten(0, 1), None, patches.flatten(0, 1)))
+    for part, expected in zip(
+        split(whole, 2, 2), whole.patch_projections.view(3, 2, 2, 5, 2).unbind(1), strict=True
+    ):
+        assert torch.equal(part.patch_projections, expected.flatten(0, 1)) and expected.abs().max() > 0
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.views.augmentations import Crops
+from prototypes.build import build_objective
 from prototypes.config import ObjectiveConfig
 from prototypes.diagnostics import UsageCounter
 from prototypes.mixture.config import RevivalConfig
@@ -53,15 +54,13 @@ def build_step(estimator, config, finite=True):
     return TrainingStep(
         engine=FixedEngine(finite),
         estimator=estimator,
-        prototypes=config,
-        objective=ObjectiveConfig(),
+        objective=build_objective(ObjectiveConfig(), config.partition, seed=0),
         batch=BatchConfig(),
         augmentation=lambda batch: batch,
         synchronization=Synchronization(1),
         usage=UsageCounter(NUM),
         spike_guard=LossSpikeGuard(None),
         device=torch.device("cpu"),
-        seed=0,
     )
 
 

@@ -510,11 +510,11 @@ def test_a_ninth_digit_is_a_step_only_where_it_is_needed(tmp_path: Path) -> None
 
 
 def test_a_rank_of_a_killed_start_does_not_write_into_the_next_starts_save(tmp_path: Path) -> None:
-    step, temporary, key = open_temporary(tmp_path, 10, 1)
+    _, temporary, key = open_temporary(tmp_path, 10, 1)
     again = open_temporary(tmp_path, 10, 1)
     with pytest.raises(OSError, match="No such file"):
-        write_part(temporary, step, 0, key, lambda directory: (directory / "late").write_text("x"))
-    assert write_part(again[1], 10, 0, again[2], writer(1.0)).entries
+        write_part(temporary, 0, key, lambda directory: (directory / "late").write_text("x"))
+    assert write_part(again[1], 0, again[2], writer(1.0)).entries
 
 
 def test_the_store_knows_its_newest_whole_step(tmp_path: Path) -> None:
