@@ -176,6 +176,8 @@ def _check_options(options: argparse.Namespace) -> None:
         "imbalance": 1,
         "memory_mib": 1,
     }
+    if not options.out:
+        raise DataError("--out is empty; expected a folder for the shards; set --out")
     for name, lowest in least.items():
         value = getattr(options, name, lowest)
         if not value >= lowest:

@@ -22,6 +22,7 @@ LABEL_SUFFIX = "cls"
 _SYSTEM_NAMES = frozenset(("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "lost+found"))
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
 _NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NUM_NAMED = 6
 
 
@@ -43,12 +44,13 @@ def is_system_name(name: str) -> bool:
 
 
 def readable(name: str) -> str:
-    """Returns a file's name as text that can be printed: bytes that are no UTF-8 are taken as Latin-1."""
+    """Returns a file's name as one line of text: what is no UTF-8 is taken as Latin-1, line breaks are escaped."""
     raw = name.encode("utf-8", "surrogateescape")
     try:
-        return raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError:
-        return raw.decode("latin-1")
+        text = raw.decode("latin-1")
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def split_name(name: str) -> tuple[str, str] | tuple[None, None]:

@@ -272,8 +272,14 @@ def skip_samples(file: ReadableFile, count: int) -> int:
     raise EOFError(f"the tar ended before its sample {count}")
 
 
-def iterate_offsets(file: ReadableFile) -> Iterator[int]:
+def iterate_offsets(
+    file: ReadableFile, pass_over: Callable[[tarfile.TarInfo], None] = lambda _: None
+) -> Iterator[int]:
     """Yields where each sample of an open, uncompressed tar starts, reading headers only.
+
+    Args:
+        file: the tar.
+        pass_over: is told of every member that belongs to no sample, links and folders too.
 
     Raises:
         tarfile.TarError, OSError: not a tar.
@@ -284,6 +290,7 @@ def iterate_offsets(file: ReadableFile) -> Iterator[int]:
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         key = split_name(member.name)[0] if member.isreg() else None
         if key is None:
+            pass_over(member)
             continue
         if key != previous_key:
             yield member.offset

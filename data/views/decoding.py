@@ -13,7 +13,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -77,6 +77,8 @@ def decode_image(data: bytes, *, channels: int, max_pixels: int) -> Tensor:
         if isinstance(error, BadImageError):
             raise
         raise_if_local(error, "an image")
+        if isinstance(error, UnidentifiedImageError):  # whose message is an address in memory
+            raise BadImageError("no format that Pillow knows" if data else "the file is empty") from error
         raise BadImageError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if pixels.shape[-1] < 1 or pixels.shape[-2] < 1:
         raise BadImageError("the image has no pixels")
@@ -113,6 +115,8 @@ def _decode_with_pillow(image: Image.Image, gray: bool) -> Tensor:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image).astype(np.float64)
         # 16-bit PNGs open as I;16 or, in older files, as I; plain division keeps their range, Pillow's would clip.
+        if not np.isfinite(values).all():
+            raise BadImageError("values that are not finite")
         scale = 255.0 if image.mode == "F" and values.max(initial=0.0) <= 1.0 else 1.0
         if image.mode != "F":
             scale = 255.0 / 65535.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,7 +92,7 @@ def walk_images(root: str) -> tuple[list[tuple[Path, str]], PassedOver]:
         for entry in _list_folder(folder):
             if is_system_name(entry.name):
                 passed.add("hidden or system file", entry.path)
-            elif entry.is_dir():
+            elif _is(entry.is_dir):
                 if entry.is_symlink():
                     links.append(entry.path)
                 elif os.path.realpath(entry.path) not in visited:
@@ -116,11 +118,16 @@ def find_split_folders(root: str) -> tuple[list[str], PassedOver]:
     for entry in _list_folder(root):
         if is_system_name(entry.name):
             passed.add("hidden or system file", entry.path)
-        elif entry.is_dir():
+        elif _is(entry.is_dir):
             names.append(entry.name)
         else:
             passed.add("file beside split folders", entry.path)
     splits = [name for name in names if name.lower() in SPLIT_FOLDERS]
+    if len({name.lower() for name in splits}) < len(splits):
+        raise DataError(
+            f"{root} holds the folders {', '.join(splits)}; expected one a split, whatever its case; merge them, or "
+            "pass --split-folders no if they are classes"
+        )
     if splits and len(splits) < len(names):
         other = next(name for name in names if name not in splits)
         raise DataError(
@@ -141,9 +148,19 @@ def _list_folder(folder: str) -> list[os.DirEntry[str]]:
         ) from error
 
 
+def _is(kind: Callable[[], bool]) -> bool:
+    """Returns whether a directory entry is of a kind; a link that leads round in a circle is of none."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
 def _take_file(entry: os.DirEntry[str], found: list[tuple[Path, str]], passed: PassedOver) -> None:
     path = Path(entry.path)
-    if not entry.is_file():
+    if not _is(entry.is_file):
         passed.add("broken link or special file", entry.path)
         return
     suffix = path.suffix[1:].lower() or _sniff(path)

@@ -60,7 +60,7 @@ def list_splits(directory: str) -> dict[str, list[ShardFile]]:
     base = Path(directory)
     if not base.is_dir():
         raise DataError(f"{directory} is no folder; expected one that holds .tar shards; pass its path")
-    paths = _visible(base.glob("*.tar")) or _visible(base.glob("*/*.tar"))
+    paths = _visible(base.iterdir()) or _visible(base.glob("*/*"))
     if not paths:
         others = sorted(path.name for path in base.iterdir() if ".tar." in path.name or path.suffix == ".tgz")
         found = f" ({len(others)} compressed ones, {others[0]}: expand them)" if others else ""
@@ -79,9 +79,17 @@ def list_splits(directory: str) -> dict[str, list[ShardFile]]:
 
 def _visible(paths: Iterator[Path]) -> list[Path]:
     # `._train-000000.tar` and `__MACOSX/` are what macOS keeps beside files on a foreign disk.
-    return sorted(
-        path for path in paths if not (is_system_name(path.name) or is_system_name(path.parent.name))
+    tars = sorted(
+        path
+        for path in paths
+        if path.suffix.lower() == ".tar"
+        and not (is_system_name(path.name) or is_system_name(path.parent.name))
     )
+    for path in tars:
+        # To open a pipe is to wait for whoever writes into it.
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is no regular file; expected a tar; remove it")
+    return tars
 
 
 def write_manifests(

@@ -106,6 +106,9 @@ class FileSource(ImageSource):
         file = self.files[index]
         path = Path(file.path)
         try:
+            # A list may name a pipe or a device, whose reading would never end.
+            if path.exists() and not path.is_file():
+                return Rejected(self.name(index), "unreadable", "no regular file", index)
             content = path.read_bytes()
             suffix = file.suffix or path.suffix[1:].lower()
             if suffix not in IMAGE_SUFFIXES and not (suffix := sniff_suffix(content)):
@@ -189,7 +192,12 @@ def list_csv(
     if not Path(path).is_file():
         raise DataError(f"the CSV file is {path!r}; expected an existing file; pass its path")
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    rows, columns = list(reader), list(reader.fieldnames or ())
+    try:
+        rows, columns = list(reader), list(reader.fieldnames or ())
+    except csv.Error as error:
+        raise DataError(
+            f"line {reader.line_num + 1} of {path} is no CSV ({error}); expected rows; mend the file"
+        ) from error
     for column, option in ((image_column, "--image-column"), (label_column, "--label-column")):
         if column and column not in columns:
             named = ", ".join(columns) or "a header, but the file is empty"
@@ -201,10 +209,9 @@ def list_csv(
                 f"row {number} of {path} has another number of columns; expected {len(columns)}; mend the file"
             )
         for column in filter(None, (image_column, label_column)):
-            if not row[column].strip():
-                raise DataError(
-                    f"row {number} of {path} has an empty {column!r}; expected one; mend the file"
-                )
+            if not row[column].strip() or "\0" in row[column]:
+                what = "a zero byte in" if row[column].strip() else "an empty"
+                raise DataError(f"row {number} of {path} has {what} {column!r}; expected text; mend the file")
         facts = {key: value for key, value in row.items() if key not in (image_column, label_column)}
         label = row[label_column].strip() if label_column else None
         items.append((Path(root) / row[image_column], label, facts, ""))

@@ -12,6 +12,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from data.config import MAX_IMAGE_PIXELS
@@ -48,7 +49,7 @@ class ShardScan:
         offsets: where each sample starts.
         checksums: CRC-32 of each sample's members.
         labels: class index or class name of each sample, None without.
-        passed_over: regular members that belong to no sample, by reason, and the first names of each.
+        passed_over: members other than folders that belong to no sample, by reason, and the first names of each.
         findings: what is wrong with it by itself, whatever a manifest says; one for each kind.
     """
 
@@ -118,7 +119,7 @@ def _read_samples(path: Path, scan: ShardScan, num_decoded: int | None, image_ke
     try:
         # What stops this will stop the reading below, which reports it.
         with contextlib.suppress(*READ_ERRORS), path.open("rb") as file:
-            scan.offsets.extend(iterate_offsets(file))
+            scan.offsets.extend(iterate_offsets(file, partial(_note_passed_over, scan)))
         if decoded is not None and num_decoded:
             stride = max(1, len(scan.offsets) // num_decoded)
             decoded.update(range(0, len(scan.offsets), stride))
@@ -162,7 +163,7 @@ def _take_in(scan: ShardScan, ordinal: int, sample: EncodedSample, image_key: st
 
 
 def _walk_blocks(path: Path, scan: ShardScan) -> None:
-    """Finds damaged headers, a missing end of the archive, data behind the end, and what belongs to no sample."""
+    """Finds damaged headers, a missing end of the archive and data behind the end."""
     with path.open("rb") as file:
         offset = 0
         while True:
@@ -184,7 +185,6 @@ def _walk_blocks(path: Path, scan: ShardScan) -> None:
                     None, "holds a sparse file; expected whole ones; pack it without --sparse", member.name
                 )
                 return
-            _note_passed_over(member, scan)
             offset += _BLOCK + -(-member.size // _BLOCK) * _BLOCK
         file.seek(offset)
         if any(any(block) for block in iter(lambda: file.read(1 << 20), b"")):
@@ -194,9 +194,9 @@ def _walk_blocks(path: Path, scan: ShardScan) -> None:
             scan.find(None, "the end of the archive is cut off")
 
 
-def _note_passed_over(member: tarfile.TarInfo, scan: ShardScan) -> None:
-    reason = passed_over_reason(member.name) if member.isreg() else ""
-    if reason:
+def _note_passed_over(scan: ShardScan, member: tarfile.TarInfo) -> None:
+    reason = passed_over_reason(member.name) if member.isreg() else "link or special file"
+    if not member.isdir():
         scan.num_passed_over[reason] += 1
         named = scan.passed_over.setdefault(reason, [])
         if len(named) < _NUM_NAMED:

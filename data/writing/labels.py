@@ -13,6 +13,8 @@ from data.shards import DataError
 # More than any published set has; a label beyond is a mistake (an image id, a hash), and would size every table.
 MAX_CLASSES = 1_000_000
 CLASS_FILES = ("classes.txt", "classnames.txt")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # several labels in several lines, or a number in binary
+_NUM_SHOWN = 16
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
 
 Label = int | str | None
@@ -41,7 +43,10 @@ def read_label(key: str, members: Mapping[str, bytes]) -> Label:
     """
     suffix = label_member(key, members)
     if suffix:
-        return parse_label(key, members[suffix].decode("utf-8", "replace"))
+        try:
+            return parse_label(key, members[suffix].decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise LabelError(key, repr(members[suffix][:_NUM_SHOWN]), "UTF-8 text") from error
     if "json" not in members:
         return None
     try:
@@ -63,6 +68,8 @@ def parse_label(key: str, value: object) -> int | str:
     text = str(value).strip()
     if not text:
         raise LabelError(key, "empty", "a class index or a class name")
+    if _CONTROL.search(text):
+        raise LabelError(key, repr(text), "one class index or one class name, in one line of text")
     if isinstance(value, str) and not _INTEGER.fullmatch(text) and not re.fullmatch(r"[+-]?[0-9]+", text):
         return text
     if not _INTEGER.fullmatch(text) or not 0 <= int(text.split(".")[0]) < MAX_CLASSES:

@@ -94,6 +94,12 @@ def reshuffle(source: str, directory: str, options: ReshuffleOptions) -> None:
             f"--out is {directory}, which is not empty; expected a new or empty folder; set --out"
         )
     splits, classes, image_key = _open(source, options)
+    unfit = next((name for name in classes if name.splitlines() != [name.strip()]), None)
+    if unfit is not None:
+        raise DataError(
+            f"{source} has the class {unfit!r}; expected names of one line without spaces around them, as classes.txt "
+            "holds one a line; rename it"
+        )
     target.mkdir(parents=True, exist_ok=True)
     needed = sum(split.num_bytes for split in splits.values())
     free = shutil.disk_usage(target).free

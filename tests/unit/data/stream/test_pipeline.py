@@ -121,7 +121,7 @@ def test_bad_samples_are_skipped_counted_and_named(make_set, make_config, image_
 
 def test_too_many_bad_samples_stop_the_run_with_their_names(make_set, make_config):
     config = make_config(make_set(UNEVEN, bad={3: b"no image"}))
-    with pytest.raises(DataError, match=r"k00003.*BadImage|k00003.*UnidentifiedImage"):
+    with pytest.raises(DataError, match=r"k00003.*BadImage|k00003.*no format"):
         read_steps(config, steps=6)
 
 
