@@ -157,7 +157,7 @@ def _read_splits(directory: str) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
         schema, splits = document["schema"], dict(document["splits"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({type(error).__name__}); write it again") from error
     if schema != _SCHEMA:
         raise DataError(f"{path} has schema {schema}; expected {_SCHEMA}; write it again")
@@ -170,8 +170,8 @@ def _split_from_dict(values: dict[str, Any], directory: str, split: str, where: 
         manifest = Manifest(
             split=split,
             shards=shards,
-            classes=tuple(values["classes"]),
-            images_per_class=tuple(values["images_per_class"]),
+            classes=_tuple_of(values["classes"]),
+            images_per_class=_tuple_of(values["images_per_class"]),
             directory=directory,
             index_path=values.get("index_path", ""),
             index_sha256=values.get("index_sha256", ""),
@@ -187,7 +187,28 @@ def _split_from_dict(values: dict[str, Any], directory: str, split: str, where: 
             raise DataError(
                 f"{shard.name} holds {shard.samples} samples; expected at least 1; remove that shard"
             )
+    wrong = _find_wrong(manifest)
+    if wrong:
+        raise DataError(f"{where} is damaged at split {split!r}: {wrong}; write it again")
     return manifest
+
+
+def _find_wrong(manifest: Manifest) -> str:
+    """Returns what a manifest that somebody edited says amiss; empty if nothing."""
+    classes, counts, names = manifest.classes, manifest.images_per_class, [s.name for s in manifest.shards]
+    if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
+        return "classes are not different names"
+    if len(counts) != len(classes) or not all(isinstance(number, int) and number >= 0 for number in counts):
+        return f"images_per_class are not {len(classes)} numbers, one a class"
+    if not isinstance(manifest.index_path, str) or not isinstance(manifest.notes, dict):
+        return "index_path is no text, or notes are no object"
+    if len(set(names)) != len(names):
+        return f"shard {next(name for name in names if names.count(name) > 1)} is listed twice"
+    for shard in manifest.shards:
+        chosen = np.array(shard.ordinals or (), dtype=np.int64)
+        if len(chosen) and (chosen[0] < 0 or chosen[-1] >= shard.samples or (np.diff(chosen) <= 0).any()):
+            return f"ordinals of {shard.name} are not ascending numbers below {shard.samples}"
+    return "" if manifest.num_samples else "no sample is selected"
 
 
 def _shard_from_dict(values: dict[str, Any]) -> Shard:
@@ -199,6 +220,12 @@ def _shard_from_dict(values: dict[str, Any]) -> Shard:
         sha256=str(values["sha256"]),
         ordinals=None if ordinals is None else tuple(int(ordinal) for ordinal in ordinals),
     )
+
+
+def _tuple_of(values: object) -> tuple[Any, ...]:
+    if not isinstance(values, list):
+        raise TypeError(f"{str(values)[:40]!r} is no list")
+    return tuple(values)
 
 
 def manifest_to_json(manifests: Sequence[Manifest]) -> str:

@@ -125,6 +125,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         """Refuses probes and controls that do not exist."""
         refuse_unless(bool(self.encoder), "encoder", repr(self.encoder), "a run, a folder or a prefixed name")
+        refuse_unless(bool(self.probes or self.controls), "probes", "[]", "at least one, or controls")
         for name in self.probes:
             refuse_unless(
                 name in PROBES, "probes", f"[{', '.join(self.probes)}]", f"names among {', '.join(PROBES)}"

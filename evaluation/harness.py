@@ -9,7 +9,7 @@ from pathlib import Path
 from evaluation.config import EvaluationConfig
 from evaluation.encoders.load import Encoder, load_controls, load_encoder
 from evaluation.encoders.preprocessing import Preprocessing
-from evaluation.features.processes import start_processes
+from evaluation.features.processes import require_writable, start_processes
 from evaluation.features.session import Session, extract_together
 from evaluation.probes.run import PROBE_FUNCTIONS
 from evaluation.results import collect_provenance, write_result
@@ -41,6 +41,7 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
     )
     _refuse_features_of_a_file(config, encoder)
     directory = results_directory(config, encoder)
+    require_writable(directory, "output_dir", processes)
     controls = load_controls(
         encoder,
         config.controls,

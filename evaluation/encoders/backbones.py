@@ -60,6 +60,12 @@ class TimmFeatures(FeatureModule):
         # With registers and no CLS token, the first token is a register.
         self._has_class_token = bool(self._num_prefix_tokens) and "cls_token" in prefixes
         if num_blocks > 1 and self._has_class_token:
+            depth = len(getattr(model, "blocks", ()))
+            if 0 < depth < num_blocks:
+                raise EncoderError(
+                    f"features.num_blocks is {num_blocks}; expected at most {depth}, the encoder's blocks; set "
+                    "features.num_blocks"
+                )
             intermediates = getattr(model, "forward_intermediates", None)
             if intermediates is None or "return_prefix_tokens" not in signature(intermediates).parameters:
                 raise EncoderError(

@@ -33,7 +33,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, gelu, layer_norm, linear, normalize, relu
 
-from evaluation.encoders.weights_files import WeightsFileError, read_weights_file, refuse_part, split_name
+from evaluation.encoders.weights_files import (
+    WeightsFileError,
+    read_weights_file,
+    refuse_part,
+    require_real_matrix,
+    split_name,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -162,7 +168,7 @@ def _matrix(
         end, replacement = layout.mlp
         prefix = re.sub(f"(?:{end})$", replacement, match.string)
         mlp = {key.removeprefix(prefix): t for key, (t, _) in tensors.items() if key.startswith(prefix)}
-    tensor = tensors[match.string][0].float()
+    tensor = require_real_matrix(tensors[match.string][0], match.string)
     return PrototypeMatrix(name or "prototypes", family, tensor, mlp, layout.activation, layout.unit)
 
 
@@ -199,7 +205,7 @@ def _named(path: Path, name: str, tensors: Mapping[str, Tensor]) -> PrototypeMat
             f"tensor {name!r} of {path} is {shape}; expected a matrix [K, P]; found "
             f"{_largest({key: (value, False) for key, value in tensors.items()})}; set PATH#TENSOR"
         )
-    return PrototypeMatrix(name, "named tensor", tensor.float(), {})
+    return PrototypeMatrix(name, "named tensor", require_real_matrix(tensor, name), {})
 
 
 def _largest(tensors: Mapping[str, tuple[Tensor, bool]]) -> str:

@@ -87,7 +87,7 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
         )
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     flat: dict[str, Tensor] = {}
-    _flatten(content, "", flat)
+    _flatten(content, "", flat, ())
     return {_plain_name(name): tensor for name, tensor in flat.items()}
 
 
@@ -114,17 +114,33 @@ def _read_pickle(path: Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise WeightsFileError(
-            f"{path} cannot be read as a PyTorch weights file ({_one_line(error)}); fetch the file again"
+            f"{path} cannot be read as a PyTorch weights file ({type(error).__name__}: {_one_line(error)}); fetch the "
+            "file again"
         ) from error
 
 
-def _flatten(value: Any, name: str, found: dict[str, Tensor]) -> None:
+def require_real_matrix(tensor: Tensor, name: str) -> Tensor:
+    """Returns a tensor in fp32.
+
+    Raises:
+        WeightsFileError: it has no values (meta), or such as are no plain real numbers.
+    """
+    dense = tensor.layout == torch.strided
+    if tensor.is_meta or not dense or tensor.is_quantized or tensor.is_complex():
+        what = "without values (meta)" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+        raise WeightsFileError(
+            f"tensor {name!r} is {what}; expected real numbers in a dense matrix; save it as one and pass that file"
+        )
+    return tensor.float()
+
+
+def _flatten(value: Any, name: str, found: dict[str, Tensor], inside: tuple[int, ...]) -> None:
     if isinstance(value, Tensor):
         found[name] = value.detach()
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Mapping) and id(value) not in inside:  # a mapping may hold itself
         for key, item in value.items():
             if str(key) not in _SKIPPED:
-                _flatten(item, f"{name}.{key}" if name else str(key), found)
+                _flatten(item, f"{name}.{key}" if name else str(key), found, (*inside, id(value)))
 
 
 def _plain_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -66,5 +67,6 @@ def read_cached(path: Path) -> dict[str, Tensor] | None:
         logger.warning("features are extracted again: %s", error)
         return None
     # When it was last of use, for `evaluation.cache --prune`. Not the time of access: looking at a file renews that.
-    os.utime(path)
+    with contextlib.suppress(OSError):  # a cache that others own, or that is read-only, is as good
+        os.utime(path)
     return tensors

@@ -26,7 +26,7 @@ from data.datasets import EvaluationStream, Manifest
 from evaluation.config import EvaluationDataConfig, FeaturesConfig
 from evaluation.encoders.load import Encoder
 from evaluation.features.cache import cache_file, read_cached
-from evaluation.features.processes import Processes
+from evaluation.features.processes import Processes, require_writable
 from evaluation.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ def load_features(
         else:
             groups.setdefault(json.dumps(encoder.transform.describe(), sort_keys=True), []).append(index)
     seconds = [0.0] * len(encoders)
+    if groups:
+        require_writable(Path(features.cache_dir), "features.cache_dir", processes)
     for members in groups.values():
         started = time.perf_counter()
         chosen = [encoders[index] for index in members]
@@ -329,7 +331,6 @@ def _merge_into(
     Raises:
         FeatureError: on every process, where the parts do not make the split.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     token = processes.gather(f"{socket.gethostname()}-{os.getpid()}")[0]
     parts = [file.with_name(f".{file.name}.{token}.part-{rank:05d}") for rank in range(processes.world_size)]
     save_tensors(own, parts[processes.rank], {"split": manifest.split})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +45,30 @@ class Processes:
     def mine(self, parts: int) -> range:
         """Returns which of `parts` equal pieces of work this process does: every world_size-th, from its rank."""
         return range(self.rank, parts, self.world_size)
+
+
+def require_writable(directory: Path, key: str, processes: Processes) -> None:
+    """Makes a folder and raises ValueError on every process unless each can write into it. Collective.
+
+    Asked before the work whose outcome goes there.
+
+    Args:
+        directory: the folder.
+        key: the option that names it.
+        processes: who writes.
+    """
+    said = ""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        said = error.strerror or type(error).__name__
+    said = next(filter(None, processes.gather(said)), "")
+    if said:
+        raise ValueError(
+            f"{key} is {str(directory)!r}; expected a folder that can be written ({said}); set {key}"
+        )
 
 
 def start_processes(device: str = "auto") -> Processes:

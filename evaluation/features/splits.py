@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from data.datasets import Manifest, load_manifest, require_same_classes
+from data.shards import Shard
 from evaluation.config import EvaluationDataConfig
 
 
@@ -39,9 +42,13 @@ def _count_shared(train: Manifest, test: Manifest) -> int:
     """Returns how many images of the test split lie in the same place of the same tar as a training image."""
     seen: dict[str, set[int]] = {}
     for shard in train.shards:
-        seen.setdefault(shard.sha256, set()).update(shard.ordinals or range(shard.samples))
+        seen.setdefault(shard.sha256, set()).update(_selected(shard))
     return sum(
-        len(seen[shard.sha256].intersection(shard.ordinals or range(shard.samples)))
+        len(seen[shard.sha256].intersection(_selected(shard)))
         for shard in test.shards
         if shard.sha256 in seen
     )
+
+
+def _selected(shard: Shard) -> Sequence[int]:
+    return range(shard.samples) if shard.ordinals is None else shard.ordinals

@@ -127,7 +127,11 @@ def _logit_gradient(logits: Float[Tensor, "L C B"], labels: Int64[Tensor, " B"])
 
 
 def split_held_out(labels: Int64[Tensor, " B"], share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Returns indices (fitted, held out), stratified: about `share` of every class with two images or more."""
+    """Returns indices (fitted, held out), stratified: about `share` of every class with two images or more.
+
+    Raises:
+        ValueError: no class has two images, so that there is nothing to choose by.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     held: list[Tensor] = []
@@ -136,6 +140,11 @@ def split_held_out(labels: Int64[Tensor, " B"], share: float, seed: int) -> tupl
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         held.append(members[:count])
     held_out = torch.cat(held).sort().values
+    if not len(held_out):
+        raise ValueError(
+            f"no class has two of the {len(labels)} training images; expected some that can be held out to choose by; "
+            "set data.max_train_images higher, or probes without linear and logistic"
+        )
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     is_held[held_out] = True
     return (~is_held).nonzero()[:, 0], held_out

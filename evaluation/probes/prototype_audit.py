@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Tensor names in an exported folder, and the role whose prototypes they are.
 _ROLES = {"means": "teacher", "student_means": "student"}
+_LEAST_DIM = 2  # directions lie on a plane at least
 _ANGLE_BINS = 36
 _COSINE_BINS = 50
 # Rows of one block of image-prototype similarities: 1,024 x 262,144 in fp32 is 1 GiB.
@@ -82,6 +83,10 @@ def audit(
         AuditError: a row is not finite, or none points anywhere.
     """
     num_prototypes, dim = prototypes.shape
+    if dim < _LEAST_DIM:
+        raise AuditError(
+            f"prototypes are {list(prototypes.shape)}; expected at least {_LEAST_DIM} columns; inspect the checkpoint"
+        )
     has_direction = find_directions(prototypes)
     bad = ~prototypes.isfinite().all(dim=1)
     if bool(bad.any()) or not bool(has_direction.any()):
