@@ -94,8 +94,24 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
             logger.warning("%s is left out of the report: %s", path, error)
             continue
         if isinstance(content, dict) and content.get("schema") == RESULT_SCHEMA and "probe" in content:
+            missing = _missing_part(content)
+            if missing:
+                logger.warning("%s is left out of the report: it has no %s; evaluate again", path, missing)
+                continue
             found.append({**content, "path": path})
     return found
+
+
+def _missing_part(result: dict[str, Any]) -> str:
+    """Returns what a result lacks of what `write_result` writes, or holds in another shape; empty if nothing."""
+    missing = [
+        name for name in ("encoder", "figures", "provenance") if not isinstance(result.get(name), dict)
+    ]
+    if not isinstance(result["probe"], str) or "/" in result["probe"]:
+        missing.append("name of a probe")
+    if not missing and result["probe"] == "knn" and not isinstance(result["figures"].get("headline"), dict):
+        missing.append("figures.headline")
+    return ", ".join(missing)
 
 
 def read_predictions(result: dict[str, Any]) -> dict[str, Tensor]:

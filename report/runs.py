@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.members import readable
 from evaluation.results import read_results
 from report.tables import Row
 from runtime.config import read_yaml
@@ -69,9 +70,9 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
             raise UserError(
                 f"run is {str(path)!r}; expected a run directory with metrics.jsonl or results/; pass its path"
             )
-        name = resolved.name
+        name = readable(resolved.name)
         while name in {run.name for run in runs}:
-            name = f"{resolved.parent.name}/{name}" if "/" not in name else f"{name}'"
+            name = f"{readable(resolved.parent.name)}/{name}" if "/" not in name else f"{name}'"
         place = {id(r): r["path"].relative_to(path / "results").parts[0] for r in results}
         in_training = [r for r in results if place[id(r)] == "in_training"]
         runs.append(
@@ -91,14 +92,16 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics file; a cut last line, which a killed run leaves, is passed over."""
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             logger.warning("%s: a line of %d characters is not JSON and is left out", path, len(line))
             continue
-        if isinstance(record, dict):
+        if isinstance(record, dict) and isinstance(record.get("step", 0), int):
             records.append(record)
+        else:
+            logger.warning("%s: a line without a whole number as its step is left out", path)
     return records
 
 
@@ -148,20 +151,26 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _run_row(run: Run) -> Row:
-    prototypes = run.training.get("prototypes", {})
+    prototypes = _section(run, "prototypes")
     console = _read_console(run.path)
     speeds = [r["throughput/images_per_s"] for r in run.metrics if r.get("throughput/images_per_s")]
     mode = str(prototypes.get("mode", ""))
     return {
         "run": run.name,
         "status": _status(run, console),
-        "mode": f"{mode}, {prototypes['estimator']}" if mode == "full" else mode,
+        "mode": f"{mode}, {prototypes.get('estimator', '?')}" if mode == "full" else mode,
         "K": str(prototypes.get("num_prototypes", "")),
-        "seed": str(run.training.get("run", {}).get("seed", "")),
+        "seed": str(_section(run, "run").get("seed", "")),
         "time in steps": _duration(_seconds_in_steps(run.metrics)),
         "images/s": f"{statistics.median(speeds):.0f}" if speeds else "",
         "started": console[:16] if console[:4].isdigit() else "",
     }
+
+
+def _section(run: Run, name: str) -> Mapping[str, Any]:
+    """Returns a section of a run's configuration; empty where it is missing or no section."""
+    section = run.training.get(name)
+    return section if isinstance(section, Mapping) else {}
 
 
 def _status(run: Run, console: str) -> str:

@@ -1,9 +1,11 @@
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 
+from evaluation.results import RESULT_SCHEMA
 from report import charts as figures
 from report import confusion, curves
 from report.runs import (
@@ -122,3 +124,65 @@ def test_confusions_are_counted_by_class(tmp_path, monkeypatch):
     rows = confusion.confusion_rows(result)
     assert rows[0] == {"class": "1", "taken for": "2", "images": "2 of 3", "share %": "66.7"}
     assert len(rows) == 2
+
+
+def test_lines_of_a_record_that_cannot_be_drawn_are_left_out_and_said(tmp_path, caplog):
+    path = make_run(tmp_path / "run") / "metrics.jsonl"
+    odd = [
+        b'{"step": "5", "loss/total": 1}',
+        b'{"step": null}',
+        b"[1]",
+        b"[" * 100_000,
+        b'{"step": 13, "a": "caf\xe9"}',
+    ]
+    path.write_bytes(path.read_bytes() + b"\n".join(odd) + b"\n")
+    (run,) = load_runs([path.parent])
+    assert [record["step"] for record in run.metrics] == [4, 8, 12, 13]
+    assert sum("is left out" in message for message in caplog.messages) == 4
+
+
+@pytest.mark.parametrize(
+    "text", ["prototypes: null\nrun: null\n", "prototypes: x\nrun: [1]\n", "prototypes: {mode: full}\n"]
+)
+def test_a_configuration_without_its_sections_still_has_a_row(tmp_path, text):
+    path = make_run(tmp_path / "run")
+    (path / "config.yaml").write_text(text)
+    (row,) = run_rows(load_runs([path]))
+    assert (row["status"], row["seed"]) == ("finished, 12 steps", "")
+
+
+def test_a_name_that_is_no_utf8_can_be_written_into_the_page(tmp_path):
+    path = make_run(tmp_path / "run").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    (run,) = load_runs([path])
+    assert run.name == "café"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda result: result.pop("figures"),
+        lambda result: result.update(figures="x"),
+        lambda result: result["figures"].pop("headline"),
+        lambda result: result.pop("encoder"),
+        lambda result: result.pop("provenance"),
+        lambda result: result.update(probe=["knn"]),
+        lambda result: result.update(probe="../../knn"),
+    ],
+)
+def test_a_result_that_lacks_a_part_is_left_out_and_said(tmp_path, caplog, spoil):
+    path = make_run(tmp_path / "run")
+    (path / "results").mkdir()
+    whole = {
+        "schema": RESULT_SCHEMA,
+        "probe": "knn",
+        "encoder": {"role": "teacher", "step": 12, "weights_sha256": "0"},
+        "figures": {"headline": {"top1": 0.5}},
+        "provenance": {"config": {}, "manifest_hashes": {}, "hardware": {}},
+    }
+    for name, result in (("whole", whole), ("spoilt", json.loads(json.dumps(whole)))):
+        if name == "spoilt":
+            spoil(result)
+        (path / "results" / f"{name}.json").write_text(json.dumps(result))
+    (run,) = load_runs([path])
+    assert [result["path"].name for result in run.results] == ["whole.json"]
+    assert "spoilt.json is left out of the report: it has no" in caplog.text
