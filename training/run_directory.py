@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,20 @@ class RunDirectory:
         Raises:
             UserError: another job has taken it over while this one was paused; on all ranks.
         """
-        problem = self._process.broadcast_object(
-            _in_words(self._lock.confirm) if self._process.is_main else None
-        )
+        problem = self._process.broadcast_object(self._confirm() if self._process.is_main else None)
         if problem is not None:
-            raise UserError(
-                f"{problem}; expected one job a run directory; this one ends without writing any more"
-            )
+            raise UserError(f"{problem}; this job ends without writing any more")
+
+    def _confirm(self) -> str | None:
+        try:
+            self._lock.confirm()
+        except DirectoryHeldError as error:
+            return f"{error}; expected one job a run directory"
+        except FileNotFoundError:
+            return f"run directory {self.path} is gone; expected nobody to move or delete it under a run; set run.name"
+        except OSError as error:
+            return _unwritable(self.path, error)
+        return None
 
     def claim(self) -> None:
         """Writes `config.yaml`: from now on the directory is this configuration's. Rank 0 only.
@@ -140,14 +147,6 @@ def _try_acquire(path: Path, lock: DirectoryLock) -> bool | str:
         return str(error)
     except OSError as error:
         return _unwritable(path, error)
-
-
-def _in_words(action: Callable[[], None]) -> str | None:
-    try:
-        action()
-    except (DirectoryHeldError, OSError) as error:
-        return str(error)
-    return None
 
 
 def _unwritable(path: Path, error: OSError) -> str:

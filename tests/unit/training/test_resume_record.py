@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from runtime.config import load_config
 from runtime.distributed import Process
+from runtime.program import UserError
 from tests.helpers.digits import DEMO
 from training.config import PretrainConfig
 from training.metrics import MetricsRecord, keep_wandb_id, read_record, wandb_id
@@ -67,3 +69,14 @@ def test_starting_over_in_a_directory_with_checkpoints_is_refused(tmp_path: Path
         pass
     with held_run_directory(load_config(PretrainConfig, DEMO, []), tmp_path / "run", ALONE):
         pass
+
+
+def test_a_directory_that_somebody_deleted_ends_the_run_in_words(tmp_path: Path) -> None:
+    config = load_config(PretrainConfig, DEMO, [])
+    with held_run_directory(config, tmp_path / "run", ALONE) as directory:
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(
+            UserError, match=r"run is gone; expected .*; set run\.name; this job ends without"
+        ):
+            directory.confirm()
+    assert not (tmp_path / "run").exists()
