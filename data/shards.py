@@ -104,12 +104,13 @@ class Manifest:
         return str(Path(self.directory) / shard.name)
 
 
-def load_manifest(directory: str, split: str) -> Manifest:
+def load_manifest(directory: str, split: str, key: str = "data.split") -> Manifest:
     """Returns one split of the manifest in a folder.
 
     Args:
         directory: the folder, or a brace list of some of its shards such as `DIR/train-{000000..000099}.tar`.
         split: which split.
+        key: the option that named the split, for the message.
 
     Raises:
         DataError: no such folder or manifest, an unreadable one, or no such split or shard in it.
@@ -121,7 +122,7 @@ def load_manifest(directory: str, split: str) -> Manifest:
     where = str(Path(directory) / MANIFEST_NAME)
     if split not in splits:
         known = ", ".join(sorted(splits)) or "none"
-        raise DataError(f"data.split is {split!r}; expected one of {where}: {known}; set data.split")
+        raise DataError(f"{key} is {split!r}; expected one of {where}: {known}; set {key}")
     manifest = _split_from_dict(splits[split], directory, split, where)
     return _restrict_to(manifest, set(braceexpand(pattern))) if pattern else manifest
 

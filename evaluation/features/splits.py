@@ -13,15 +13,15 @@ class SplitError(ValueError):
     """Splits on which no encoder can be measured; the message is one line."""
 
 
-def load_splits(config: EvaluationDataConfig) -> tuple[Manifest, Manifest]:
-    """Returns the manifests of the training and of the test split.
+def load_splits(config: EvaluationDataConfig, test_key: str = "data.test_split") -> tuple[Manifest, Manifest]:
+    """Returns the manifests of the training and of the test split; `test_key`: the option that names the latter.
 
     Raises:
         ValueError: no such split, no class names, class maps that differ (which would score noise), or images that
             are in both (which would score memory).
     """
-    train = load_manifest(config.shards, config.train_split)
-    test = load_manifest(config.test_shards or config.shards, config.test_split)
+    train = load_manifest(config.shards, config.train_split, "data.train_split")
+    test = load_manifest(config.test_shards or config.shards, config.test_split, test_key)
     for manifest in (train, test):
         if not manifest.classes:
             raise SplitError(
@@ -33,7 +33,7 @@ def load_splits(config: EvaluationDataConfig) -> tuple[Manifest, Manifest]:
     if shared:
         raise SplitError(
             f"{shared} of {test.num_samples} images of {test.directory}:{test.split} are training images too "
-            f"({train.directory}:{train.split}); expected splits without a common image; set data.test_split"
+            f"({train.directory}:{train.split}); expected splits without a common image; set {test_key}"
         )
     return train, test
 

@@ -209,7 +209,7 @@ def build_knn_probe(
         ValueError: unlabelled or missing splits, before training starts.
     """
     data, transform = _describe_probe(config)
-    splits = load_splits(data)
+    splits = load_splits(data, test_key="evaluation.test_split")
     processes = Processes(device=device)
     if process is not None:
         processes = Processes(

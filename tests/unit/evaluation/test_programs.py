@@ -173,6 +173,8 @@ def test_report_of_metrics_alone(tmp_path):
         (["knn.features=[blocks_of_wood]"], "knn.features is"),
         (["knn.k=[100000]"], "knn.k is 100000"),
         (["data.shards=nowhere"], "nowhere"),
+        (["data.test_split=nosuch"], "data.test_split is 'nosuch'"),
+        (["data.train_split=nosuch"], "data.train_split is 'nosuch'"),
         (["data.test_shards=SHIFTED"], "class maps"),
     ],
 )

@@ -132,6 +132,12 @@ def test_features_that_are_not_finite_end_no_run(digits, caplog):
     assert "eval/knn20_top1 is left out" in caplog.text
 
 
+def test_a_split_that_is_not_there_is_named_by_trainings_own_option(digits, monkeypatch):
+    monkeypatch.setattr(_Pretraining.evaluation, "test_split", "nosuch")
+    with pytest.raises(ValueError, match=r"^evaluation\.test_split is 'nosuch'.*set evaluation\.test_split$"):
+        build_knn_probe(_Pretraining(digits), torch.device("cpu"))
+
+
 @pytest.mark.learned
 def test_the_probe_in_training_disturbs_nothing(digits, record_property):
     backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5)).train()
