@@ -91,5 +91,5 @@ options: $(VENV)/.installed
 	  audit.config:AuditConfig='configs/audit_*.yaml' slurm.config:ClusterConfig='slurm/clusters/*.yaml' > docs/options.md
 
 clean:
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build decoupled_prototypes.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

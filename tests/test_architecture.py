@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     "models", "prototypes", "data", "training", "evaluation", "report", "audit", "runtime", "slurm", "benchmarks",
+    "examples",
 )  # fmt: skip
 
 # room or program -> the rooms of ours that it may import besides itself
@@ -22,6 +23,7 @@ MAY_IMPORT = {
     "audit": {"report", "evaluation", "runtime"},
     "slurm": {"runtime", "training", "evaluation"},
     "benchmarks": set(ROOMS),
+    "examples": {"prototypes"},
     "pretrain": {"training", "evaluation", "runtime", "data"},
     "evaluate": {"evaluation", "report", "runtime"},
 }
@@ -244,6 +246,7 @@ PLANTED = {
         "from prototypes.families.gmm_diag import DiagonalGmm",
     ),
     "slurm uses config classes only": ("slurm.submit", "from training.trainer import Trainer"),
+    "an example shows prototypes alone": ("examples.decoupled", "from training.step import TrainingStep"),
     "deepspeed has one door": ("training.trainer", "import deepspeed"),
     "torch.distributed has few doors": ("prototypes.learned", "import torch.distributed as dist"),
     "from torch import distributed counts": ("models.vit", "from torch import distributed"),
