@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -28,6 +29,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 DASHES = ("-", "--", ":", "-.")
 # A confusion matrix of more classes cannot be read; the table of the most frequent confusions can.
 MOST_NAMED_CLASSES = 30
+# Bytes of a run's name in a file's; file systems take 255 with what stands before and behind it.
+_LONGEST_NAME = 120
 # Wide enough for a laptop's column, and still legible at a phone's 360 pixels.
 _SIZE = (4.6, 3.4)
 _DPI = 190
@@ -246,8 +249,12 @@ def series(records: Records, key: str) -> tuple[list[int], list[float]]:
 
 
 def file_name(text: str) -> str:
-    """Returns `text` with whatever a file name should not hold replaced by an underscore."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text)
+    """Returns `text` as part of a file name: bad letters as underscores, too long a text cut uniquely."""
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in text)
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    kept = name.encode()[:_LONGEST_NAME].decode(errors="ignore")
+    return f"{kept}-{hashlib.blake2b(text.encode(errors='surrogateescape'), digest_size=4).hexdigest()}"
 
 
 def short_names(names: Sequence[str], longest: int = 22) -> list[str]:

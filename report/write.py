@@ -12,7 +12,7 @@ from typing import Any
 from data.config import DataConfig
 from evaluation.config import EvaluationConfig
 from evaluation.encoders.load import load_encoder
-from evaluation.features.processes import Processes
+from evaluation.features.processes import Processes, require_writable
 from evaluation.features.session import Session
 from report import charts, curves, panels
 from report.charts import Chart
@@ -37,12 +37,13 @@ def write_report(run_dirs: list[Path], out: Path, *, with_images: bool = True) -
         with_images: also draw panels, for which checkpoint, shards and cached features are read.
 
     Raises:
-        ValueError: a directory is no run.
+        UserError: a directory is no run.
+        ValueError: `out` cannot be a folder, or not be written.
     """
     runs = load_runs(run_dirs)
+    require_writable(out, "--out", Processes())
     drawn = draw_charts(runs)
     pictures = [chart for run in runs for chart in _draw_panels(run)] if with_images else []
-    out.mkdir(parents=True, exist_ok=True)
     for chart in [*drawn, *pictures]:
         write_atomically(out / f"{chart.name}.png", chart.png)
     sections = table_sections(runs)

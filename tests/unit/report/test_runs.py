@@ -14,6 +14,7 @@ from report.runs import (
     load_runs,
     run_rows,
 )
+from report.write import write_report
 
 
 def make_run(path, *, steps=12, total=12, tail="", mode="full", lr=0.1):
@@ -186,3 +187,16 @@ def test_a_result_that_lacks_a_part_is_left_out_and_said(tmp_path, caplog, spoil
     (run,) = load_runs([path])
     assert [result["path"].name for result in run.results] == ["whole.json"]
     assert "spoilt.json is left out of the report: it has no" in caplog.text
+
+
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match=r"^--out is .*taken.*expected a folder that can be written"):
+        write_report([make_run(tmp_path / "run")], tmp_path / "taken", with_images=False)
+
+
+def test_file_names_are_short_and_stay_unique():
+    long = ["é" * 150 + "1", "é" * 150 + "2"]
+    assert len({figures.file_name(text) for text in long}) == 2
+    assert all(len(figures.file_name(text).encode()) < 140 for text in long)
+    assert figures.file_name("a run/ö") == "a_run_ö"
