@@ -22,7 +22,8 @@ def defined_names(path):
 
 
 def find_files(name):
-    return list((ROOT / "prototypes").rglob(name))
+    """Files of the room by their name, or by a path from the room or from the checkout."""
+    return [*(ROOT / "prototypes").rglob(name), *ROOT.glob(name)]
 
 
 def find_missing(text):
