@@ -94,7 +94,9 @@ class EvaluationConfig:
     role: Literal["teacher", "student"] = "teacher"
     """The teacher (default) or the student, where a checkpoint exports both."""
     probes: tuple[str, ...] = ("prototypes", "knn")
-    """What is measured."""
+    """What is measured: any of `prototypes`, `knn`, `linear`, `logistic`, `few_shot`, `clustering`, `long_tail` and
+    `fine_tune`.
+    """
     controls: tuple[str, ...] = ()
     """Encoders that are measured beside it by k-NN: `random-init` (the same architecture with fresh weights,
     `control_seeds` of them) and `raw-pixels`.

@@ -22,8 +22,8 @@ _FP32_BYTES = 4
 CONTROL_PROBES = ("knn",)
 # What deals its work to all processes; the others run in the first one.
 SHARED_PROBES = ("knn", "long_tail")
-# What reads features; the others need weights or images.
-FEATURE_PROBES = ("knn", "linear", "logistic", "few_shot", "clustering", "long_tail")
+# What needs weights or images; every other probe reads features, which all processes extract together.
+WITHOUT_FEATURES = ("prototypes", "fine_tune")
 
 
 def evaluate(config: EvaluationConfig) -> list[Path]:
@@ -92,7 +92,7 @@ def _refuse_features_of_a_file(config: EvaluationConfig, encoder: Encoder) -> No
 
 
 def _needs_features(config: EvaluationConfig) -> bool:
-    return any(probe in FEATURE_PROBES for probe in config.probes)
+    return any(probe not in WITHOUT_FEATURES for probe in config.probes)
 
 
 def results_directory(config: EvaluationConfig, encoder: Encoder) -> Path:

@@ -12,6 +12,18 @@ from .objectives.carp import CarpObjective
 from .objectives.interface import MeanOverRanks, Objective
 from .statistics import Collectives, Gather, ReduceSum
 
+FAMILIES: tuple[type[PrototypeEstimator], ...] = (
+    gmm_diag.DiagonalGmm,
+    gmm_shared.SphericalGmm,
+    gmm_shared.TiedDiagonalGmm,
+    gmm_shared.TiedSphericalGmm,
+    vmf.VonMisesFisherMixture,
+    spherical_kmeans.SphericalKMeans,
+    vb_gmm.VariationalGmm,
+    clustering.SinkhornCodes,
+)
+"""What `prototypes.estimator` chooses among."""
+
 
 def build_estimator(
     config: PrototypesConfig,
@@ -65,17 +77,7 @@ def build_estimator(
 
 
 def _build_family(config: PrototypesConfig, context: EstimatorContext) -> PrototypeEstimator:
-    families: tuple[type[PrototypeEstimator], ...] = (
-        gmm_diag.DiagonalGmm,
-        gmm_shared.SphericalGmm,
-        gmm_shared.TiedDiagonalGmm,
-        gmm_shared.TiedSphericalGmm,
-        vmf.VonMisesFisherMixture,
-        spherical_kmeans.SphericalKMeans,
-        vb_gmm.VariationalGmm,
-        clustering.SinkhornCodes,
-    )
-    return {family.name: family for family in families}[config.estimator](config, context)  # type: ignore[call-arg]
+    return {family.name: family for family in FAMILIES}[config.estimator](config, context)  # type: ignore[call-arg]
 
 
 def build_objective(

@@ -48,7 +48,6 @@ FLOORS = {
         ("writing",),
         ("stream",),
         ("views",),
-        ("labels",),
         ("members", "local_errors"),
         ("shards", "usage"),
     ),
@@ -213,6 +212,12 @@ def find_violations(name, source):
 @pytest.mark.parametrize(("name", "source"), modules(), ids=[name for name, _ in modules()])
 def test_module_keeps_the_rules(name, source):
     assert find_violations(name, source) == []
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_every_name_of_a_floor_is_there(room):
+    names = [name for floor in FLOORS[room] for name in floor]
+    assert [n for n in names if not ((ROOT / room / n).is_dir() or (ROOT / room / f"{n}.py").is_file())] == []
 
 
 def test_no_files_import_each_other_in_a_circle():

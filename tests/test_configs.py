@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from audit.config import AuditConfig
 from audit.run import iterate_cells
-from evaluation.config import EvaluationConfig
+from evaluation.config import PROBES, EvaluationConfig
+from evaluation.probes import config as probe_options
+from prototypes.config import EstimatorName
 from runtime.config import ConfigError, build_config, config_hash, iterate_keys, load_config, read_yaml
 from training.config import PretrainConfig
 
@@ -132,6 +135,20 @@ def test_every_arm_of_an_audit_is_a_configuration(path):
 @pytest.mark.parametrize("config_class", [PretrainConfig, EvaluationConfig, AuditConfig])
 def test_every_option_is_read(config_class):
     assert unread_options(config_class) == []
+
+
+def test_what_can_be_named_can_be_built_and_what_can_be_built_can_be_named():
+    from evaluation.probes.run import PROBE_FUNCTIONS
+    from prototypes.build import FAMILIES
+
+    assert set(PROBES) == set(PROBE_FUNCTIONS)
+    assert set(get_args(EstimatorName)) == {family.name for family in FAMILIES}
+
+
+def test_every_probes_options_are_options_of_an_evaluation():
+    declared = {item for item in vars(probe_options).values() if dataclasses.is_dataclass(item)}
+    attached = {hint for hint in get_type_hints(EvaluationConfig).values() if dataclasses.is_dataclass(hint)}
+    assert declared <= attached
 
 
 def test_an_option_that_nobody_reads_is_found():

@@ -1,11 +1,12 @@
 """Short ways to make estimators and features in tests."""
 
 import dataclasses
+from typing import get_args
 
 import torch
 
 from prototypes.build import build_estimator
-from prototypes.config import PartitionConfig, PrototypesConfig
+from prototypes.config import EstimatorName, PartitionConfig, PrototypesConfig
 from prototypes.mixture.config import (
     AnnealingConfig,
     GmmConfig,
@@ -14,15 +15,8 @@ from prototypes.mixture.config import (
     VarianceConfig,
 )
 
-MIXTURES = (
-    "gmm_diag",
-    "gmm_spherical",
-    "gmm_tied_diag",
-    "gmm_tied_spherical",
-    "vmf",
-    "sph_kmeans",
-    "vb_gmm",
-)
+# Every family that `prototypes.estimator` can name, new ones included, but for the one that is no mixture.
+MIXTURES = tuple(name for name in get_args(EstimatorName) if name != "sinkhorn")
 
 
 def make_config(num_prototypes=16, dim=8, mode="full", estimator="gmm_diag", size=4, **gmm):
