@@ -16,7 +16,7 @@ does what `python -m pretrain` does, and under torchrun and the like with `-m` t
 | `save_manifest`, `save_commit`, `save_committed` | after each of these, on rank 0 | the store's `publish` |
 
 `kill` is SIGKILL to itself, `stop` SIGSTOP, `enospc` the OSError of a full disk, `raise` a RuntimeError; `spike`, `nan`
-and `inf` multiply the loss; `flip` changes the lowest bit of a replicated tensor: of the estimator's first one at
+and `inf` multiply the loss; `flip` changes a bit of a replicated tensor: of the estimator's first one at
 `replicas`, of the teacher's at `teacher`.
 """
 
@@ -136,12 +136,10 @@ class FaultyStep(TrainingStep):
         outcome = super().__call__(batches, step, schedule)
         for fault in planned_faults():
             if fault.name == "flip" and fault.strikes("replicas", step):
-                flip_lowest_bit_(
-                    next(v for v in self.estimator.state_dict().values() if isinstance(v, Tensor))
-                )
+                flip_bit_(next(v for v in self.estimator.state_dict().values() if isinstance(v, Tensor)))
             if fault.name == "flip" and fault.strikes("teacher", step):
                 replicas = self.engine.replicated_tensors()
-                flip_lowest_bit_(next(value for name, value in replicas if name.startswith("teacher/")))
+                flip_bit_(next(value for name, value in replicas if name.startswith("teacher/")))
         return outcome
 
 
@@ -168,9 +166,12 @@ def hook(
 
 
 @torch.no_grad()
-def flip_lowest_bit_(tensor: Tensor) -> None:
-    """Changes one number of a tensor by its least significant bit, in place: a device that computes wrongly."""
-    tensor.view(-1).view(torch.uint8)[0] ^= 1
+def flip_bit_(tensor: Tensor) -> None:
+    """Flips one bit of a tensor's first number, in place: a device that computes wrongly.
+
+    A high bit of the mantissa: the lowest one can be rounded away by the next update before anybody compares.
+    """
+    tensor.view(-1)[:1].view(torch.uint8)[tensor.element_size() - 2] ^= 8
 
 
 def write_part(temporary: Path, rank: int, key: str, write: files.WriteFunction) -> files.Part:
