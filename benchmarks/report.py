@@ -1,7 +1,8 @@
 """Runs benchmarks, keeps one JSON each, prints one table: python -m benchmarks.report [NAME ...] [--out DIR].
 
-A benchmark passes if it exits with 0, which it does if no ratio misses its floor. The report exits with 1 if any
+A benchmark passes if it exits with 0, which it does if no figure misses its bar. The report exits with 1 if any
 fails. Everything that a figure needs to be believed is in its JSON: command, commit, hardware, load, lines printed.
+These are the benchmarks of the CPU; `python -m benchmarks.gpu_check` runs those of a GPU.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ COMMANDS = {
     "loader": "benchmarks.loader",
     "step": "benchmarks.step --model tiny",
 }
+VERDICTS = ("PASS", "FAIL", "NO BAR")
 
 
 def main() -> int:
@@ -42,39 +46,76 @@ def main() -> int:
         return 2
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    results = [run(name, out) for name in arguments.names or COMMANDS]
+    results = [run(name, COMMANDS[name], out) for name in arguments.names or COMMANDS]
     table = write_table(results)
     (out / "report.md").write_text(table)
     print(table)
     return 0 if all(result["exit_code"] == 0 for result in results) else 1
 
 
-def run(name: str, out: Path) -> dict[str, Any]:
-    """Runs one benchmark, shows its lines as they come, and writes and returns its record."""
-    command = [sys.executable, "-m", *shlex.split(COMMANDS[name])]
-    started = time.time()
-    load = os.getloadavg()[0]
-    lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line.rstrip())
+def run(
+    name: str, arguments: str, out: Path, *, device: str = "cpu", timeout_s: float | None = None
+) -> dict[str, Any]:
+    """Runs one benchmark, shows its lines as they come, and writes and returns its record.
+
+    Args:
+        name: of the record, OUT/NAME.json; what the program says on stderr is kept beside it, in OUT/NAME.log.
+        arguments: the module and its arguments, as on the command line.
+        out: existing folder.
+        device: kind of device that is measured, "cpu" or "cuda".
+        timeout_s: after it the program and all that it has started are ended; None waits for ever.
+    """
+    started, load, lines, timed_out = time.time(), os.getloadavg()[0], [], threading.Event()
+    with (out / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *shlex.split(arguments)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
+
+        def end() -> None:
+            timed_out.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(timeout_s or threading.TIMEOUT_MAX, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line.rstrip())
+            process.wait()
+        except BaseException:
+            end()
+            raise
+        finally:
+            timer.cancel()
     result = {
         "name": name,
-        "command": f"python -m {COMMANDS[name]}",
+        "command": f"python -m {arguments}",
         "exit_code": process.returncode,
+        "timed_out": timed_out.is_set(),
         "seconds": round(time.time() - started, 1),
         "load_before": load,
         "lines": lines,
-        **describe_machine(),
+        **describe_machine(device),
     }
-    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    replace_file(out / f"{name}.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
-def describe_machine() -> dict[str, Any]:
-    """Returns commit, versions and hardware."""
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Returns commit, versions and the hardware that is measured on a kind of device, "cpu" or "cuda"."""
     import torch
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -82,7 +123,7 @@ def describe_machine() -> dict[str, Any]:
         "commit": git.stdout.strip() or None,
         "torch": torch.__version__,
         "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
 
 
@@ -90,12 +131,22 @@ def write_table(results: list[dict[str, Any]]) -> str:
     """Returns a Markdown table with a row per line that was judged, or that has figures."""
     rows = ["| benchmark | verdict | what was measured |", "|---|---|---|"]
     for result in results:
-        judged = [line for line in result["lines"] if "PASS" in line or "FAIL" in line]
+        judged = [line for line in result["lines"] if any(word in line for word in VERDICTS)]
         for line in judged or result["lines"] or ["no output"]:
-            verdict = "FAIL" if "FAIL" in line or result["exit_code"] not in (0, 1) else "pass"
             text = line.strip().replace("|", "/")
-            rows.append(f"| {result['name']} | {verdict if judged else result['exit_code']} | {text} |")
+            rows.append(f"| {result['name']} | {describe_verdict(result, line)} | {text} |")
     return "\n".join(rows) + "\n"
+
+
+def describe_verdict(result: dict[str, Any], line: str) -> str:
+    """Returns the verdict on a line of a benchmark: its own words, or how the program ended."""
+    if result["timed_out"]:
+        return "timed out"
+    if "FAIL" in line or result["exit_code"] not in (0, 1):
+        return "FAIL" if result["exit_code"] in (0, 1) else f"FAIL, exit code {result['exit_code']}"
+    if "NO BAR" in line:
+        return "no bar"
+    return "pass" if "PASS" in line else "-"
 
 
 if __name__ == "__main__":

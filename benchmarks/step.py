@@ -1,8 +1,8 @@
 """Steps per second of every engine beside plain DDP, and of three modes beside each other: python -m benchmarks.step.
 
 Contestants live in one process group and take turns (forwards, then backwards), so that a drift of the machine
-falls on all alike. Exit code 1 where a ratio is below its floor: to DDP 0.75 for ZeRO-1 and ZeRO-2, 0.4 for ZeRO-3
-and FSDP2; `full` (the mixture) to `joint` 0.95 in the median over engines.
+falls on all alike. Exit code 1 where a ratio is below its bar on CPU ranks: to DDP 0.75 for ZeRO-1 and ZeRO-2, 0.4
+for ZeRO-3 and FSDP2; `full` (the mixture) to `joint` 0.95 in the median over engines.
 
     python -m benchmarks.step --model vitl --ranks 1 --precision bf16 --batch 32 64 128 [--local-crops 8]
 
@@ -61,6 +61,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks._bars import judge
 from benchmarks._replica_engine import ReplicaEngine
 from benchmarks._timing import describe_noise
 from models.config import HeadConfig, ModelConfig
@@ -273,6 +274,7 @@ def race(options: argparse.Namespace) -> dict[str, Any] | None:
         "peak_gb": peak_gb,
         "peak_tflops": peak_tflops,
         "batch": options.batch[0],
+        "device": process.device.type,
     }
     return found if process.is_main else None
 
@@ -291,9 +293,10 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> bool:
     for name in options.engines:
         full, joint, frozen = (medians[f"{name}/{mode}"] for mode in MODES)
         ratio = medians["ddp/full"] / full if "ddp/full" in medians else float("nan")
-        floor = FLOORS.get(name) if "ddp/full" in medians else None
-        verdict = "" if floor is None else f"{'PASS' if ratio >= floor else 'FAIL'} >= {floor}"
-        failed |= "FAIL" in verdict
+        verdict = ""
+        if name in FLOORS and "ddp/full" in medians:
+            passed, verdict = judge(ratio, found["device"], least=FLOORS[name], unit="")
+            failed |= not passed
         against_joint.append(joint / full)
         tflops = images / full / found["world_size"] / 1e12
         print(
@@ -307,10 +310,8 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> bool:
                 f"{found['peak_tflops']:.0f} TFLOP/s, mixture {1 - frozen / full:.2%} of the step"
             )
     median = statistics.median(against_joint)
-    passed = median >= FULL_OVER_JOINT
-    print(
-        f"full over joint, median of engines: {median:.3f} {'PASS' if passed else 'FAIL'} >= {FULL_OVER_JOINT}"
-    )
+    passed, verdict = judge(median, found["device"], least=FULL_OVER_JOINT, unit="")
+    print(f"full over joint, median of engines: {median:.3f} {verdict}")
     return failed or not passed
 
 
