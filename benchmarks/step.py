@@ -126,17 +126,17 @@ class Contestant:
     ) -> None:
         spec = spec_of(options)
         self.batch = options.batch[0]
-        partition = PartitionConfig(size=512)
+        prototypes = PrototypesConfig(
+            mode=mode,  # type: ignore[arg-type]
+            num_prototypes=spec.num_prototypes,
+            dim=spec.dim,
+            partition=PartitionConfig(size=512),
+        )
         self._objective = build_objective(
-            ObjectiveConfig(), partition, seed=0, mean_over_ranks=sync.mean_over_ranks
+            ObjectiveConfig(), prototypes, seed=0, mean_over_ranks=sync.mean_over_ranks
         )
         self._estimator = build_estimator(
-            PrototypesConfig(
-                mode=mode,  # type: ignore[arg-type]
-                num_prototypes=spec.num_prototypes,
-                dim=spec.dim,
-                partition=partition,
-            ),
+            prototypes,
             seed=0,
             num_observations_per_epoch=100_000,
             total_steps=10_000,

@@ -106,7 +106,7 @@ def _feature_collapse(metrics: Metrics) -> str | None:
         return None
     return (
         f"feature collapse: two teacher features have cosine {cosine:.4f} on average, effective rank {rank:.1f}; "
-        "try objective.entropy_weight >= 1 or a lower learning rate"
+        "try objective.instance.entropy_weight >= 1 or a lower learning rate"
     )
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from . import clustering, learned
-from .config import ObjectiveConfig, PartitionConfig, PrototypesConfig
+from .config import ObjectiveConfig, PrototypesConfig
 from .estimator import EstimatorContext, PrototypeEstimator
 from .families import gmm_diag, gmm_shared, spherical_kmeans, vb_gmm, vmf
 from .objectives.carp import CarpObjective
-from .objectives.interface import MeanOverRanks, Objective
+from .objectives.interface import MeanOverRanks, Objective, RankBatch
 from .statistics import Collectives, Gather, ReduceSum
 
 FAMILIES: tuple[type[PrototypeEstimator], ...] = (
@@ -82,17 +82,17 @@ def _build_family(config: PrototypesConfig, context: EstimatorContext) -> Protot
 
 def build_objective(
     config: ObjectiveConfig,
-    partition: PartitionConfig,
+    prototypes: PrototypesConfig,
     *,
     seed: int,
     mean_over_ranks: MeanOverRanks | None = None,
-) -> Objective:
-    """Returns the objective of the encoder.
+) -> Objective[RankBatch]:
+    """Returns the term on views.
 
     Args:
         config: the objective's options.
-        partition: random blocks of the prototypes inside it.
+        prototypes: those that it compares rows with; the options say into which blocks they are partitioned.
         seed: the run's seed.
         mean_over_ranks: differentiable mean over ranks; None in a single process.
     """
-    return CarpObjective(config, partition, seed=seed, mean_over_ranks=mean_over_ranks)
+    return CarpObjective(config.instance, prototypes.partition, seed=seed, mean_over_ranks=mean_over_ranks)

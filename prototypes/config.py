@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from .mixture.config import GmmConfig, require
 
@@ -118,17 +118,79 @@ class PrototypesConfig:
         )
 
 
+Logits = Literal["dot", "cosine", "posterior"]
+Targets = Literal["entropy", "centre", "sinkhorn", "posterior"]
+
+
+class Term(NamedTuple):
+    """What a term of the objective compares, its nulls filled in."""
+
+    logits: Logits
+    targets: Targets
+    student_temperature: float
+    teacher_temperature: float
+
+
+# What a term's nulls stand for: logits, targets, temperatures of student and teacher with cosine logits.
+_USUAL: dict[str, Term] = {
+    "carp": Term("dot", "entropy", 0.1, 0.1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermConfig:
+    """What a term on views and one on patches have in common: logits, temperatures, and what keeps targets apart."""
+
+    weight: Annotated[float, "[0, 1e6]"] = 1.0
+    """Weight of the term in the loss."""
+    logits: Logits | None = None
+    """"dot" (projection . unit prototype), "cosine" (unit projection . unit prototype) or "posterior" (log joint
+    density of the mixture, beta times; mode `full` only). Null: dot for `carp`, cosine for all others.
+    """
+    student_temperature: Annotated[float, "[1e-3, 100]"] | None = None
+    """What the student's logits are divided by. Null: .1 for cosine logits, 1 for others."""
+    teacher_temperature: Annotated[float, "[1e-3, 100]"] | None = None
+    """What the teacher's logits are divided by. Null: the method's for cosine logits (.1 for `carp`), 1 for others."""
+
+    @property
+    def name(self) -> str:
+        """Which loss."""
+        raise NotImplementedError
+
+    @property
+    def resolved(self) -> Term:
+        """What is compared, nulls filled in by the term's name."""
+        usual = _USUAL[self.name]
+        logits = self.logits or usual.logits
+        student, teacher = usual[2:] if logits == "cosine" else (1.0, 1.0)
+        return Term(
+            logits,
+            usual.targets,
+            student if self.student_temperature is None else self.student_temperature,
+            teacher if self.teacher_temperature is None else self.teacher_temperature,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceConfig(TermConfig):
+    """The term that compares views of an image."""
+
+    name: Literal["carp"] = "carp"
+    """`carp`: -log<p, q> inside random partitions, plus the entropy of the mean probabilities."""
+    entropy_weight: Annotated[float, "[0, 1e6]"] = 1.0
+    """Weight of the entropy of the mean probabilities inside the term, the only guard against feature collapse."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """CARP's objective: -log<p, q> inside random partitions, plus the entropy of the mean probabilities."""
+    """What the encoder minimises: docs/objectives.md."""
 
-    logits: Literal["dot", "cosine", "posterior"] = "dot"
-    """"dot" (projection . unit prototype), "cosine" (unit projection . unit prototype / temperature) or
-    "posterior" (tempered log joint density of the mixture; mode `full` only).
-    """
-    student_temperature: Annotated[float, "[1e-3, 100]"] = 0.1
-    """Temperature of the student's "cosine" logits."""
-    teacher_temperature: Annotated[float, "[1e-3, 100]"] = 0.1
-    """Temperature of the teacher's "cosine" logits."""
-    entropy_weight: Annotated[float, "[0, 1e6]"] = 1.0
-    """Weight of the entropy term, the only guard against feature collapse."""
+    # Options of former versions: the value that means what today's defaults mean, and what to set instead of another.
+    FORMER: ClassVar[dict[str, tuple[Any, str]]] = {
+        "logits": ("dot", "set objective.instance.logits"),
+        "student_temperature": (0.1, "set objective.instance.student_temperature"),
+        "teacher_temperature": (0.1, "set objective.instance.teacher_temperature"),
+        "entropy_weight": (1.0, "set objective.instance.entropy_weight"),
+    }
+
+    instance: InstanceConfig = field(default_factory=InstanceConfig)

@@ -143,7 +143,6 @@ class PrototypeEstimator(nn.Module, ABC):
         role: Role,
         learned: Float[Tensor, "K P"] | None = None,
         kind: LogitKind = "dot",
-        temperature: float = 1.0,
     ) -> tuple[Float[Tensor, "*batch Q"], Float[Tensor, "K Q"]]:
         """Returns (rows, columns) with logits = rows @ columns.T: what the objective takes.
 
@@ -151,20 +150,19 @@ class PrototypeEstimator(nn.Module, ABC):
             projections: projections of `role`; gradient flows through them.
             role: "student" or "teacher".
             learned: as in `prototypes`.
-            kind: "dot": projections . prototypes, as CARP; "cosine": unit projections . prototypes /
-                temperature; "posterior": tempered log joint density, mixtures only.
-            temperature: of the "cosine" logits.
+            kind: "dot": projections . prototypes, as CARP; "cosine": unit projections . prototypes; "posterior": log
+                joint density times the mixture's beta, mixtures only. A temperature is the objective's affair.
 
         Raises:
             ValueError: "posterior" without a mixture.
         """
         if kind == "posterior":
             raise ValueError(
-                f"objective.logits is posterior with the mode {self.config.mode}; expected a mixture; "
-                "set prototypes.mode=full or objective.logits=dot"
+                f"logits are posterior with the mode {self.config.mode}; expected a mixture; "
+                "set prototypes.mode=full or objective.instance.logits=dot"
             )
         if kind == "cosine":
-            projections = nn.functional.normalize(projections.float(), dim=-1) / temperature
+            projections = nn.functional.normalize(projections.float(), dim=-1)
         return projections, self.prototypes(role, learned)
 
     def logits(

@@ -135,7 +135,7 @@ def _build_training_step(
         estimator=estimator,
         objective=build_objective(
             config.objective,
-            config.prototypes.partition,
+            config.prototypes,
             seed=config.run.seed,
             mean_over_ranks=synchronization.mean_over_ranks,
         ),

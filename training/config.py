@@ -233,10 +233,12 @@ class PretrainConfig:
                 f"{self.model.head.projection_dim}; set prototypes.dim"
             )
         mixture = self.prototypes.mode == "full" and self.prototypes.estimator != "sinkhorn"
-        if self.objective.logits == "posterior" and not (mixture and self.prototypes.coupling.strength == 0):
+        if self.objective.instance.logits == "posterior" and not (
+            mixture and self.prototypes.coupling.strength == 0
+        ):
             raise ValueError(
-                "objective.logits is posterior; expected prototypes.mode full with a mixture and "
-                "prototypes.coupling.strength 0; set objective.logits=dot"
+                "objective.instance.logits is posterior; expected prototypes.mode full with a mixture and "
+                "prototypes.coupling.strength 0; set objective.instance.logits=dot"
             )
         every = self.evaluation.knn_every_steps
         if self.evaluation.runs_as == "slurm_job" and every % self.checkpoint.every_steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.config import ConfigError, without_former
+from runtime.config import ConfigError, build_config, config_to_dict
 from training.config import PretrainConfig
 
 # What may differ between two starts of one run: how and where it is executed, not what is learned.
@@ -49,7 +49,9 @@ def describe_difference(run_dir: object, saved: dict[str, Any], current: dict[st
     A longer run is the same one with `run.extend`, another name with `run.adopt`.
     """
     try:
-        differences = find_differences(without_former(PretrainConfig, saved), current)
+        # An option that there was not yet has its default: a new option's default is what was done before it.
+        made_with = config_to_dict(build_config(PretrainConfig, saved))
+        differences = find_differences(made_with, current)
     except ConfigError as error:
         return f"run directory {run_dir} is of a former version: {error}, or set run.name to a new name"
     longer = _is_longer(differences)

@@ -63,7 +63,7 @@ class TrainingStep:
         *,
         engine: Engine,
         estimator: PrototypeEstimator,
-        objective: Objective,
+        objective: Objective[RankBatch],
         batch: BatchConfig,
         augmentation: DeviceAugmentation,
         synchronization: Synchronization,
@@ -142,10 +142,12 @@ class TrainingStep:
         finite = self.engine.gradients_are_finite()
         if not (finite and self.spike_guard.admits(loss_value)):
             self.estimator.discard()
+            self.objective.discard()
             self.engine.skip()
             return False, 0.0
         self.spike_guard.record(loss_value)
         self.estimator.accept()
+        self.objective.accept()
         grad_norm = self.engine.step(schedule)
         self.engine.update_teacher(schedule.ema_momentum)
         return True, grad_norm
@@ -186,8 +188,7 @@ class TrainingStep:
             output.projections,
             role,
             output.learned_prototypes,
-            kind=self.objective.logits,
-            temperature=self.objective.temperatures[role],
+            kind=self.objective.kinds[role],
         )
         return LogitOperands(*operands)
 

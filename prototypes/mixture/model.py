@@ -185,7 +185,6 @@ class Mixture(PrototypeEstimator):
         role: Role,
         learned: Float[Tensor, "K P"] | None = None,
         kind: LogitKind = "dot",
-        temperature: float = 1.0,
     ) -> tuple[Float[Tensor, "*batch Q"], Float[Tensor, "K Q"]]:
         """Returns rows and columns of the logits; see the base class.
 
@@ -197,7 +196,7 @@ class Mixture(PrototypeEstimator):
             return self._posterior_operands(projections)
         if self.gmm.center or self.gmm.standardise:
             projections = moments.recentre(projections, self.gmm, self.input_mean, self.input_variance)
-        return super().logit_operands(projections, role, learned, kind, temperature)
+        return super().logit_operands(projections, role, learned, kind)
 
     def _posterior_operands(
         self, projections: Float[Tensor, "*batch P"]

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..alarms import Collapse
-from ..config import ObjectiveConfig, PartitionConfig
+from ..config import InstanceConfig, PartitionConfig
 from .interface import MeanOverRanks, Objective, RankBatch
 from .partitions import draw_partition
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class CarpObjective(Objective):
+class CarpObjective(Objective[RankBatch]):
     """CARP on random partitions that it draws itself, a new one for every loss.
 
     Args:
-        config: logits and the entropy's weight.
+        config: logits, temperatures and the entropy's weight.
         partition: size of the blocks, and how many of them have logits at once.
         seed: the run's seed, of which the partitions are a function.
         mean_over_ranks: of the mean probabilities.
@@ -31,7 +31,7 @@ class CarpObjective(Objective):
 
     def __init__(
         self,
-        config: ObjectiveConfig,
+        config: InstanceConfig,
         partition: PartitionConfig,
         *,
         seed: int,
@@ -43,12 +43,12 @@ class CarpObjective(Objective):
         self._seed = seed
         self._mean_over_ranks = mean_over_ranks
 
-    def __call__(self, batch: RankBatch, *, step: int, micro_step: int = 0) -> dict[str, Tensor]:
+    def forward(self, batch: RankBatch, *, step: int, micro_step: int = 0) -> dict[str, Tensor]:
         """Returns `total`, `consistency` and `entropy` of `carp_loss`. Collective."""
         columns = batch.student.columns
         loss = carp_loss(
-            batch.student.rows,
-            batch.teacher.rows,
+            batch.student.rows / self.temperatures["student"],
+            batch.teacher.rows / self.temperatures["teacher"],
             columns,
             batch.teacher.columns,
             draw_partition(

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pretrain
 import training.build
@@ -100,11 +100,12 @@ class FaultyObjective(Objective):
     """
 
     def __init__(self, objective: Objective) -> None:
+        nn.Module.__init__(self)
         self._objective = objective
-        self.logits, self.temperatures = objective.logits, objective.temperatures
+        self.kinds, self.accept, self.discard = objective.kinds, objective.accept, objective.discard
         self._struck: set[Fault] = set()
 
-    def __call__(self, batch: RankBatch, *, step: int, micro_step: int = 0) -> dict[str, Tensor]:
+    def forward(self, batch: RankBatch, *, step: int, micro_step: int = 0) -> dict[str, Tensor]:
         terms = self._objective(batch, step=step, micro_step=micro_step)
         for fault in planned_faults():
             if fault.name in FACTORS and fault.strikes("loss", step) and fault not in self._struck:

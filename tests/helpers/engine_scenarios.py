@@ -384,7 +384,7 @@ def one_step(
         engine=engine,
         estimator=estimator,
         objective=build_objective(
-            ObjectiveConfig(), prototypes.partition, seed=0, mean_over_ranks=synchronization.mean_over_ranks
+            ObjectiveConfig(), prototypes, seed=0, mean_over_ranks=synchronization.mean_over_ranks
         ),
         batch=BatchConfig(global_batch_size=num_images, gradient_accumulation_steps=accumulation),
         augmentation=lambda batch: batch,  # type: ignore[arg-type]

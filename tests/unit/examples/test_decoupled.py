@@ -79,7 +79,7 @@ def run_trainer(batches, ema_momentum):
     step = TrainingStep(
         engine=ExampleEngine(*networks),
         estimator=estimator,
-        objective=build_objective(ObjectiveConfig(), decoupled.CONFIG.partition, seed=decoupled.SEED),
+        objective=build_objective(ObjectiveConfig(), decoupled.CONFIG, seed=decoupled.SEED),
         batch=BatchConfig(global_batch_size=IMAGES),
         augmentation=lambda batch: batch,
         synchronization=Synchronization(1),

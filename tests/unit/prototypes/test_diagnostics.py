@@ -7,7 +7,7 @@ import torch
 
 from prototypes.alarms import Collapse, find_alarms
 from prototypes.build import build_objective
-from prototypes.config import ObjectiveConfig, PartitionConfig
+from prototypes.config import ObjectiveConfig, PrototypesConfig
 from prototypes.diagnostics import (
     UsageCounter,
     count_unique,
@@ -152,7 +152,7 @@ def test_rank_and_cosine_of_known_features():
     assert mean_cosine(torch.eye(6)) == pytest.approx(0, abs=1e-6)
 
 
-CARP = build_objective(ObjectiveConfig(), PartitionConfig(size=512), seed=0).collapses
+CARP = build_objective(ObjectiveConfig(), PrototypesConfig(), seed=0).collapses
 HEALTHY = {
     "loss/consistency": 2.9,
     "loss/entropy": 0.2,

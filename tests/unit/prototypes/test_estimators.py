@@ -397,7 +397,7 @@ def test_posterior_logits_are_the_tempered_log_joint():
     posterior = torch.softmax(operand @ columns.T, dim=-1)
     expected = estimator.responsibilities(rows.flatten(0, 1)).view(2, 5, 16)
     torch.testing.assert_close(posterior, expected, rtol=1e-3, atol=1e-5)
-    with pytest.raises(ValueError, match=r"objective\.logits is posterior"):
+    with pytest.raises(ValueError, match=r"set .*objective\.instance\.logits=dot"):
         build_mode("frozen_random", "gmm_diag").logit_operands(rows, "teacher", kind="posterior")
 
 

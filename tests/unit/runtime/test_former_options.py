@@ -40,6 +40,16 @@ def test_a_run_of_a_former_version_is_the_same_run():
     saved["prototypes"]["gmm"]["beta"] |= {"perplexity_start": 8.0, "perplexity_end": 2.0}
     assert describe_difference("outputs/run", saved, now) is None
     assert build_config(PretrainConfig, saved) == build_config(PretrainConfig, now)
+    # Nor before the objective had terms.
+    flat = {"logits": "dot", "student_temperature": 0.1, "teacher_temperature": 0.1, "entropy_weight": 1.0}
+    saved["objective"] = dict(flat)
+    assert describe_difference("outputs/run", saved, now) is None
+    now["objective"]["instance"]["entropy_weight"] = 2.0
+    assert "objective.instance.entropy_weight is 2.0" in describe_difference("outputs/run", saved, now)
+    now["objective"]["instance"]["entropy_weight"] = 1.0
+    for name in flat:
+        problem = describe_difference("outputs/run", saved | {"objective": flat | {name: "x"}}, now)
+        assert f"set objective.instance.{name}, or set run.name" in problem and "\n" not in problem
     saved["prototypes"]["gmm"]["largest"] = 4
     problem = describe_difference("outputs/run", saved, now)
     assert (

@@ -10,7 +10,13 @@ from data.views.augmentations import Crops
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
 from prototypes.build import build_estimator, build_objective
-from prototypes.config import CouplingConfig, ObjectiveConfig, PartitionConfig, PrototypesConfig
+from prototypes.config import (
+    CouplingConfig,
+    InstanceConfig,
+    ObjectiveConfig,
+    PartitionConfig,
+    PrototypesConfig,
+)
 from prototypes.diagnostics import UsageCounter
 from prototypes.mixture.config import GmmConfig, InitialisationConfig
 from prototypes.objectives.carp import carp_loss
@@ -81,7 +87,7 @@ def draw_micro_batches(number, seed=0):
     return [MicroBatch(a, b) for a, b in zip(images.chunk(number, 1), views.chunk(number, 1), strict=True)]
 
 
-def build_step(accumulation=1, how="exact", model=VIT, objective=None, **prototypes):
+def build_step(accumulation=1, how="exact", model=VIT, instance=None, **prototypes):
     config = PrototypesConfig(
         num_prototypes=PROTOTYPES, dim=DIM, partition=PartitionConfig(size=BLOCK), **prototypes
     )
@@ -97,7 +103,7 @@ def build_step(accumulation=1, how="exact", model=VIT, objective=None, **prototy
     return TrainingStep(
         engine=PlainEngine(student, teacher),
         estimator=estimator,
-        objective=build_objective(objective or ObjectiveConfig(), config.partition, seed=0),
+        objective=build_objective(ObjectiveConfig(instance=instance or InstanceConfig()), config, seed=0),
         batch=BatchConfig(
             global_batch_size=IMAGES, gradient_accumulation_steps=accumulation, accumulation=how
         ),
@@ -157,14 +163,14 @@ def test_micro_batches_equal_one_batch(arm):
 
 
 @pytest.mark.parametrize(
-    "objective",
-    [ObjectiveConfig(logits="cosine"), ObjectiveConfig(logits="posterior")],
+    "instance",
+    [InstanceConfig(logits="cosine"), InstanceConfig(logits="posterior")],
     ids=lambda o: o.logits,
 )
-def test_micro_batches_equal_one_batch_with_other_logits(objective):
+def test_micro_batches_equal_one_batch_with_other_logits(instance):
     # One step: posterior logits are differences of large numbers, and their gradient here is 20 times the others'.
-    expected, _ = train(1, num_steps=1, objective=objective)
-    found, _ = train(4, num_steps=1, objective=objective)
+    expected, _ = train(1, num_steps=1, instance=instance)
+    found, _ = train(4, num_steps=1, instance=instance)
     check_equal_steps(found, expected)
 
 
@@ -346,7 +352,7 @@ def test_differentiate_gives_zero_where_the_loss_uses_nothing():
 class TwoTerms(Objective):
     """A loss that is no sum over images and shares nothing with CARP's."""
 
-    def __call__(self, batch, *, step, micro_step=0):
+    def forward(self, batch, *, step, micro_step=0):
         self.asked = (step, micro_step, batch.num_parts)
         student, teacher = (side.rows @ side.columns.T for side in (batch.student, batch.teacher))
         mean = student.softmax(-1).mean((0, 1))
@@ -359,7 +365,7 @@ def test_a_step_runs_any_objective_and_returns_its_scalars(arm):
     outcomes = []
     for accumulation in (1, 4):
         step = build_step(accumulation, **ARMS[arm])
-        step.objective = TwoTerms(ObjectiveConfig(logits="cosine", student_temperature=0.5))
+        step.objective = TwoTerms(InstanceConfig(logits="cosine"))
         torch.manual_seed(0)
         outcome = step(draw_micro_batches(accumulation), 3, SCHEDULE)
         assert outcome.applied and list(outcome.loss) == ["total", "agreement"]

@@ -54,7 +54,7 @@ def build_step(estimator, config, finite=True):
     return TrainingStep(
         engine=FixedEngine(finite),
         estimator=estimator,
-        objective=build_objective(ObjectiveConfig(), config.partition, seed=0),
+        objective=build_objective(ObjectiveConfig(), config, seed=0),
         batch=BatchConfig(),
         augmentation=lambda batch: batch,
         synchronization=Synchronization(1),
