@@ -58,7 +58,7 @@ def iterate_sections(config_class: type, prefix: str = "") -> Iterator[tuple[str
 @functools.cache
 def _read_texts(config_class: type) -> dict[str, str]:
     """Returns field to the string literal below it, on one line; a field that it inherits is read where it stands."""
-    texts = {}
+    texts: dict[str, str] = {}
     for base in reversed(config_class.__mro__[1:-1]):
         texts |= _read_texts(base)
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
