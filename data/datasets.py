@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,16 +12,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.config import MAX_IMAGE_PIXELS, DataConfig
-from data.members import EncodedSample
+from data.members import LABEL_MAP_SUFFIX, EncodedSample
 from data.shards import DataError, Manifest, check_shard_files, load_manifest
 from data.stream.reader import Failure, ShardReader
 from data.stream.remote import ShardCache, open_shards
 from data.stream.workers import start_worker
-from data.views.decoding import BadImageError, decode_to_pil, find_image
+from data.views.decoding import BadImageError, decode_label_map, decode_to_pil, find_image
 from data.writing.labels import number_classes, number_label, read_label
 
-__all__ = ["DataError", "EvaluationStream", "Manifest", "load_manifest", "require_same_classes"]
+__all__ = [
+    "DataError",
+    "DenseTransform",
+    "EvaluationStream",
+    "Manifest",
+    "load_manifest",
+    "require_same_classes",
+]
 
+# Pillow RGB image and its label map to float tensor [C, H, W] and class indices uint8 [H', W'].
+DenseTransform = Callable[[Image.Image, Image.Image], tuple[Tensor, Tensor]]
 LabelledBatch = tuple[Tensor, Tensor, Tensor]
 _Part = tuple[Tensor, Tensor, Tensor, list[str]]  # with the names of what was skipped
 
@@ -55,21 +65,24 @@ class EvaluationStream:
         num_workers: loader processes; 0 loads in this process.
         rank: of this process.
         world_size: number of processes.
+        dense_transform: given instead of `transform` where labels are label maps; picklable too.
 
     Raises:
-        DataError: shards missing or of another size than in the manifest, or labels that the manifest does not know.
+        DataError: shards missing or of another size than in the manifest, labels that the manifest does not know, or
+            samples without label map.
     """
 
     def __init__(
         self,
         directory: str,
         split: str,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Callable[[Image.Image], Tensor] | None = None,
         *,
         batch_size: int,
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        dense_transform: DenseTransform | None = None,
     ) -> None:
         self.manifest, cache = open_shards(DataConfig(shards=directory, split=split))
         if cache is None:
@@ -78,11 +91,21 @@ class EvaluationStream:
         part = -(-self.num_samples // (world_size * max(1, num_workers)))
         self.most_batches = max(1, num_workers) * -(-part // batch_size)
         self.skipped: list[str] = []
-        self._dataset = _EvaluationDataset(self.manifest, cache, transform, batch_size, rank, world_size)
+        numbers = number_classes(self.manifest.classes)
+        prepare: _WithClass | _WithLabelMap
+        if dense_transform is not None:
+            prepare = _WithLabelMap(dense_transform, numbers)
+        else:
+            assert transform is not None
+            prepare = _WithClass(transform, numbers)
+        self._dataset = _EvaluationDataset(self.manifest, cache, prepare, batch_size, rank, world_size)
         self._num_workers = num_workers
 
     def __iter__(self) -> Iterator[LabelledBatch]:
-        """Yields images float [B, C, H, W], labels int64 [B] (-1 without label) and sample ids int64 [B]."""
+        """Yields images float [B, C, H, W], labels and sample ids int64 [B].
+
+        Labels are int64 [B] (-1 without label), or of a dense transform uint8 [B, H', W'].
+        """
         loader = DataLoader(
             self._dataset,
             batch_size=None,
@@ -99,6 +122,36 @@ class EvaluationStream:
                 yield images, labels, sample_ids
 
 
+@dataclass(frozen=True)
+class _WithClass:
+    """A sample's image, transformed, and its class index."""
+
+    transform: Callable[[Image.Image], Tensor]
+    numbers: dict[str, int]
+
+    def __call__(self, sample: EncodedSample, image: Image.Image) -> tuple[Tensor, Tensor]:
+        label = number_label(sample.key, read_label(sample.key, sample.members), self.numbers)
+        return self.transform(image), torch.tensor(label)
+
+
+@dataclass(frozen=True)
+class _WithLabelMap:
+    """A sample's image and its label map, transformed together."""
+
+    transform: DenseTransform
+    numbers: dict[str, int]
+
+    def __call__(self, sample: EncodedSample, image: Image.Image) -> tuple[Tensor, Tensor]:
+        encoded = sample.members.get(LABEL_MAP_SUFFIX)
+        if encoded is None:
+            raise DataError(
+                f"sample {sample.key} has no label map ({LABEL_MAP_SUFFIX}); expected one for every image; make the "
+                "shards with python -m data.make_shards segmentation"
+            )
+        label_map = decode_label_map(encoded, image.size, len(self.numbers), sample.key)
+        return self.transform(image, label_map)
+
+
 class _EvaluationDataset(IterableDataset):
     """One worker's contiguous part of a split."""
 
@@ -106,13 +159,13 @@ class _EvaluationDataset(IterableDataset):
         self,
         manifest: Manifest,
         cache: ShardCache | None,
-        transform: Callable[[Image.Image], Tensor],
+        prepare: Callable[[EncodedSample, Image.Image], tuple[Tensor, Tensor]],
         batch_size: int,
         rank: int,
         world_size: int,
     ) -> None:
         self.cache = cache
-        self.manifest, self.transform, self.batch_size = manifest, transform, batch_size
+        self.manifest, self.prepare, self.batch_size = manifest, prepare, batch_size
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[_Part | DataError]:
@@ -128,9 +181,8 @@ class _EvaluationDataset(IterableDataset):
         total = self.manifest.num_samples
         part, parts = self.rank * num_workers + worker, self.world_size * num_workers
         start, stop = total * part // parts, total * (part + 1) // parts
-        numbers = number_classes(self.manifest.classes)
         images: list[Tensor] = []
-        labels: list[int] = []
+        labels: list[Tensor] = []
         ids: list[int] = []
         skipped: list[str] = []
         for sample_id, sample in self._read(start, stop):
@@ -142,20 +194,16 @@ class _EvaluationDataset(IterableDataset):
             except BadImageError as error:
                 skipped.append(f"sample {sample_id}: {error}")
                 continue
-            images.append(self.transform(image))
-            labels.append(number_label(sample.key, read_label(sample.key, sample.members), numbers))
+            prepared, label = self.prepare(sample, image)
+            images.append(prepared)
+            labels.append(label)
             ids.append(sample_id)
             if len(images) == self.batch_size:
-                yield torch.stack(images), torch.tensor(labels), torch.tensor(ids), skipped
+                yield torch.stack(images), torch.stack(labels), torch.tensor(ids), skipped
                 images, labels, ids, skipped = [], [], [], []
         if images or skipped:
-            stacked = torch.stack(images) if images else torch.empty(0)
-            yield (
-                stacked,
-                torch.tensor(labels, dtype=torch.int64),
-                torch.tensor(ids, dtype=torch.int64),
-                skipped,
-            )
+            pictures, truths = (torch.stack(part) if part else torch.empty(0) for part in (images, labels))
+            yield pictures, truths, torch.tensor(ids, dtype=torch.int64), skipped
 
     def _read(self, start: int, stop: int) -> Iterator[tuple[int, EncodedSample | Failure]]:
         """Yields samples [start, stop) of the split in the manifest's order."""

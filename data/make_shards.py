@@ -8,6 +8,7 @@
     python -m data.make_shards imagefolder ILSVRC/val --split val --labels LOC_val_solution.csv --out datasets/imagenet
     python -m data.make_shards inat2018 --root inat/ --train train2018.json --val val2018.json --out datasets/inat2018
     python -m data.make_shards csv list.csv --root photos/ --label-column species --out datasets/species
+    python -m data.make_shards segmentation camvid/ --out datasets/camvid          (images with label PNGs; VOC, ADE20K)
     python -m data.make_shards lt datasets/imagenet --imbalance 100 --out datasets/imagenet-lt
     python -m data.make_shards reshuffle others/shards --out datasets/others      (rewrites any set in random order)
 
@@ -64,6 +65,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_known_sets(commands)
     _add_own_images(commands)
+    _add_label_maps(commands)
     _add_sets_of_sets(commands)
     return parser.parse_args(arguments)
 
@@ -133,6 +135,18 @@ def _add_own_images(commands: argparse._SubParsersAction[Parser]) -> None:
             default="error",
             help="when two classes hold the same image: refuse, keep the first, or leave out all of them",
         )
+
+
+def _add_label_maps(commands: argparse._SubParsersAction[Parser]) -> None:
+    maps = commands.add_parser("segmentation", help="images with a label PNG each: folders, VOC, ADE20K")
+    maps.add_argument("root", help="NAME.jpg and NAME.png together, or images/ and labels/; of VOC: VOC2012")
+    maps.add_argument("--layout", choices=("auto", "folders", "voc", "ade20k"), default="auto")
+    maps.add_argument("--split", default="train", help="of a folder without split folders")
+    maps.add_argument("--classes", default="", help="file of names, one a line; default: classes.txt in root")
+    maps.add_argument("--first-class", type=int, default=0, help="value in the PNGs of the first class")
+    maps.add_argument("--void", type=int, nargs="+", default=[255], help="values that are no class")
+    maps.set_defaults(run=_make_segmentation)
+    _add_common_options(maps)
 
 
 def _add_sets_of_sets(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -280,6 +294,23 @@ def _make_inat(options: argparse.Namespace) -> None:
         )
     for split, listed in by_split.items():
         _write(_source(listed, options), split, options)
+
+
+def _make_segmentation(options: argparse.Namespace) -> None:
+    from data.writing.segmentation import list_segmentation
+
+    by_split, passed_over = list_segmentation(
+        options.root,
+        layout=options.layout,
+        split=options.split,
+        classes_path=options.classes,
+        first_class=options.first_class,
+        void=options.void,
+    )
+    for line in passed_over.lines():
+        print(f"  {line}")
+    for split, source in by_split.items():
+        _write(source, split, options)
 
 
 def _make_long_tail(options: argparse.Namespace) -> None:

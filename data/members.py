@@ -19,6 +19,9 @@ _EVERYWHERE = "jpg jpeg jpe jfif png webp bmp dib ppm pgm pbm pnm tif tiff gif t
 _WITH_A_LIBRARY = "avif heic heif jp2 j2k jpf jpx"
 IMAGE_SUFFIXES = frozenset(f"{_EVERYWHERE} {_WITH_A_LIBRARY}".split())
 LABEL_SUFFIX = "cls"
+# A class index for every pixel, `VOID_INDEX` for none: an 8-bit grey PNG of the image's size.
+LABEL_MAP_SUFFIX = "seg.png"
+VOID_INDEX = 255
 _SYSTEM_NAMES = frozenset(("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "lost+found"))
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
 _NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")
@@ -78,8 +81,9 @@ def passed_over_reason(name: str) -> str:
 
 
 def image_members(suffixes: Iterable[str]) -> list[str]:
-    """Returns those of a sample's suffixes that are images."""
-    return [suffix for suffix in suffixes if suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES]
+    """Returns those of a sample's suffixes that are images; a label map is none where there is another."""
+    images = [suffix for suffix in suffixes if suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES]
+    return [suffix for suffix in images if suffix != LABEL_MAP_SUFFIX] or images
 
 
 def choose_image(key: str, members: Mapping[str, bytes], image_key: str = "") -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from data.local_errors import raise_if_local
-from data.members import EncodedSample, NoImageError, choose_image
+from data.members import VOID_INDEX, EncodedSample, NoImageError, choose_image
+from data.shards import DataError
 
 with contextlib.suppress(ImportError):  # phones' photographs; Pillow does not open them by itself
     import pillow_heif
@@ -90,6 +91,38 @@ def decode_to_pil(data: bytes, *, max_pixels: int) -> Image.Image:
     pixels = decode_image(data, channels=3, max_pixels=max_pixels)
     array = pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(array)
+
+
+def decode_label_map(data: bytes, size: tuple[int, int], num_classes: int, key: str) -> Image.Image:
+    """Returns a sample's label map as a grey Pillow image of class indices and `VOID_INDEX`.
+
+    Args:
+        data: the encoded label map.
+        size: (width, height) of its image.
+        num_classes: C.
+        key: of the sample, for the message.
+
+    Raises:
+        DataError: it is damaged, or not an 8-bit grey image of that size and those classes.
+    """
+    try:
+        found = Image.open(io.BytesIO(data))
+        _require_size(*found.size, size[0] * size[1])
+        found.load()
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise_if_local(error, f"the label map of {key}")
+        raise DataError(
+            f"the label map of {key} cannot be decoded ({type(error).__name__}); expected a PNG of its image's size; "
+            "make the shards again"
+        ) from error
+    counts = found.histogram()[:VOID_INDEX] if found.mode == "L" else []
+    if found.mode != "L" or found.size != size or any(counts[num_classes:]):
+        raise DataError(
+            f"the label map of {key} is {found.mode}, {found.width} x {found.height}; expected L (8-bit grey), "
+            f"{size[0]} x {size[1]}, with values below {num_classes} or {VOID_INDEX}; make the shards with "
+            "python -m data.make_shards segmentation"
+        )
+    return found
 
 
 def _decode(data: bytes, channels: int, max_pixels: int) -> Tensor:

@@ -228,7 +228,11 @@ def _name_classes(directory: str, scans: Sequence[ShardScan]) -> tuple[tuple[str
                 )
                 scan.find(ordinal, message, error.shown)
                 findings.extend(scan.findings[before:])
-    return (listed if names or largest >= 0 else ()), findings
+    return (listed if names or largest >= 0 or _has_label_maps(scans) else ()), findings
+
+
+def _has_label_maps(scans: Sequence[ShardScan]) -> bool:
+    return any(scan.num_label_maps for scan in scans)
 
 
 def _describe(
@@ -240,7 +244,7 @@ def _describe(
     numbers = number_classes(classes)
     labels = [label for scan in scans for label in number_labels(scan, numbers)]
     counts = Counter(labels)
-    labelled = counts.keys() != {-1}
+    labelled = counts.keys() != {-1} or _has_label_maps(scans)
     manifest = Manifest(
         split=split,
         shards=shards,

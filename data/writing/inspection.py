@@ -18,6 +18,7 @@ from pathlib import Path
 from data.config import MAX_IMAGE_PIXELS
 from data.local_errors import raise_if_local
 from data.members import (
+    LABEL_MAP_SUFFIX,
     EncodedSample,
     NoImageError,
     choose_image,
@@ -49,6 +50,7 @@ class ShardScan:
         offsets: where each sample starts.
         checksums: CRC-32 of each sample's members.
         labels: class index or class name of each sample, None without.
+        num_label_maps: samples that hold a class for every pixel.
         passed_over: members other than folders that belong to no sample, by reason, and the first names of each.
         findings: what is wrong with it by itself, whatever a manifest says; one for each kind.
     """
@@ -60,6 +62,7 @@ class ShardScan:
     offsets: list[int] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
+    num_label_maps: int = 0
     passed_over: dict[str, list[str]] = field(default_factory=dict)
     num_passed_over: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
@@ -137,6 +140,7 @@ def _read_samples(path: Path, scan: ShardScan, num_decoded: int | None, image_ke
 def _take_in(scan: ShardScan, ordinal: int, sample: EncodedSample, image_key: str, *, decode: bool) -> None:
     scan.keys.append(sample.key)
     scan.checksums.append(checksum_of(sample))
+    scan.num_label_maps += LABEL_MAP_SUFFIX in sample.members
     label: Label = None
     try:
         label = read_label(sample.key, sample.members)
