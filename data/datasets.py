@@ -25,6 +25,7 @@ __all__ = [
     "DenseTransform",
     "EvaluationStream",
     "Manifest",
+    "iterate_samples",
     "load_manifest",
     "require_same_classes",
 ]
@@ -185,7 +186,8 @@ class _EvaluationDataset(IterableDataset):
         labels: list[Tensor] = []
         ids: list[int] = []
         skipped: list[str] = []
-        for sample_id, sample in self._read(start, stop):
+        reader = ShardReader(self.manifest, cache=self.cache)
+        for sample_id, sample in iterate_samples(reader, start, stop):
             try:
                 if isinstance(sample, Failure):
                     raise BadImageError(sample.reason)
@@ -205,19 +207,21 @@ class _EvaluationDataset(IterableDataset):
             pictures, truths = (torch.stack(part) if part else torch.empty(0) for part in (images, labels))
             yield pictures, truths, torch.tensor(ids, dtype=torch.int64), skipped
 
-    def _read(self, start: int, stop: int) -> Iterator[tuple[int, EncodedSample | Failure]]:
-        """Yields samples [start, stop) of the split in the manifest's order."""
-        reader = ShardReader(self.manifest, cache=self.cache)
-        first, first_id = 0, 0
-        for index, shard in enumerate(self.manifest.shards):
-            low, high = max(start - first, 0), min(stop - first, shard.num_selected)
-            if low < high:
-                ordinals = (
-                    range(low, high)
-                    if shard.ordinals is None
-                    else np.asarray(shard.ordinals[low:high], dtype=np.int64)
-                )
-                for ordinal, sample in reader.read(index, ordinals):
-                    yield first_id + ordinal, sample
-            first += shard.num_selected
-            first_id += shard.samples
+
+def iterate_samples(
+    reader: ShardReader, start: int, stop: int
+) -> Iterator[tuple[int, EncodedSample | Failure]]:
+    """Yields (sample id, sample or failure) of samples [start, stop) of a split in the manifest's order."""
+    first, first_id = 0, 0
+    for index, shard in enumerate(reader.manifest.shards):
+        low, high = max(start - first, 0), min(stop - first, shard.num_selected)
+        if low < high:
+            ordinals = (
+                range(low, high)
+                if shard.ordinals is None
+                else np.asarray(shard.ordinals[low:high], dtype=np.int64)
+            )
+            for ordinal, sample in reader.read(index, ordinals):
+                yield first_id + ordinal, sample
+        first += shard.num_selected
+        first_id += shard.samples

@@ -62,7 +62,7 @@ FLOORS = {
         ("guards", "metrics", "schedules", "run_length", "config_difference"),
     ),
     "evaluation": (
-        ("harness", "cache"),
+        ("harness", "cache", "embed"),
         ("probes",),
         ("features",),
         ("encoders",),

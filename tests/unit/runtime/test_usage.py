@@ -34,6 +34,7 @@ PROGRAMS = {
             "report",
             "audit",
             "evaluation.cache",
+            "evaluation.embed",
             "slurm.submit",
             "runtime.options_page",
             "benchmarks.report",
