@@ -124,7 +124,8 @@ def _extract(run_dir, digits, cache_dir, written, merged, is_late):
 
 def test_two_evaluations_at_once_do_not_meet(run_dir, digits, tmp_path):
     """Part files had one name for all: the first to merge removed those of the second."""
-    context = multiprocessing.get_context("fork")
+    # spawned: a fork of a process whose threads have computed hangs in the first product that wants several
+    context = multiprocessing.get_context("spawn")
     written, merged = context.Barrier(2), context.Event()
     both = [
         context.Process(target=_extract, args=(str(run_dir), digits, tmp_path, written, merged, is_late))
