@@ -12,7 +12,8 @@ from .config import ClusteringConfig, PrototypesConfig
 from .estimator import EstimatorContext, Observation, PrototypeEstimator, Role
 from .learned import LearnedPrototypes, require_learned
 from .mixture.candidate import CandidateTables
-from .objectives.sinkhorn import compute_sinkhorn_targets
+from .objectives.logits import ChunkedLogits
+from .objectives.sinkhorn import compute_sinkhorn_offsets, count_groups, pick_offsets
 from .random_numbers import draw_unit_vectors
 from .statistics import drop_non_finite, find_finite, full_precision
 
@@ -86,23 +87,34 @@ class SinkhornCodes(PrototypeEstimator):
             return Observation(self.context.collectives.start_sum(self._compute_gradient()))
 
     def _compute_gradient(self) -> Float[Tensor, " F"]:
-        """Returns [dL/dw summed over rows, flat; loss, weight, bad rows]: one tensor to reduce."""
+        """Returns [dL/dw summed over rows, flat; loss, weight, bad rows]: one tensor to reduce.
+
+        The logits of a bounded number of rows exist at a time: patches are many.
+        """
+        options, collectives = self.clustering, self.context.collectives
         rows = nn.functional.normalize(torch.cat([held.rows for held in self._held]), dim=1)
         weight = torch.cat([held.weight for held in self._held])
         groups = [held.group for held in self._held if held.group is not None]
+        group = torch.cat(groups) if groups else None
         extended = self.extend_rows(rows)
-        logits = extended @ self.means.T
-        targets = compute_sinkhorn_targets(
-            logits / self.clustering.target_temperature,
-            weight,
-            torch.cat(groups) if groups else None,
-            self.clustering.sinkhorn_iterations,
-            self.context.collectives,
+        logits = ChunkedLogits(extended / options.target_temperature, self.means)
+        offsets = compute_sinkhorn_offsets(
+            logits,
+            options.sinkhorn_iterations,
+            collectives,
+            weight=weight,
+            group=group,
+            num_groups=1 if group is None else count_groups(group, collectives),
         )
-        log_probs = torch.log_softmax(logits / self.clustering.prediction_temperature, dim=1)
-        loss = -(weight * (targets * log_probs).sum(1)).sum()
-        errors = log_probs.exp_().sub_(targets).mul_(weight[:, None])
-        gradient = (errors.T @ extended).div_(self.clustering.prediction_temperature)
+        gradient, loss = torch.zeros_like(self.means), weight.new_zeros(())
+        for chosen, chunk in logits:
+            members = None if group is None else group[chosen]
+            targets = torch.softmax(chunk - pick_offsets(offsets, members), dim=1)
+            sharpness = options.target_temperature / options.prediction_temperature
+            log_probs = torch.log_softmax(chunk * sharpness, dim=1)
+            loss -= weight[chosen] @ (targets * log_probs).sum(1)
+            errors = log_probs.exp_().sub_(targets).mul_(weight[chosen, None])
+            gradient += (errors.T @ extended[chosen]).div_(options.prediction_temperature)
         scalars = torch.stack([loss, weight.sum(), loss.new_tensor(float(self._num_bad))])
         return torch.cat([gradient.flatten(), scalars])
 

@@ -218,17 +218,6 @@ def test_sinkhorn_gradient_is_autograd_s():
     assert float(reduced[-3]) == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_sinkhorn_balances_within_each_group():
-    from prototypes.objectives.sinkhorn import compute_sinkhorn_targets
-    from prototypes.statistics import Collectives
-
-    group = torch.arange(40) % 2
-    targets = compute_sinkhorn_targets(torch.randn(40, 5), torch.ones(40), group, 50, Collectives())
-    torch.testing.assert_close(targets.sum(1), torch.ones(40))
-    for value in (0, 1):
-        torch.testing.assert_close(targets[group == value].sum(0), torch.full((5,), 4.0), rtol=1e-3, atol=0)
-
-
 # ------------------------------------------------------------------------------- properties
 
 

@@ -7,8 +7,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from prototypes.mixture.config import SynchronizationConfig
-from prototypes.objectives.sinkhorn import compute_sinkhorn_targets
-from prototypes.statistics import Collectives
 from tests.unit.prototypes.building import MIXTURES, build, clustered_rows, make_config, take_step, tensors
 from tests.unit.prototypes.lockstep import Lockstep
 
@@ -96,23 +94,3 @@ def test_every_family_shards(name, splits, seed):
     for key, value in run_split(config, steps, splits)[0].items():
         # Sums in another order: one split in some hundreds was 5e-6 off under a tied variance.
         torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
-
-
-def test_ranks_without_rows_of_some_group_balance_with_the_others():
-    """Rank 1 holds no row of the groups 1 and 3, rank 2 no row at all; group 2 has a row nowhere."""
-    torch.manual_seed(0)
-    logits, weight = torch.randn(30, 5), torch.rand(30) + 0.5
-    group = torch.tensor([0, 1, 3]).repeat(10)
-    order = torch.cat([torch.arange(24), torch.tensor([24, 27, 25, 26, 28, 29])])
-    logits, weight, group = logits[order], weight[order], group[order]
-    parts = [torch.cat([torch.arange(24), torch.arange(26, 30)]), torch.arange(24, 26), torch.arange(0)]
-    expected = compute_sinkhorn_targets(logits, weight, group, 4, Collectives())
-    ranks = Lockstep(3)
-
-    def body(rank):
-        own = parts[rank]
-        collectives = Collectives(rank, 3, ranks.reduce_sum(rank), ranks.gather(rank))
-        return compute_sinkhorn_targets(logits[own], weight[own], group[own], 4, collectives)
-
-    for found, own in zip(ranks.run(body), parts, strict=True):
-        torch.testing.assert_close(found, expected[own], rtol=1e-4, atol=1e-5)
