@@ -17,9 +17,19 @@ from evaluation.probes.config import (
     PrototypeAuditConfig,
     refuse_unless,
 )
+from models.config import WeightsKind, parse_weights_spec
 
 PROBES = ("prototypes", "knn", "linear", "logistic", "few_shot", "clustering", "long_tail", "fine_tune")
 CONTROLS = ("random-init", "raw-pixels")
+ENCODER_KINDS: tuple[WeightsKind, ...] = (
+    "folder",
+    "timm",
+    "hf",
+    "local-dir",
+    "random-init",
+    "raw-pixels",
+    "file",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +136,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Refuses probes and controls that do not exist."""
-        refuse_unless(bool(self.encoder), "encoder", repr(self.encoder), "a run, a folder or a prefixed name")
+        parse_weights_spec(self.encoder, "encoder", ENCODER_KINDS)
         refuse_unless(bool(self.probes or self.controls), "probes", "[]", "at least one, or controls")
         for name in self.probes:
             refuse_unless(

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 from evaluation.config import EvaluationConfig
-from evaluation.encoders.load import Encoder, load_controls, load_encoder
+from evaluation.encoders.encoder import Encoder
+from evaluation.encoders.load import load_controls, load_encoder
+from evaluation.encoders.pixels import PixelFeatures
 from evaluation.encoders.preprocessing import Preprocessing
 from evaluation.features.processes import require_writable, start_processes
 from evaluation.features.session import Session, extract_together
@@ -62,7 +64,7 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
 
 def _is_affordable(control: Encoder, session: Session) -> bool:
     """Returns whether a control's features are small enough to keep; pixels of large images are not, which is said."""
-    if control.spec != "raw-pixels" or not isinstance(control.transform, Preprocessing):
+    if not isinstance(control.module, PixelFeatures) or not isinstance(control.transform, Preprocessing):
         return True
     config, transform = session.config, control.transform
     limits = (config.data.max_train_images, config.data.max_test_images)

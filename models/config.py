@@ -2,8 +2,99 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
+
+WeightsKind = Literal["random", "raw-pixels", "random-init", "timm", "hf", "local-dir", "file", "folder"]
+# Kind to how it is written; what is neither a word nor behind one of these prefixes is a path.
+_FORMS: dict[WeightsKind, str] = {
+    "random": "random",
+    "raw-pixels": "raw-pixels",
+    "random-init": "random-init:RUN[:SEED]",
+    "timm": "timm:NAME",
+    "hf": "hf:NAME",
+    "local-dir": "local-dir:PATH",
+    "file": "a weights file PATH[#TENSOR]",
+    "folder": "the path of a run, a checkpoint or an exported folder",
+}
+_WORDS: tuple[WeightsKind, ...] = ("random", "raw-pixels")
+_PREFIXED: tuple[WeightsKind, ...] = ("random-init", "timm", "hf", "local-dir")
+_FILE_ENDS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".index.json")
+_MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class WeightsSpec:
+    """Where weights come from, read from what a user wrote.
+
+    Attributes:
+        text: what was written.
+        kind: which of the forms it has.
+        name: the released model's name, or the path of the folder or file.
+        tensor: of a file, the one that is named behind `#`.
+        seed: of a fresh initialisation.
+    """
+
+    text: str
+    kind: WeightsKind
+    name: str
+    tensor: str | None = None
+    seed: int = 0
+
+    @property
+    def path(self) -> Path:
+        """`name` as a path."""
+        return Path(self.name)
+
+
+def parse_weights_spec(text: str, option: str, kinds: Collection[WeightsKind]) -> WeightsSpec:
+    """Returns what `text` names; looks at the disk only to tell a folder from a file.
+
+    Args:
+        text: as written.
+        option: whose value it is.
+        kinds: the forms that this option takes.
+
+    Raises:
+        ValueError: it has another form, or lacks a part of its own.
+    """
+    spec = _parse(text) if text else None
+    if spec is None or spec.kind not in kinds:
+        forms = ", ".join(form for kind, form in _FORMS.items() if kind in kinds)
+        raise ValueError(f"{option} is {text!r}; expected {forms}; set {option}")
+    return spec
+
+
+def _parse(text: str) -> WeightsSpec | None:
+    """Returns what a text names, or None where a prefix stands before nothing or a seed is none."""
+    for word in _WORDS:
+        if text == word:
+            return WeightsSpec(text, word, word)
+    prefix, _, name = text.partition(":")
+    for kind in _PREFIXED:
+        if prefix == kind:
+            seed = 0
+            if kind == "random-init" and ":" in name:
+                name, _, digits = name.rpartition(":")
+                seed = int(digits) if re.fullmatch("[0-9]{1,10}", digits) else -1
+            return WeightsSpec(text, kind, name, seed=seed) if name and 0 <= seed <= _MAX_SEED else None
+    path, mark, tensor = text.rpartition("#")
+    try:
+        is_folder, is_file = Path(text).is_dir(), Path(text).is_file()
+    except OSError:  # no path can be that long
+        is_folder = is_file = False
+        if not mark:
+            return None
+    if mark and not (is_folder or is_file):
+        return WeightsSpec(text, "file", path, tensor or None)
+    is_file = is_file or (text.endswith(_FILE_ENDS) and not is_folder)
+    return WeightsSpec(text, "file" if is_file else "folder", text)
+
+
+INIT_KINDS: tuple[WeightsKind, ...] = ("random", "timm", "hf", "local-dir", "folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +151,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuses an origin of weights that is none."""
-        known = self.init == "random" or self.init.startswith(("timm:", "hf:")) or "/" in self.init
-        if not known:
+        spec = parse_weights_spec(self.init, "model.init", INIT_KINDS)
+        is_path = spec.kind == "folder" and "/" in spec.name
+        if spec.kind == "folder" and not is_path:  # a misspelt word
             raise ValueError(
-                f"model.init is {self.init!r}; expected random, timm:NAME, hf:NAME or a folder's path; set model.init"
+                f"model.init is {self.init!r}; expected random, timm:NAME, hf:NAME or a folder's path (./{self.init} "
+                "where it is one); set model.init"
             )
-        if self.init_head and not ("/" in self.init and not self.init.startswith(("timm:", "hf:"))):
+        if self.init_head and not is_path:
             raise ValueError(
                 f"model.init_head is True with model.init {self.init!r}; expected the path of a run; set model.init"
             )

@@ -12,7 +12,6 @@ import re
 import sys
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -22,6 +21,8 @@ from timm.models import adapt_input_conv
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from models.config import INIT_KINDS, parse_weights_spec
 
 _PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 _LAYER_SCALE = re.compile(r"(?P<block>.+\.)(ls[12]\.gamma|gamma_[12])")
@@ -89,15 +90,10 @@ def initialise_from(backbone: nn.Module, source: str) -> LoadedWeights:
 
 
 def _build_donor(source: str) -> nn.Module:
-    if source.startswith("timm:"):
-        name = source.removeprefix("timm:")
-    elif source.startswith("hf:"):
-        name = "hf-hub:" + source.removeprefix("hf:")
-    else:
-        folder = Path(source.removeprefix("local-dir:"))
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder}")
-        name = f"local-dir:{folder}"
+    spec = parse_weights_spec(source, "model.init", INIT_KINDS)
+    if spec.kind in ("folder", "local-dir") and not spec.path.is_dir():
+        raise FileNotFoundError(f"there is no folder {spec.path}")
+    name = {"timm": spec.name, "hf": f"hf-hub:{spec.name}"}.get(spec.kind, f"local-dir:{spec.path}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return timm.create_model(name, pretrained=True, num_classes=0)

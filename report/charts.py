@@ -31,6 +31,8 @@ DASHES = ("-", "--", ":", "-.")
 MOST_NAMED_CLASSES = 30
 # Bytes of a run's name in a file's; file systems take 255 with what stands before and behind it.
 _LONGEST_NAME = 120
+# Of a curve's values; a loss that diverges comes to the largest numbers there are, and the length of its axis beyond.
+_LARGEST = 1e300
 # Wide enough for a laptop's column, and still legible at a phone's 360 pixels.
 _SIZE = (4.6, 3.4)
 _DPI = 190
@@ -241,11 +243,16 @@ def to_png(figure: Figure) -> bytes:
 
 def series(records: Records, key: str) -> tuple[list[int], list[float]]:
     """Returns steps and values of one key in order; of a step that was logged twice, the later value."""
-    points = {
-        r["step"]: float(r[key]) for r in records if isinstance(r.get(key), int | float) and "step" in r
-    }
+    points = {r["step"]: _bound(r[key]) for r in records if isinstance(r.get(key), int | float)}
     steps = sorted(points)
     return steps, [points[step] for step in steps]
+
+
+def _bound(value: float) -> float:
+    """Returns a value whose distance from any other one is finite: without it no axis has ticks."""
+    if value > _LARGEST:
+        return _LARGEST
+    return -_LARGEST if value < -_LARGEST else float(value)
 
 
 def file_name(text: str) -> str:

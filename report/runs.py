@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 import statistics
 import time
@@ -17,8 +15,7 @@ from evaluation.results import read_results
 from report.tables import Row
 from runtime.config import read_yaml
 from runtime.program import UserError
-
-logger = logging.getLogger(__name__)
+from runtime.record import read_record
 
 _STEP_LINE = re.compile(r" step (\d+)/(\d+)\b")
 _PREEMPTED_LINE = "stopping at step"
@@ -64,7 +61,7 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
     runs: list[Run] = []
     for path in run_dirs:
         resolved = path.resolve()
-        metrics = read_metrics(path / "metrics.jsonl")
+        metrics = read_record(path)
         results = read_results(path / "results") if (path / "results").is_dir() else []
         if not metrics and not results:
             raise UserError(
@@ -87,22 +84,6 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
             )
         )
     return runs
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics file; a cut last line, which a killed run leaves, is passed over."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            logger.warning("%s: a line of %d characters is not JSON and is left out", path, len(line))
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step", 0), int):
-            records.append(record)
-        else:
-            logger.warning("%s: a line without a whole number as its step is left out", path)
-    return records
 
 
 def with_jobs(metrics: list[dict[str, Any]], in_training: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -174,7 +155,7 @@ def _section(run: Run, name: str) -> Mapping[str, Any]:
 
 
 def _status(run: Run, console: str) -> str:
-    last = max((record["step"] for record in run.metrics if "step" in record), default=0)
+    last = max((record["step"] for record in run.metrics), default=0)
     lines = list(_STEP_LINE.finditer(console))
     if not lines:
         return f"record ends at step {last}"

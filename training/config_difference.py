@@ -28,19 +28,27 @@ MECHANICS = (
     "evaluation.",
 )
 LENGTH = ("optim.epochs", "optim.steps")
+# Option to what runs did before there was the option, where that is not its default.
+BEFORE = {"batch.accumulation": "per_micro_batch"}
 
 
 def find_differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns key to (saved value, current value) of what changes what is learned or what the run is called."""
     flat_saved, flat_current = _flatten(saved), _flatten(current)
-    # A loss of each micro-batch depends on how many there are.
-    is_science = flat_current.get("batch.accumulation") == "per_micro_batch"
-    science = ("batch.gradient_accumulation_steps",) if is_science else ()
-    return {
+    differences = {
         key: (flat_saved.get(key), flat_current.get(key))
         for key in sorted(flat_saved.keys() | flat_current.keys())
-        if (key in science or not key.startswith(MECHANICS)) and flat_saved.get(key) != flat_current.get(key)
+        if flat_saved.get(key) != flat_current.get(key)
     }
+    # Where there is one loss of the whole batch, in how many parts it is computed is mechanics.
+    parts, kind = "batch.gradient_accumulation_steps", "batch.accumulation"
+    is_one_loss = all(
+        flat.get(kind) == "exact" or flat.get(parts) == 1 for flat in (flat_saved, flat_current)
+    )
+    if is_one_loss:
+        differences.pop(kind, None)
+    science = () if is_one_loss else (parts,)
+    return {key: p for key, p in differences.items() if key in science or not key.startswith(MECHANICS)}
 
 
 def describe_difference(run_dir: object, saved: dict[str, Any], current: dict[str, Any]) -> str | None:
@@ -49,8 +57,10 @@ def describe_difference(run_dir: object, saved: dict[str, Any], current: dict[st
     A longer run is the same one with `run.extend`, another name with `run.adopt`.
     """
     try:
-        # An option that there was not yet has its default: a new option's default is what was done before it.
-        made_with = config_to_dict(build_config(PretrainConfig, saved))
+        # An option that there was not yet has its default, which is what was done before it; or see `BEFORE`.
+        made_with = _flatten(config_to_dict(build_config(PretrainConfig, saved)))
+        named = _flatten(saved)
+        made_with |= {key: value for key, value in BEFORE.items() if key not in named}
         differences = find_differences(made_with, current)
     except ConfigError as error:
         return f"run directory {run_dir} is of a former version: {error}, or set run.name to a new name"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelConfig
+from models.config import INIT_KINDS, ModelConfig, parse_weights_spec
 from models.released_weights import LoadedWeights, initialise_from
 from models.vit import ImageSizeError, build_backbone, measure_embed_dim
 from prototypes.estimator import PrototypeEstimator
@@ -97,9 +97,10 @@ def find_source_checkpoint(model: ModelConfig, process: Process) -> Path | None:
 
 
 def _list_checkpoints(source: str) -> list[Path] | None:
-    if source == "random" or source.startswith(("timm:", "hf:")):
+    spec = parse_weights_spec(source, "model.init", INIT_KINDS)
+    if spec.kind != "folder":
         return None
-    path = Path(source)
+    path = spec.path
     if path.name.startswith("step-") and (path / MANIFEST_NAME).is_file():
         return [path]
     if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():

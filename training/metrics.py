@@ -28,11 +28,11 @@ from runtime.files import write_atomically
 from runtime.logging_setup import set_up_logging
 from runtime.preemption import ignore_preemption_signals
 from runtime.program import EXIT_DONE, EXIT_FAULT, UserError, run_program
+from runtime.record import RECORD_NAME, read_record
 from runtime.usage import asks_for_help
 
 logger = logging.getLogger("training.metrics")  # also where this file is the program
 
-RECORD_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb_id"
 WANDB_SENT_NAME = "wandb_sent"  # the newest step of which wandb has confirmed that it has everything up to it
 _POLL_S = 1.0
@@ -72,7 +72,7 @@ class MetricsRecord:
         A run without a checkpoint begins anew, whatever became of those that it had: what it once measured is not
         this program's to delete.
         """
-        lines = read_record(self.path)
+        lines = read_record(self.path.parent)
         last = max((line["step"] for line in lines), default=0)
         if resume_step == 0 and last > 0:
             written = time.localtime(self.path.stat().st_mtime)
@@ -133,21 +133,6 @@ class MetricsRecord:
         if self._unwritten:
             logger.error("%s lacks its last %d lines", self.path, self._unwritten.count(b"\n"))
         self._file.close()
-
-
-def read_record(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a record; what is none, such as a last line cut off by a kill, is left out."""
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict) and type(line.get("step")) is int:
-            lines.append(line)
-        else:
-            logger.warning("%s: left out what is no line of a record: %.60r", path, text)
-    return lines
 
 
 def wandb_id(run_dir: Path) -> str:
@@ -243,10 +228,9 @@ def replay(run_dir: Path, mode: str, project: str) -> int:
     Raises:
         UserError: the directory holds no record.
     """
-    record = run_dir / RECORD_NAME
-    if not record.is_file():
+    if not (run_dir / RECORD_NAME).is_file():
         raise UserError(f"{run_dir} has no {RECORD_NAME}; expected a run directory; pass outputs/RUN")
-    lines = read_record(record)
+    lines = read_record(run_dir)
     run = _start_wandb(run_dir, {"mode": mode, "project": project, "facts": {}})
     for line in lines:
         run.log(line)

@@ -1,9 +1,8 @@
-"""Adapters that turn networks into named features and patch tokens: timm's and pixels; `hf_models` has the others."""
+"""Adapters that turn networks into named features and patch tokens: the interface, and timm's networks behind it."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -107,28 +106,6 @@ class TimmFeatures(FeatureModule):
             last = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
             return tokens.flatten(1, 2) if last else tokens.flatten(2).transpose(1, 2)
         return None if self._num_prefix_tokens is None else tokens[:, self._num_prefix_tokens :]
-
-
-class PixelFeatures(FeatureModule):
-    """The image itself, flattened: the control that any encoder should beat.
-
-    Args:
-        mean: that the preprocessing subtracted, one number or one per channel.
-        std: that it divided by; both are undone, because cosines depend on where zero is.
-    """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
-        self.std = torch.tensor(std).view(-1, 1, 1)
-
-    def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
-        """Returns the pixels in 0..1 as `embedding`."""
-        return {"embedding": (images * self.std.to(images) + self.mean.to(images)).flatten(1)}
-
-    def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
-        """Returns None: pixels have no tokens."""
-        return None
 
 
 class NoFeatures(FeatureModule):

@@ -7,7 +7,7 @@ a wrong guess (a register taken for CLS, a corner patch taken for the image) giv
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from evaluation.config import TransformConfig
 from evaluation.encoders.backbones import FeatureModule, Features
-from evaluation.encoders.exported import EncoderError, one_line
+from evaluation.encoders.encoder import Encoder, LoadOptions, freeze
+from evaluation.encoders.exported import EncoderError, one_line, read_json
 from evaluation.encoders.preprocessing import Preprocessing, ProcessorTransform
+from evaluation.encoders.timm_models import load_local_dir
+from evaluation.tensor_files import checksum
+from models.config import WeightsSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -148,6 +152,24 @@ class TransformersFeatures(FeatureModule):
                 "set features.num_blocks"
             )
         return [norm(hidden[:, 0]) for hidden in output.hidden_states[-self.num_blocks : -1]]
+
+
+def load_hub(spec: WeightsSpec, options: LoadOptions) -> Encoder:
+    """Returns a vision model of transformers, by its name on the hub or its folder; timm's folders go to timm."""
+    config_path = spec.path / "config.json"
+    if config_path.is_file() and "pretrained_cfg" in read_json(config_path):
+        return load_local_dir(replace(spec, text=f"local-dir:{spec.name}", kind="local-dir"), options)
+    model = load_hub_model(spec.text, spec.name)
+    return freeze(
+        Encoder(
+            spec=spec.text,
+            label=spec.path.name,
+            role="released",
+            module=TransformersFeatures(model, options.num_blocks),
+            transform=hub_transform(spec.text, spec.name, model.config, options.transform),
+            weights_sha256=checksum(model.state_dict()),
+        )
+    )
 
 
 def family_of(config: Any) -> Family:

@@ -38,12 +38,13 @@ from evaluation.encoders.weights_files import (
     read_weights_file,
     refuse_part,
     require_real_matrix,
-    split_name,
 )
+from models.config import WeightsKind, parse_weights_spec
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+_KINDS: tuple[WeightsKind, ...] = ("file",)
 _BLOCK = 8192
 _LISTED = 6
 
@@ -117,7 +118,8 @@ def read_prototypes(spec: str) -> list[PrototypeMatrix]:
         WeightsFileError: nothing in the file looks like prototypes of a known family, no such matrix, or the file is
             one rank's part and no matrix is named.
     """
-    path, name = split_name(spec)
+    named = parse_weights_spec(spec, "prototypes.weights", _KINDS)
+    path, name = named.path, named.tensor
     if name is None:
         refuse_part(path)
     tensors = _compose_weight_norm(read_weights_file(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -14,7 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
+from evaluation.encoders.backbones import NoFeatures
+from evaluation.encoders.encoder import Encoder, LoadOptions
+from evaluation.encoders.exported import EncoderError, one_line
+from evaluation.encoders.preprocessing import NoPreprocessing
+from models.config import WeightsSpec
+from runtime.files import sha256_of
+
 # Optimizer states are many times the weights and hold no prototypes.
 _SKIPPED = ("optimizer", "opt", "clustering_optimizer", "fp16_scaler", "amp")
 # One rank's part of sharded weights: CAPI's and DINOv2's `model.N.rank_0.pth`, ZeRO-3's `zero_pp_rank_0_...`. What
@@ -40,16 +47,21 @@ class WeightsFileError(ValueError):
     """A weights file that cannot be read as data alone, or does not hold what was asked for; one line."""
 
 
-def split_name(spec: str) -> tuple[Path, str | None]:
-    """Returns path and tensor name of `PATH` or `PATH#NAME`."""
-    path, _, name = spec.partition("#")
-    return Path(path), name or None
-
-
-def is_weights_file(spec: str) -> bool:
-    """Returns whether an encoder's name is a weights file, with or without `#NAME`, there or not."""
-    path, name = split_name(spec)
-    return path.is_file() or name is not None or path.suffix in _SUFFIXES
+def load_weights_file(spec: WeightsSpec, _: LoadOptions) -> Encoder:
+    """Returns a weights file as an encoder without a network: its prototypes alone can be audited."""
+    if not spec.path.is_file():
+        raise EncoderError(
+            f"encoder is {spec.text!r}; expected an existing weights file; set encoder to PATH or PATH#TENSOR"
+        )
+    return Encoder(
+        spec=spec.text,
+        label="-".join(part for part in (spec.path.name.split(".")[0], spec.tensor) if part),
+        role="released",
+        module=NoFeatures(),
+        transform=NoPreprocessing(),
+        weights_sha256=sha256_of(spec.path),
+        weights_file=spec.text,
+    )
 
 
 def refuse_part(path: Path) -> None:
@@ -85,10 +97,32 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
             f"weights file is {str(path)!r}; expected an existing file; set encoder or prototypes.weights to "
             "PATH or PATH#TENSOR"
         )
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    content = _read_index(path) if path.name.endswith(".index.json") else _read_content(path)
     flat: dict[str, Tensor] = {}
     _flatten(content, "", flat, ())
     return {_plain_name(name): tensor for name, tensor in flat.items()}
+
+
+def _read_content(path: Path) -> Any:
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """Returns what the files hold that an index of the hub's libraries lists (`weight_map`: tensor to file)."""
+    try:
+        places = json.loads(path.read_text())["weight_map"]
+        parts = [path.parent / name for name in sorted(set(places.values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsFileError(
+            f"{path} is no index of weights files ({type(error).__name__}: {one_line(error)}); expected a "
+            "`weight_map` of tensor to file; fetch it again"
+        ) from error
+    missing = [part.name for part in parts if part.parent != path.parent or not part.is_file()]
+    if missing:
+        raise WeightsFileError(
+            f"{path} names {len(missing)} files that are not beside it, as {missing[0]}; expected all; fetch them"
+        )
+    return {name: tensor for part in parts for name, tensor in _read_content(part).items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -97,7 +131,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsFileError(
-            f"{path} cannot be read as safetensors ({_one_line(error)}); fetch the file again"
+            f"{path} cannot be read as safetensors ({one_line(error)}); fetch the file again"
         ) from error
 
 
@@ -114,7 +148,7 @@ def _read_pickle(path: Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise WeightsFileError(
-            f"{path} cannot be read as a PyTorch weights file ({type(error).__name__}: {_one_line(error)}); fetch the "
+            f"{path} cannot be read as a PyTorch weights file ({type(error).__name__}: {one_line(error)}); fetch the "
             "file again"
         ) from error
 
@@ -148,7 +182,3 @@ def _plain_name(name: str) -> str:
     name = name.replace("parametrizations.weight.original0", "weight_g")
     name = name.replace("parametrizations.weight.original1", "weight_v")
     return re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.datasets import Manifest
 from evaluation.config import FeaturesConfig
-from evaluation.encoders.load import Encoder
+from evaluation.encoders.encoder import Encoder
 from evaluation.tensor_files import DamagedFileError, load_tensors
 
 logger = logging.getLogger(__name__)

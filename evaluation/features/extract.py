@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data.datasets import EvaluationStream, Manifest
 from evaluation.config import EvaluationDataConfig, FeaturesConfig
-from evaluation.encoders.load import Encoder
+from evaluation.encoders.encoder import Encoder
 from evaluation.features.cache import cache_file, read_cached
 from evaluation.features.processes import Processes, require_writable
 from evaluation.tensor_files import load_tensors, save_tensors

@@ -12,7 +12,7 @@ from torch import Tensor
 from data.datasets import Manifest
 from evaluation.confidence import bootstrap
 from evaluation.config import EvaluationConfig
-from evaluation.encoders.load import Encoder
+from evaluation.encoders.encoder import Encoder
 from evaluation.features.extract import FeatureBank, load_features
 from evaluation.features.processes import Processes
 from evaluation.features.splits import load_splits

@@ -19,7 +19,7 @@ from torchvision.transforms import RandomResizedCrop
 from data.datasets import Manifest
 from evaluation.confidence import bootstrap
 from evaluation.encoders.backbones import FeatureModule, TimmFeatures
-from evaluation.encoders.load import Transform
+from evaluation.encoders.encoder import Transform
 from evaluation.features.extract import FeatureError, first_id_after, open_stream, select_feature
 from evaluation.features.processes import Processes
 from evaluation.features.session import Outcome, Session

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from torch.nn.functional import normalize
 
 from evaluation.encoders.projections import PROTOTYPES_FILE
 from prototypes.diagnostics import UsageCounter, count_unique, effective_rank, find_directions, mean_cosine
+from runtime.record import read_record
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -151,21 +151,14 @@ def read_training_usage(run_dir: Path, step: int | None) -> dict[str, Any]:
 
     They are over the views of one training epoch, counted before any revival of the step.
     """
-    path = run_dir / "metrics.jsonl"
     found: dict[str, Any] = {}
-    if not path.is_file():
-        return found
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # the last line of a killed run may be cut
-        if step is not None and record.get("step", 0) > step:
+    for line in read_record(run_dir):
+        if step is not None and line["step"] > step:
             continue
         for key in USAGE_FIGURES:
-            if f"prototypes/{key}" in record:
-                found[key] = record[f"prototypes/{key}"]
-                found["step"] = record["step"]
+            if f"prototypes/{key}" in line:
+                found[key] = line[f"prototypes/{key}"]
+                found["step"] = line["step"]
     return found
 
 

@@ -106,15 +106,18 @@ def prune_checkpoints(root: Path, newest: Path, keep_last: int, keep_every: int)
     """Deletes what is neither among the newest `keep_last` nor kept by `keep_every`. Call on rank 0 only.
 
     Checkpoints that failed their check are not counted among the `keep_last`. `newest`, the one just
-    committed, always stays, and so does every directory with a name that no save gives. A failure to delete is
-    a warning: it must not end a run.
+    committed, always stays, and so does every directory with a name that no save gives it: a copy under a name of its
+    own, or under that of another step. A failure to delete is a warning: it must not end a run.
     """
     try:
-        good = [p for p in list_committed(root) if not (p / REJECTED_NAME).exists() and p != newest]
+        own = [path for path in _own_directories(root) if not _is_copy(path)]
+        good = [
+            p for p in list_committed(root) if p in own and not (p / REJECTED_NAME).exists() and p != newest
+        ]
         kept = {newest, *good[: keep_last - 1]}
         if keep_every > 0:
             kept.update(path for path in good if step_of(path) % keep_every == 0)
-        leftovers = [path for path in _own_directories(root) if path not in kept]
+        leftovers = [path for path in own if path not in kept]
     except OSError as error:
         logger.warning("cannot look for old checkpoints in %s: %s", root, describe(error))
         return
@@ -135,6 +138,10 @@ def open_temporary(root: Path, step: int, world_size: int) -> tuple[int, Path, s
     temporary = _temporary_path(final)
     key = secrets.token_hex(4)
     try:
+        if _is_copy(final):
+            aside = final.with_name(f"{final.name}-copy-{key}")
+            logger.warning("%s is the copy of another step; it is moved to %s", final, aside.name)
+            final.rename(aside)
         if (final / COMMIT_NAME).is_file() and not (final / REJECTED_NAME).exists():
             return SaveOutcome(step, final)
         root.mkdir(parents=True, exist_ok=True)
@@ -327,6 +334,15 @@ def _is_step(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def _is_copy(path: Path) -> bool:
+    """Whether a directory with a checkpoint's name says that it holds another step: somebody's copy of that one."""
+    try:
+        step = json.loads((path / MANIFEST_NAME).read_bytes())["step"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return False  # damaged, or no checkpoint yet
+    return type(step) is int and _is_step(path) and step != step_of(path)
 
 
 def _temporary_path(final: Path) -> Path:

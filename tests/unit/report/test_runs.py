@@ -139,7 +139,7 @@ def test_lines_of_a_record_that_cannot_be_drawn_are_left_out_and_said(tmp_path, 
     path.write_bytes(path.read_bytes() + b"\n".join(odd) + b"\n")
     (run,) = load_runs([path.parent])
     assert [record["step"] for record in run.metrics] == [4, 8, 12, 13]
-    assert sum("is left out" in message for message in caplog.messages) == 4
+    assert sum("left out what is no line" in message for message in caplog.messages) == 4
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,16 @@ def test_a_configuration_without_its_sections_still_has_a_row(tmp_path, text):
     (path / "config.yaml").write_text(text)
     (row,) = run_rows(load_runs([path]))
     assert (row["status"], row["seed"]) == ("finished, 12 steps", "")
+
+
+def test_a_loss_that_has_left_all_bounds_is_drawn():
+    """The span from -1e308 to 1e308 is infinite, and an integer of 400 digits no float."""
+    losses = [2.0, 1e308, -1e308, 10**400, float("nan")]
+    records = [{"step": step, "loss/total": loss} for step, loss in enumerate(losses)]
+    steps, values = figures.series(records, "loss/total")
+    assert steps == [0, 1, 2, 3, 4] and values[:4] == [2.0, 1e300, -1e300, 1e300]
+    (chart,) = curves.draw_curves({"run": records})
+    assert chart.png.startswith(b"\x89PNG")
 
 
 def test_a_name_that_is_no_utf8_can_be_written_into_the_page(tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import ConfigError, build_config, config_to_dict, load_config
+from runtime.config import ConfigError, build_config, config_to_dict, iterate_keys, load_config
 from training.config import PretrainConfig
 from training.config_difference import describe_difference
 
@@ -54,6 +54,39 @@ def test_a_run_of_a_former_version_is_the_same_run():
     problem = describe_difference("outputs/run", saved, now)
     assert (
         "outputs/run is of a former version: prototypes.gmm.largest is 4" in problem and "\n" not in problem
+    )
+
+
+def _without(values, key):
+    """Nested values without one option; a section that holds nothing else goes with it."""
+    first, _, rest = key.partition(".")
+    if not rest:
+        return {name: value for name, value in values.items() if name != first}
+    section = _without(values[first], rest)
+    return {
+        name: section if name == first else value
+        for name, value in values.items()
+        if name != first or section
+    }
+
+
+def test_an_option_that_is_younger_than_a_run_counts_as_its_default():
+    """Any of them but one whose default changes what runs do: `accumulation`, where there is any."""
+    now = config_to_dict(build_config(PretrainConfig, MINIMAL))
+    keys = [key for key in iterate_keys(PretrainConfig) if key != "data.shards"]
+    assert len(keys) > 150
+    for key in keys:
+        assert describe_difference("outputs/run", _without(now, key), now) is None, key
+    saved = _without(now, "optim.layer_decay")
+    changed = config_to_dict(build_config(PretrainConfig, MINIMAL | {"optim": {"layer_decay": 0.9}}))
+    assert "optim.layer_decay is 0.9, but" in describe_difference("outputs/run", saved, changed)
+    parts = config_to_dict(
+        build_config(PretrainConfig, MINIMAL | {"batch": {"gradient_accumulation_steps": 2}})
+    )
+    problem = describe_difference("outputs/run", _without(parts, "batch.accumulation"), parts)
+    assert (
+        "batch.accumulation is 'exact', but run directory outputs/run was made with 'per_micro_batch'"
+        in problem
     )
 
 

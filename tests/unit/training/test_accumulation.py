@@ -393,6 +393,7 @@ def test_the_gradient_at_patches_goes_back_into_their_micro_batches():
     ("saved", "current", "key"),
     [
         (("exact", 1), ("exact", 4), None),
+        (("per_micro_batch", 1), ("exact", 4), None),
         (("per_micro_batch", 2), ("per_micro_batch", 4), "batch.gradient_accumulation_steps"),
         (("exact", 2), ("per_micro_batch", 2), "batch.accumulation"),
     ],

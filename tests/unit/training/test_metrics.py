@@ -15,7 +15,8 @@ import pytest
 
 from runtime.logging_setup import add_log_file
 from runtime.program import UserError
-from training.metrics import MetricsRecord, WandbView, main, read_record
+from runtime.record import read_record
+from training.metrics import MetricsRecord, WandbView, main
 
 STAND_IN = """
 import json, os, time
@@ -83,7 +84,7 @@ def test_record_goes_on_behind_the_checkpoint_and_says_what_is_done_again(
         file.write('{"step": 8, "samp')  # killed in the middle of a line
     with caplog.at_level(logging.WARNING):
         MetricsRecord(tmp_path, resume_step=5).close()
-    lines = read_record(record.path)
+    lines = read_record(record.path.parent)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert lines[1]["loss/total"] is None
     assert "ended at step 7 or later without saving it: going on from step 5" in caplog.text
@@ -102,7 +103,7 @@ def test_a_run_that_begins_anew_puts_its_former_record_aside(
     former = record.path.read_bytes()
     anew = MetricsRecord(tmp_path, resume_step=0)
     anew.close()
-    assert read_record(anew.path) == []
+    assert read_record(anew.path.parent) == []
     (aside,) = tmp_path.glob("metrics-*.jsonl")
     assert aside.read_bytes() == former
     assert "no checkpoint is left of it: beginning anew" in caplog.text and aside.name in caplog.text
@@ -127,7 +128,7 @@ def test_what_is_no_line_of_a_record_is_left_out(tmp_path: Path, caplog: pytest.
     with record.path.open("ab") as file:
         file.write(b'\xff\xfe\n1\n{"loss/total": 2}\n{"step": "2"}\n' + b"[" * 100_000 + b"\n")
     MetricsRecord(tmp_path, resume_step=4).close()
-    assert [line["step"] for line in read_record(record.path)] == [1]
+    assert [line["step"] for line in read_record(record.path.parent)] == [1]
     assert caplog.text.count("left out what is no line of a record") == 5
 
 
@@ -220,7 +221,7 @@ def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path, caplog
     assert record.num_bytes == (tmp_path / "metrics.jsonl").stat().st_size
     record.close()
     record.close()
-    assert [line["step"] for line in read_record(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_record(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_full_disk_costs_the_log_one_line_and_no_traceback(tmp_path, capsys):

@@ -11,9 +11,10 @@ import torch
 from runtime.config import load_config
 from runtime.distributed import Process
 from runtime.program import UserError
+from runtime.record import read_record
 from tests.helpers.digits import DEMO
 from training.config import PretrainConfig
-from training.metrics import MetricsRecord, keep_wandb_id, read_record, wandb_id
+from training.metrics import MetricsRecord, keep_wandb_id, wandb_id
 from training.run_directory import held_run_directory
 
 ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -38,14 +39,14 @@ def test_the_record_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
     assert record.num_bytes == lengths[3] and record.path.read_bytes() == before[: lengths[3]]
     record.write(5, 160, {"loss/total": 5 / 3})
     record.close()
-    assert [line["step"] for line in read_record(record.path)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in read_record(record.path.parent)] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("position", [10**6, 7, None])
 def test_a_record_that_is_not_the_checkpoints_is_cut_by_steps(tmp_path: Path, position: int | None) -> None:
     write_lines(tmp_path, range(1, 8))
     MetricsRecord(tmp_path, resume_step=4, resume_bytes=position).close()
-    assert [line["step"] for line in read_record(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_record(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_lost_wandb_id_comes_back_and_an_own_one_stays(tmp_path: Path) -> None:

@@ -108,11 +108,13 @@ def test_controls_share_shape_and_preprocessing_and_not_weights(run_dir):
         ("nowhere", "expected an existing directory"),
         ("timm:no_such_network", "timm cannot load"),
         ("raw-pixels", "transform.image_size is null"),
-        ("random-init:RUN:x", "whole seed"),
+        ("random-init:RUN:x", r"expected .*random-init:RUN\[:SEED\]"),
+        ("random-init:nowhere:1", "expected an existing directory"),
+        ("random", "expected .*the path of a run"),
     ],
 )
 def test_names_that_lead_nowhere_get_one_line(spec, message, run_dir):
-    with pytest.raises(EncoderError, match=message) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         load_encoder(spec.replace("RUN", str(run_dir)))
     assert "\n" not in str(caught.value)
 

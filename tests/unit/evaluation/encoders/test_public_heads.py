@@ -223,6 +223,28 @@ def test_any_tensor_by_name(tmp_path):
         read_prototypes(str(path))
 
 
+def test_parts_that_an_index_lists_are_one_file(tmp_path):
+    """`model.safetensors.index.json`, as the hub's libraries write it, was called no pickle of plain tensors."""
+    codebook = planted("duplicates")[0]
+    save_file({"teacher.head.layer.weight": codebook}, tmp_path / "model-1-of-2.safetensors")
+    save_file({"bias": torch.zeros(3)}, tmp_path / "model-2-of-2.safetensors")
+    places = {"teacher.head.layer.weight": "model-1-of-2.safetensors", "bias": "model-2-of-2.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (found,) = read_prototypes(str(index))
+    assert found.family == "CAPI" and torch.equal(found.tensor, codebook)
+    assert torch.equal(read_prototypes(f"{index}#teacher.head.layer.weight")[0].tensor, codebook)
+    for lost in ("../elsewhere.safetensors", "absent.safetensors"):
+        index.write_text(json.dumps({"weight_map": places | {"x": lost}}))
+        with pytest.raises(WeightsFileError, match=r"names 1 files that are not beside it"):
+            read_prototypes(str(index))
+    for content in ("[]", "{}", '{"weight_map": [1]}', "no JSON"):
+        index.write_text(content)
+        with pytest.raises(WeightsFileError, match=r"is no index of weights files") as caught:
+            read_prototypes(str(index))
+        assert "\n" not in str(caught.value)
+
+
 class _Hostile:
     def __init__(self, canary):
         self.canary = canary

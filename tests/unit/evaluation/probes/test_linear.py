@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from data.shards import Manifest
 from evaluation.config import EvaluationConfig
 from evaluation.encoders.backbones import NoFeatures
-from evaluation.encoders.load import Encoder
+from evaluation.encoders.encoder import Encoder
 from evaluation.encoders.preprocessing import NoPreprocessing
 from evaluation.features.extract import FeatureBank
 from evaluation.features.processes import Processes

@@ -115,6 +115,26 @@ def test_a_save_is_committed_listed_and_found(tmp_path: Path) -> None:
     assert find_latest_checkpoint(tmp_path / "checkpoints", ALONE) == outcome.path
 
 
+def test_a_copy_under_the_name_of_another_step_is_neither_deleted_nor_taken_for_that_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 10)
+    for copy in (5, 30, 40):
+        shutil.copytree(tmp_path / "step-00000010", tmp_path / f"step-{copy:08d}")
+    assert (
+        find_latest_checkpoint(tmp_path, ALONE) == tmp_path / "step-00000010"
+    )  # marks the newer copies rejected
+    save(tmp_path, 20, keep_last=2)
+    assert (tmp_path / "step-00000010").exists(), "copies do not count among the kept"
+    assert save(tmp_path, 30, keep_last=1).path == tmp_path / "step-00000030"
+    assert load_manifest(tmp_path / "step-00000030")["step"] == 30
+    names = sorted(path.name for path in tmp_path.iterdir())
+    aside = names.pop(2)
+    assert names == ["step-00000005", "step-00000030", "step-00000040"]
+    assert aside.startswith("step-00000030-copy-") and aside in caplog.text
+    assert json.loads((tmp_path / aside / "MANIFEST.json").read_text())["step"] == 10
+
+
 def test_all_ranks_write_side_by_side(tmp_path: Path) -> None:
     outcomes = on_ranks(3, lambda peers: save_checkpoint(tmp_path, 5, writer(1.0, peers.rank), peers))
     assert len({outcome.path for outcome in outcomes}) == 1

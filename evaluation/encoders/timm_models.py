@@ -1,0 +1,125 @@
+"""Encoders that timm builds: released ones, folders in its layout, our own exports, and fresh weights of those."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from evaluation.encoders.backbones import TimmFeatures
+from evaluation.encoders.encoder import Encoder, LoadOptions, freeze
+from evaluation.encoders.exported import (
+    EncoderError,
+    ExportedFolder,
+    find_exported_folder,
+    one_line,
+    read_json,
+    require_folder,
+)
+from evaluation.encoders.preprocessing import from_timm_config
+from evaluation.tensor_files import checksum
+from models.config import WeightsSpec
+
+
+def load_released(spec: WeightsSpec, options: LoadOptions) -> Encoder:
+    """Returns timm's released encoder of this name."""
+    return _load(spec.text, spec.name, spec.name, options)
+
+
+def load_local_dir(spec: WeightsSpec, options: LoadOptions) -> Encoder:
+    """Returns the encoder in a folder that `timm.models.save_for_hf` or an export of ours wrote."""
+    require_folder(spec.path, spec.text)
+    return _load(spec.text, f"local-dir:{spec.name}", spec.path.name, options, ExportedFolder(spec.path))
+
+
+def load_exported(spec: WeightsSpec, options: LoadOptions) -> Encoder:
+    """Returns the exported encoder of a run directory, of a checkpoint or of a folder.
+
+    Raises:
+        EncoderError: there is none, or not of this role.
+    """
+    folder = find_exported_folder(spec.name, options.role)
+    if not (folder.path / "config.json").is_file():
+        raise EncoderError(
+            f"encoder is {spec.text!r}; expected an exported folder with config.json; set encoder to a run "
+            "directory, a checkpoint, a folder, timm:NAME, hf:NAME or local-dir:PATH"
+        )
+    label = folder.run_dir.name if folder.run_dir else folder.path.name
+    return _load(spec.text, f"local-dir:{folder.path}", label, options, folder, options.role)
+
+
+def load_random_init(spec: WeightsSpec, options: LoadOptions) -> Encoder:
+    """Returns the architecture of one of our exports with fresh weights."""
+    return build_random_init(spec.text, find_exported_folder(spec.name, options.role), spec.seed, options)
+
+
+def build_random_init(text: str, folder: ExportedFolder, seed: int, options: LoadOptions) -> Encoder:
+    """Returns the architecture of an exported folder with the weights that `seed` draws; `text` is its name."""
+    config = read_json(folder.path / "config.json")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model(
+            config["architecture"], pretrained=False, num_classes=0, **config.get("model_args", {})
+        )
+    declared = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], args={})
+    return freeze(
+        Encoder(
+            spec=text,
+            label=f"random-init-seed{seed}",
+            role="control",
+            module=TimmFeatures(model, options.num_blocks),
+            transform=from_timm_config(declared, options.transform),
+            weights_sha256=checksum(model.state_dict()),
+            run_dir=folder.run_dir,
+        )
+    )
+
+
+def _load(
+    text: str,
+    name: str,
+    label: str,
+    options: LoadOptions,
+    folder: ExportedFolder | None = None,
+    role: str = "released",
+) -> Encoder:
+    model = _load_timm_model(text, name)
+    declared = resolve_data_config(model=model, args={})
+    size = options.transform.image_size
+    if size is not None:
+        _check_size(model, size, text)
+    return freeze(
+        Encoder(
+            spec=text,
+            label=label,
+            role=role,
+            module=TimmFeatures(model, options.num_blocks),
+            transform=from_timm_config(declared, options.transform),
+            weights_sha256=checksum(model.state_dict()),
+            folder=folder.path if folder else None,
+            run_dir=folder.run_dir if folder else None,
+            step=folder.step if folder else None,
+        )
+    )
+
+
+def _load_timm_model(spec: str, name: str) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:
+        raise EncoderError(
+            f"encoder is {spec!r}, which timm cannot load ({type(error).__name__}: {one_line(error)}); "
+            "expected a released model or a folder that timm's save_for_hf wrote; set encoder"
+        ) from error
+
+
+def _check_size(model: nn.Module, size: int, spec: str) -> None:
+    patch_embed = getattr(model, "patch_embed", None)
+    fixed = getattr(patch_embed, "img_size", None)
+    strict = getattr(patch_embed, "strict_img_size", False) and not getattr(model, "dynamic_img_size", False)
+    if strict and fixed is not None and tuple(fixed) != (size, size):
+        raise EncoderError(
+            f"transform.image_size is {size}; expected {fixed[0]}, the only size that {spec} accepts; "
+            "set transform.image_size"
+        )
