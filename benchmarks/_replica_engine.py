@@ -44,17 +44,17 @@ class ReplicaEngine(Engine):
         """See `Engine`."""
         loss.backward()
 
-    def gradients_are_finite(self) -> bool:
+    def gradients_are_finite(self) -> Tensor:
         """See `Engine`; gradients are averaged already, so that all ranks see the same."""
         self._norm = nn.utils.clip_grad_norm_(self.student.parameters(), self._clip)
-        return bool(torch.isfinite(self._norm))
+        return self._norm.isfinite()
 
-    def step(self, schedule: StepSchedule) -> float:
+    def step(self, schedule: StepSchedule) -> Tensor:
         """See `Engine`."""
         set_schedule_(self._optimizer.param_groups, schedule)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return float(self._norm)
+        return self._norm
 
     def skip(self) -> None:
         """See `Engine`."""

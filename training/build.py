@@ -29,6 +29,7 @@ from training.config import PretrainConfig
 from training.engines.interface import Engine, TrainedNetwork
 from training.engines.synchronization import Synchronization
 from training.evaluation_job import build_evaluation_job
+from training.feed import Feed
 from training.guards import LossSpikeGuard
 from training.initialisation import (
     check_crop_sizes,
@@ -80,7 +81,13 @@ def build_trainer(
         config=config,
         directory=directory,
         process=process,
-        stream=stream,
+        num_samples=stream.num_samples,
+        feed=Feed(
+            stream,
+            DeviceAugmentation(config.data).to(process.device),
+            process.device,
+            config.batch.gradient_accumulation_steps,
+        ),
         training_step=training_step,
         store=CheckpointStore(
             root,
@@ -128,7 +135,7 @@ def _build_training_step(
     config: PretrainConfig, num_samples: int, process: Process, *, initialise: bool
 ) -> TrainingStep:
     check_crop_sizes(config)
-    synchronization = Synchronization(process.world_size, process.timeout_s)
+    synchronization = Synchronization(process.world_size, process.timeout_s, process.device)
     estimator = _build_estimator(config, num_samples, process, synchronization)
     return TrainingStep(
         engine=_build_engine(config, process, estimator, initialise=initialise),
@@ -140,11 +147,9 @@ def _build_training_step(
             mean_over_ranks=synchronization.mean_over_ranks,
         ),
         batch=config.batch,
-        augmentation=DeviceAugmentation(config.data).to(process.device),
         synchronization=synchronization,
         usage=UsageCounter(config.prototypes.num_prototypes, device=process.device),
         spike_guard=LossSpikeGuard(config.optim.spike_factor),
-        device=process.device,
     )
 
 

@@ -170,14 +170,17 @@ def buffer_bytes(config: PretrainConfig, cost: Cost, engine: str) -> float:
 
 
 def waiting_bytes(config: PretrainConfig, micro_batch: int) -> float:
-    """Returns bytes per rank of what a step holds of the micro-batches that are not at work: fp32 crops and rows."""
-    data = config.data
+    """Returns bytes per rank on a GPU of what waits beside the micro-batch at work.
+
+    Crops and rows of the step's other micro-batches, and the next step's crops, which are prepared meanwhile.
+    """
+    data, accumulation = config.data, config.batch.gradient_accumulation_steps
     views = data.num_global_crops + data.num_local_crops
     pixels = data.num_global_crops * data.global_crop_size**2 + data.num_local_crops * data.local_crop_size**2
     # The student's rows and the gradient at them, and the teacher's rows.
     rows = (2 * views + data.num_global_crops) * config.prototypes.dim
-    numel = config.model.channels * pixels + rows
-    return float((config.batch.gradient_accumulation_steps - 1) * micro_batch * numel * _FP32)
+    numel = (2 * accumulation - 1) * config.model.channels * pixels + (accumulation - 1) * rows
+    return float(micro_batch * numel * _FP32)
 
 
 def own_engine(config: PretrainConfig) -> str:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.views.augmentations import Crops, DeviceAugmentation
-from data.views.collate import CropBatch
+from data.views.augmentations import Crops
 from prototypes.diagnostics import UsageCounter
 from prototypes.estimator import PrototypeEstimator, Role
 from prototypes.objectives.interface import LogitOperands, Objective, RankBatch
@@ -33,7 +32,7 @@ class StepOutcome:
         applied: whether anything moved; a step with a non-finite loss or gradient moves nothing.
         loss: of the whole batch, means over ranks: the objective's scalars, `total` among them, and `auxiliary`, the
             estimator's own loss, if there is one.
-        grad_norm: 2-norm of the gradient before clipping; 0 where the step was not applied.
+        grad_norm: scalar, 2-norm of the gradient before clipping; 0 where the step was not applied.
         projections: [views * B, P] the teacher's projections of all micro-batches, for diagnostics.
         prototypes: [K, P] the teacher's prototypes of this step, C^t, before any of them was revived.
         vanished: [K] which of them have shrunk away and point nowhere.
@@ -41,7 +40,7 @@ class StepOutcome:
 
     applied: bool
     loss: dict[str, Tensor]
-    grad_norm: float
+    grad_norm: Tensor
     projections: Tensor
     prototypes: Tensor
     vanished: Tensor
@@ -65,11 +64,9 @@ class TrainingStep:
         estimator: PrototypeEstimator,
         objective: Objective[RankBatch],
         batch: BatchConfig,
-        augmentation: DeviceAugmentation,
         synchronization: Synchronization,
         usage: UsageCounter,
         spike_guard: LossSpikeGuard,
-        device: torch.device,
     ) -> None:
         self.engine = engine
         self.estimator = estimator
@@ -77,19 +74,23 @@ class TrainingStep:
         self.usage = usage
         self.spike_guard = spike_guard
         self._accumulation = batch.accumulation
-        self._augmentation = augmentation
         self._synchronization = synchronization
-        self._device = device
 
-    def __call__(self, batches: Sequence[CropBatch], step: int, schedule: StepSchedule) -> StepOutcome:
+    def __call__(
+        self,
+        crops: Sequence[Crops],
+        step: int,
+        schedule: StepSchedule,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> StepOutcome:
         """Returns what the step did.
 
         Args:
-            batches: this rank's micro-batches, equally large, as uint8 crops.
+            crops: this rank's micro-batches, equally large, on the training device.
             step: updates done so far; with the seed it determines every random draw of the step.
             schedule: learning rate, weight decay and EMA momentum of this step.
+            meanwhile: what the CPU may do while the device is at the backward pass, before it waits for the device.
         """
-        crops = [self._augmentation(batch.to(self._device)) for batch in batches]
         # The mixture sees the whole batch, however many micro-batches it comes in: one observation, one commit.
         shares, teacher = self._forward_teacher(crops)
         observation = self.estimator.observe(teacher.projections)
@@ -106,9 +107,11 @@ class TrainingStep:
             losses.append(loss)
         mean_loss = self._mean_loss(losses)
 
-        applied, grad_norm = self._apply(float(mean_loss["total"]), schedule)
+        finite = self.engine.gradients_are_finite()
+        meanwhile()
+        applied, grad_norm = self._apply(mean_loss["total"], finite, schedule)
         if applied:
-            self._count_usage(teacher, len(batches))
+            self._count_usage(teacher, len(crops))
         prototypes = self.estimator.prototypes("teacher", teacher.learned_prototypes).detach()
         vanished = self.estimator.find_vanished()
         if applied:
@@ -130,21 +133,26 @@ class TrainingStep:
     def initial_prototypes(self) -> Tensor:
         """Returns the teacher's prototypes [K, P] before step 0. Learned ones are a function of the seed."""
         learned = self.estimator.build_learned()
-        return self.estimator.prototypes("teacher", None if learned is None else learned()).to(self._device)
+        return self.estimator.prototypes("teacher", None if learned is None else learned()).to(
+            self.usage.counts.device
+        )
 
     def _mean_loss(self, losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the means over micro-batches and ranks: the record is the job's, and all guards see one window."""
         means = torch.stack([torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]])
         return dict(zip(losses[0], self._synchronization.mean_over_ranks(means).unbind(), strict=True))
 
-    def _apply(self, loss_value: float, schedule: StepSchedule) -> tuple[bool, float]:
-        """Moves everything, or nothing: one decision that all ranks share, taken before anything moves."""
-        finite = self.engine.gradients_are_finite()
-        if not (finite and self.spike_guard.admits(loss_value)):
+    def _apply(self, loss: Tensor, finite: Tensor, schedule: StepSchedule) -> tuple[bool, Tensor]:
+        """Moves everything, or nothing: one decision that all ranks share, taken before anything moves.
+
+        The step's one wait for the device but the estimator's: loss and check come in one transfer.
+        """
+        loss_value, is_finite = torch.stack([loss, finite.to(loss.dtype)]).tolist()
+        if not (is_finite and self.spike_guard.admits(loss_value)):
             self.estimator.discard()
             self.objective.discard()
             self.engine.skip()
-            return False, 0.0
+            return False, torch.zeros_like(loss)
         self.spike_guard.record(loss_value)
         self.estimator.accept()
         self.objective.accept()

@@ -5,10 +5,9 @@ Checkpoints, evaluation and preemption happen only at the step boundary, agreed 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.stream.pipeline import TrainingStream
-from data.views.collate import CropBatch
 from prototypes.alarms import find_alarms
 from prototypes.diagnostics import count_unique, effective_rank, mean_cosine
 from runtime.distributed import Process
@@ -27,6 +24,7 @@ from runtime.seeding import seed_everything
 from training.checkpoints.snapshot import Progress, RecordPosition, Snapshot
 from training.checkpoints.store import CheckpointStore
 from training.config import PretrainConfig
+from training.feed import Feed
 from training.health import RunHealth
 from training.metrics import WANDB_ID_NAME, MetricsRecord, WandbView, keep_wandb_id
 from training.run_directory import RunDirectory
@@ -43,11 +41,10 @@ Probe = Callable[[nn.Module], dict[str, float]]
 
 @dataclass
 class Stopwatch:
-    """Seconds of the steps since the last line of the record, and of those, seconds waited for data."""
+    """Seconds of the steps since the last line of the record."""
 
     steps: int = 0
     total_s: float = 0.0
-    data_wait_s: float = 0.0
 
 
 class Trainer:
@@ -57,7 +54,8 @@ class Trainer:
         config: the run's configuration.
         directory: the run directory, held by this job.
         process: this process.
-        stream: this rank's micro-batches.
+        num_samples: images of one epoch.
+        feed: this rank's micro-batches.
         training_step: one optimizer step.
         store: the run's checkpoints.
         progress: where to begin.
@@ -73,7 +71,8 @@ class Trainer:
         config: PretrainConfig,
         directory: RunDirectory,
         process: Process,
-        stream: TrainingStream,
+        num_samples: int,
+        feed: Feed,
         training_step: TrainingStep,
         store: CheckpointStore,
         progress: Progress,
@@ -89,13 +88,14 @@ class Trainer:
         self._record_position = record_position
         self._directory = directory
         self._run_dir = directory.path
-        self._stream = stream
+        self._num_samples = num_samples
+        self._feed = feed
         self._store = store
         self._provenance = provenance
         self._probe = probe
         self._preemption = preemption
-        self._steps_per_epoch = steps_per_epoch(config, stream.num_samples)
-        self._num_steps = config.num_steps(stream.num_samples)
+        self._steps_per_epoch = steps_per_epoch(config, num_samples)
+        self._num_steps = config.num_steps(num_samples)
         self._health = RunHealth(
             config.engine, directory.path, process, training_step.engine, training_step.estimator
         )
@@ -149,24 +149,24 @@ class Trainer:
     def _train_step(self) -> None:
         started = time.perf_counter()
         self._health.beat(f"step {self.progress.step}, waiting for data")
-        batches = list(itertools.islice(self._batches(), self.config.batch.gradient_accumulation_steps))
-        waited = time.perf_counter() - started
+        batches = self._feed.take()
         step, schedule = self.progress.step, self._schedule()
         seed_everything(self.config.run.seed, "step", step, self.process.rank)
         if step == 0:
             self._log_initial_prototypes()
         self._health.beat(f"step {step}, training")
-        outcome = self.training_step(batches, step, schedule)
+        is_last = step + 1 == self._num_steps
+        meanwhile = (lambda: None) if is_last else self._feed.prepare
+        outcome = self.training_step(batches.crops, step, schedule, meanwhile)
         self._health.check(step)
         self.progress = self.progress.advanced(
             applied=outcome.applied,
             samples=self.config.batch.global_batch_size,
-            position=batches[-1].position,
+            position=batches.position,
         )
-        self._skipped_samples += sum(len(batch.skipped) for batch in batches)
-        self._worker_rss_mib = max(batch.worker_rss_mib for batch in batches)
+        self._skipped_samples += batches.skipped
+        self._worker_rss_mib = batches.worker_rss_mib
         self._stopwatch.steps += 1
-        self._stopwatch.data_wait_s += waited
         self._stopwatch.total_s += time.perf_counter() - started
         if not outcome.applied:
             self._warn_of_skip(outcome)
@@ -201,7 +201,7 @@ class Trainer:
             "optim/lr": schedule.lr,
             "optim/weight_decay": schedule.weight_decay,
             "optim/ema_momentum": schedule.ema_momentum,
-            "optim/grad_norm": outcome.grad_norm,
+            "optim/grad_norm": float(outcome.grad_norm),
             "optim/skipped_steps": float(self.progress.skipped_steps),
             "features/norm": float(projections.norm(dim=1).mean()),
             "features/effective_rank": float(effective_rank(projections)),
@@ -215,9 +215,10 @@ class Trainer:
         The clock is this rank's; skipped samples are the sum over ranks, waiting and memory the largest of any rank.
         """
         stopwatch, self._stopwatch = self._stopwatch, Stopwatch()
+        waited_s = self._feed.read_wait()
         step_s = stopwatch.total_s / max(stopwatch.steps, 1)
         own = (
-            stopwatch.data_wait_s / stopwatch.total_s if stopwatch.total_s else 0.0,
+            waited_s / stopwatch.total_s if stopwatch.total_s else 0.0,
             peak_memory_gib(self.process.device),
             self._worker_rss_mib / 1024,
             self._skipped_samples,
@@ -278,14 +279,9 @@ class Trainer:
             optim,
             step=self.progress.step,
             num_steps=self._num_steps,
-            warmup_steps=warmup_steps(self.config, self._stream.num_samples),
+            warmup_steps=warmup_steps(self.config, self._num_samples),
             batch=self.config.batch.global_batch_size,
         )
-
-    def _batches(self) -> Iterator[CropBatch]:
-        if not hasattr(self, "_iterator"):
-            self._iterator = iter(self._stream)
-        return self._iterator
 
     def _warn_of_skip(self, outcome: StepOutcome) -> None:
         limit = self.config.optim.max_skipped_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -16,8 +17,8 @@ from data.stream.plan import Element, SamplePlan
 from data.stream.reader import Failure, ShardReader
 from data.stream.remote import ShardCache
 from data.stream.workers import measure_rss_mib
-from data.views.collate import BatchPart
-from data.views.cropping import Cropper, allocate_crops
+from data.views.collate import BatchPart, SharedCrops
+from data.views.cropping import Cropper
 from data.views.decoding import BadImageError, decode_image, find_image
 
 # Decoded images wait together for their crops, whose boxes are drawn in one go; this many bytes of pixels at most.
@@ -35,6 +36,7 @@ class LaneDataset(IterableDataset):
         manifest: the split.
         plan: the order.
         cache: through which remote shards are had.
+        crops: where the crops of the rank's micro-batches are written.
         rank: of this process.
         world_size: number of ranks.
         batch_size: samples of a micro-batch of the rank.
@@ -49,6 +51,7 @@ class LaneDataset(IterableDataset):
         plan: SamplePlan,
         *,
         cache: ShardCache | None,
+        crops: SharedCrops,
         rank: int,
         world_size: int,
         batch_size: int,
@@ -56,12 +59,13 @@ class LaneDataset(IterableDataset):
         used: dict[int, int],
     ) -> None:
         self.config, self.manifest, self.plan, self.cache = config, manifest, plan, cache
+        self.crops = crops
         self.rank, self.world_size, self.batch_size, self.first = rank, world_size, batch_size, first
         self.used = dict(used)
         self.image_key = config.image_key or manifest.image_key
 
     def __iter__(self) -> Iterator[BatchPart]:
-        """Yields this worker's part of micro-batch after micro-batch."""
+        """Yields this worker's part of micro-batch after micro-batch, whose crops are written by then."""
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         reader = ShardReader(self.manifest, verify_hash=self.config.verify_hash, cache=self.cache)
@@ -72,26 +76,32 @@ class LaneDataset(IterableDataset):
         }
         cropper = Cropper(self.config)
         first = self.first
-        while True:
+        for number in itertools.count():
             lane_of_row = self.plan.slots_of(self.rank, self.world_size, first, self.batch_size)
             rows = [(row, lane) for row, lane in enumerate(lane_of_row.tolist()) if lane in lanes]
             try:
-                yield self._load(rows, lanes, cropper)
+                yield self._load(rows, lanes, cropper, self.crops[number])
             except DataError as error:
                 # As a value: an exception from a worker process would arrive wrapped in its traceback.
                 yield self._fail(str(error))
                 return
             first += self.batch_size
 
-    def _load(self, rows: list[tuple[int, int]], lanes: dict[int, LaneReader], cropper: Cropper) -> BatchPart:
-        global_crops, local_crops = allocate_crops(self.config, len(rows))
+    def _load(
+        self,
+        lane_of_row: list[tuple[int, int]],
+        lanes: dict[int, LaneReader],
+        cropper: Cropper,
+        crops: tuple[Tensor, Tensor],
+    ) -> BatchPart:
+        rows = [row for row, _ in lane_of_row]
         group: list[Tensor] = []
         group_bytes = 0
         seeds: list[int] = []
         ids: list[int] = []
         keys: list[str] = []
         skipped: list[str] = []
-        for _, lane in rows:
+        for _, lane in lane_of_row:
             element, key, image = self._next_good(lanes[lane], skipped)
             seeds.append(self.plan.augmentation_seed(element))
             ids.append(element.sample_id)
@@ -100,12 +110,10 @@ class LaneDataset(IterableDataset):
             group_bytes += image.numel()
             if group_bytes > _GROUP_BYTES or len(keys) == len(rows):
                 done = slice(len(keys) - len(group), len(keys))
-                cropper.cut_(group, seeds[done], global_crops[:, done], local_crops[:, done])
+                cropper.cut_(group, seeds[done], rows[done], *crops)
                 group, group_bytes = [], 0
         return BatchPart(
-            rows=[row for row, _ in rows],
-            global_crops=global_crops,
-            local_crops=local_crops,
+            rows=rows,
             seeds=torch.tensor(seeds, dtype=torch.int64),
             keys=keys,
             sample_ids=torch.tensor(ids, dtype=torch.int64),
@@ -148,4 +156,4 @@ class LaneDataset(IterableDataset):
 
     def _fail(self, message: str) -> BatchPart:
         none = torch.empty(0, dtype=torch.int64)
-        return BatchPart([], *allocate_crops(self.config, 0), none, [], none, {}, [], 0.0, error=message)
+        return BatchPart([], none, [], none, {}, [], 0.0, error=message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from data.stream.reader import Failure, ShardReader
 from data.stream.remote import open_shards
 from data.stream.samplers import build_copies
 from data.stream.workers import start_worker
-from data.views.collate import BatchPart, CropBatch, collate_parts
+from data.views.collate import BatchPart, CropBatch, SharedCrops, collate_parts
 from data.views.decoding import BadImageError, decode_image, find_image
 
 logger = logging.getLogger(__name__)
@@ -94,12 +95,17 @@ class TrainingStream:
             DataError: more samples than `data.max_skipped_fraction` could not be decoded, or a worker outgrew
                 `data.max_worker_memory_gib`.
         """
-        num_workers = max(1, self.config.num_workers)
+        num_workers = self.config.num_workers
+        # A process has `prefetch_factor` parts under way beyond those received, and of the micro-batch that is being
+        # received the first parts are: its slot, and one for each that may have been begun.
+        num_slots = 1 if num_workers == 0 else self.config.prefetch_factor + 1
+        crops = SharedCrops(self.config, self._batch_size, num_slots, shared=num_workers > 0)
         parts = LaneDataset(
             self.config,
             self.manifest,
             self.plan,
             cache=self._cache,
+            crops=crops,
             rank=self._rank,
             world_size=self._world_size,
             batch_size=self._batch_size,
@@ -107,14 +113,14 @@ class TrainingStream:
             used=self._used,
         )
         source = self._start(parts)
-        while True:
-            received = [next(source) for _ in range(num_workers)]
+        for number in itertools.count():
+            received = [next(source) for _ in range(max(1, num_workers))]
             for part in received:
                 if part.error:
                     raise DataError(part.error)
                 self._used.update(part.used)
             self._samples_seen += self._batch_size * self._world_size
-            batch = collate_parts(received, self._batch_size, self._position(), self._pin)
+            batch = collate_parts(received, crops.take(number, pin=self._pin), self._position())
             self._count_skipped(batch)
             yield batch
 

@@ -1,17 +1,19 @@
 """Colours, blur, solarisation and normalisation of whole batches, on the training device, from per-sample seeds.
 
 The loader ships uint8 crops; everything per pixel happens here. What a view goes through is drawn on the CPU from
-its sample's seed, so that it depends neither on the worker that loaded it nor on its neighbours in the batch, and
-the device never waits for the CPU to read a mask.
+its sample's seed, so that it depends neither on the worker that loaded it nor on its neighbours in the batch. A step
+is done for all images at once, with parameters that leave those alone that do not take it: the number of kernels is
+that of the recipe, and the device never waits for the CPU to read a mask.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,11 @@ from data.views.random_numbers import draw_uniforms, hash_array
 # Rec. 601 luma as torchvision rounds it.
 _LUMA = (0.2989, 0.587, 0.114)
 _SOLARIZE_THRESHOLD = 128 / 255
+# Steps of the jitter, in the order of `Recipe.jitter_strength`; the first one is brightness.
+_CONTRAST, _SATURATION, _HUE = 1, 2, 3
+_NO_STEP = -1
+# Below the least difference of two bytes' quotients: divides what is 0.
+_SMALLEST_SPREAD = 1e-12
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
 # A kernel reaches three standard deviations.
 _BLUR_REACH = 3.0
@@ -119,42 +126,69 @@ class DeviceAugmentation(nn.Module):
         )
 
     def _augment(self, crops: Tensor, seeds: NDArray[np.uint64], first_view: int) -> Tensor:
-        num_views, _, channels = crops.shape[:3]
-        images = crops.to(torch.float32).div_(255)
-        for view in range(num_views):
-            draws = self.draw(seeds, first_view + view)
-            self._jitter_(images[view], draws, channels)
-            if channels == 3:
-                _apply_(images[view], draws.gray, _to_gray)
-            self._blur_(images[view], draws.sigma)
-            _apply_(images[view], draws.solarize, _solarize)
-        return images.sub_(self.mean).div_(self.std)
+        """Returns the views of one size, augmented together: the kernels launched do not grow with the images."""
+        images = crops.flatten(0, 1).to(torch.float32).div_(255)
+        if len(images):
+            draws = _join([self.draw(seeds, first_view + view) for view in range(len(crops))])
+            self._jitter_(images, draws)
+            thresholds = np.where(draws.solarize, _SOLARIZE_THRESHOLD, np.inf)
+            gray, thresholds_there = _send([draws.gray.astype(np.float32), thresholds], images.device)
+            if draws.gray.any() and images.shape[1] == 3:
+                torch.lerp(images, _luma(images), _per_image(gray), out=images)
+            self._blur_(images, draws.sigma)
+            if draws.solarize.any():
+                _solarize_(images, thresholds_there)
+        return images.sub_(self.mean).div_(self.std).view(crops.shape)
 
-    def _jitter_(self, images: Tensor, draws: ColourDraws, channels: int) -> None:
-        kinds = [kind for kind in range(4 if channels == 3 else 2) if self.recipe.jitter_strength[kind] > 0]
-        for place, kind in itertools.product(range(4), kinds):
-            chosen = draws.jitter & (draws.order[:, place] == kind)
-            _apply_(
-                images, chosen, functools.partial(_JITTER_STEPS[kind], factors=draws.factors[chosen, kind])
-            )
+    def _jitter_(self, images: Tensor, draws: ColourDraws) -> None:
+        """Jitters colours: each image's own steps in its own order, place by place over all images."""
+        num_steps = 4 if images.shape[1] == 3 else 2
+        taken = [kind for kind in range(num_steps) if self.recipe.jitter_strength[kind] > 0]
+        kinds = np.where(draws.jitter[:, None] & np.isin(draws.order, taken), draws.order, _NO_STEP)
+        drawn = np.take_along_axis(draws.factors, np.maximum(kinds, 0), axis=1)
+        blends = (kinds != _NO_STEP) & (kinds != _HUE)
+        rows = [np.flatnonzero(kinds[:, place] == _HUE) for place in range(kinds.shape[1])]
+        turns = [drawn[rows_of_place, place] for place, rows_of_place in enumerate(rows)]
+        factors = np.where(blends, drawn, 1.0).T
+        masks = [(kinds == kind).T for kind in (_CONTRAST, _SATURATION)]
+        on_device = _send([factors, *masks, *turns], images.device)
+        rows_on_device = _send(rows, images.device, np.int64)
+        for place in range(kinds.shape[1]):
+            if blends[:, place].any():
+                _blend_(images, *(values[place] for values in on_device[:3]))
+            if len(rows[place]):
+                chosen = rows_on_device[place]
+                turned = _shift_hue(images.index_select(0, chosen), on_device[3 + place])
+                images.index_copy_(0, chosen, turned)
 
     def _blur_(self, images: Tensor, sigma: NDArray[np.float64]) -> None:
         radius = math.ceil(_BLUR_REACH * self.recipe.blur_sigma[1])
         radius = min(radius, (min(images.shape[-2:]) - 1))
-        if radius > 0:
-            _apply_(images, sigma > 0, lambda x: _gaussian_blur(x, sigma[sigma > 0], radius))
+        rows = np.flatnonzero(sigma > 0)
+        if radius > 0 and len(rows):
+            (chosen,) = _send([rows], images.device, np.int64)
+            images.index_copy_(0, chosen, _gaussian_blur(images.index_select(0, chosen), sigma[rows], radius))
 
 
-def _apply_(images: Tensor, chosen: NDArray[np.bool_], change: Callable[[Tensor], Tensor]) -> None:
-    """Replaces the chosen images by what `change` makes of them."""
-    if not chosen.any():
-        return
-    rows = torch.from_numpy(np.flatnonzero(chosen)).to(images.device, non_blocking=True)
-    images.index_copy_(0, rows, change(images.index_select(0, rows)))
+def _join(draws: Sequence[ColourDraws]) -> ColourDraws:
+    """Returns what the views of all go through, in order."""
+    names = [field.name for field in dataclasses.fields(ColourDraws)]
+    return ColourDraws(**{name: np.concatenate([getattr(part, name) for part in draws]) for name in names})
 
 
-def _per_image(values: NDArray[np.float64], images: Tensor) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+def _send(
+    arrays: Sequence[NDArray[Any]], device: torch.device, dtype: type[np.generic] = np.float32
+) -> list[Tensor]:
+    """Returns arrays as tensors of one type on a device, in a single copy that the CPU does not wait for."""
+    flat = torch.from_numpy(np.concatenate([array.reshape(-1).astype(dtype) for array in arrays]))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
 
 
 def _stretch(numbers: NDArray[np.float64], probability: float) -> NDArray[np.float64]:
@@ -166,55 +200,49 @@ def _luma(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images
     red, green, blue = images.unbind(dim=1)
-    return (red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]).unsqueeze(1)
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).unsqueeze(1)
 
 
-def _to_gray(images: Tensor) -> Tensor:
-    return _luma(images).expand_as(images)
+def _blend_(images: Tensor, factors: Tensor, is_contrast: Tensor, is_saturation: Tensor) -> None:
+    """Moves images away from black (brightness), their mean luma (contrast) or their luma (saturation), in place.
+
+    clamp(base + factor * (image - base), 0, 1), as torchvision's adjust_brightness, _contrast and _saturation.
+
+    Args:
+        images: [n, 1 or 3, H, W] in [0, 1].
+        factors: [n]; 1 leaves an image as it is, bit for bit.
+        is_contrast: [n], 1 where the base is the mean luma, else 0.
+        is_saturation: [n], 1 where it is the luma, else 0; where both are 0 it is black.
+    """
+    luma = _luma(images)
+    mean = luma.mean(dim=(1, 2, 3), keepdim=True) * _per_image(is_contrast)
+    base = torch.addcmul(mean, luma, _per_image(is_saturation))
+    torch.lerp(base, images, _per_image(factors), out=images).clamp_(0, 1)
 
 
-def _solarize(images: Tensor) -> Tensor:
-    return torch.where(images >= _SOLARIZE_THRESHOLD, 1 - images, images)
+def _solarize_(images: Tensor, thresholds: Tensor) -> None:
+    """Inverts pixels at or above each image's threshold [n] in place."""
+    torch.where(images >= _per_image(thresholds), 1 - images, images, out=images)
 
 
-def _adjust_brightness(images: Tensor, factors: NDArray[np.float64]) -> Tensor:
-    return (images * _per_image(factors, images)).clamp_(0, 1)
+def _shift_hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Returns RGB images in [0, 1] with their hue turned in HSV space, as torchvision's adjust_hue does.
 
-
-def _adjust_contrast(images: Tensor, factors: NDArray[np.float64]) -> Tensor:
-    mean = _luma(images).mean(dim=(1, 2, 3), keepdim=True)
-    return torch.lerp(mean, images, _per_image(factors, images)).clamp_(0, 1)
-
-
-def _adjust_saturation(images: Tensor, factors: NDArray[np.float64]) -> Tensor:
-    return torch.lerp(_luma(images), images, _per_image(factors, images)).clamp_(0, 1)
-
-
-def _shift_hue(images: Tensor, factors: NDArray[np.float64]) -> Tensor:
-    """Turns the hue of RGB images in [0, 1] in HSV space, as torchvision's adjust_hue does."""
+    Args:
+        images: [n, 3, H, W].
+        turns: [n], in whole turns.
+    """
+    highest, brightest = images.max(dim=1, keepdim=True)
+    spread = highest - images.amin(dim=1, keepdim=True)
     red, green, blue = images.unbind(dim=1)
-    highest, lowest = images.amax(dim=1), images.amin(dim=1)
-    spread = highest - lowest
-    flat = spread == 0
-    saturation = spread / torch.where(flat, torch.ones_like(highest), highest)
-    divisor = torch.where(flat, torch.ones_like(spread), spread)
-    red_part, green_part, blue_part = ((highest - c) / divisor for c in (red, green, blue))
-    from_red = blue_part - green_part
-    from_green = 2 + red_part - blue_part
-    from_blue = 4 + green_part - red_part
-    hue = torch.where(highest == red, from_red, torch.where(highest == green, from_green, from_blue))
-    hue = torch.where(flat, torch.zeros_like(hue), hue) / 6
-    hue = (hue + _per_image(factors, images).squeeze(1)) % 1.0
+    differences = torch.stack([green - blue, blue - red, red - green], dim=1)
+    # Six times the hue: 0, 2 or 4 for the brightest colour and what the other two differ by. Where none is
+    # brightest that difference is 0, and whatever hue comes out has no weight below.
+    hue = differences.gather(1, brightest).div_(spread.clamp_min(_SMALLEST_SPREAD))
+    hue = hue.add_(brightest, alpha=2).add_(_per_image(6 * turns))
     # RGB from HSV without cases: f(n) = v - v*s*max(0, min(k, 4-k, 1)) with k = (n + 6h) mod 6, n = 5, 3, 1.
-    channels = []
-    for offset in (5, 3, 1):
-        k = (offset + 6 * hue) % 6
-        channels.append(highest - highest * saturation * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.stack(channels, dim=1)
-
-
-# In the order of `Recipe.jitter_strength`.
-_JITTER_STEPS = (_adjust_brightness, _adjust_contrast, _adjust_saturation, _shift_hue)
+    k = torch.cat([hue + offset for offset in (5, 3, 1)], dim=1).remainder_(6)
+    return torch.addcmul(highest, spread, torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
 
 
 def _gaussian_blur(images: Tensor, sigma: NDArray[np.float64], radius: int) -> Tensor:
@@ -223,8 +251,7 @@ def _gaussian_blur(images: Tensor, sigma: NDArray[np.float64], radius: int) -> T
     weights = np.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     weights /= weights.sum(axis=1, keepdims=True)
     num_images, channels, height, width = images.shape
-    taps = torch.from_numpy(weights.astype(np.float32)).to(images.device, non_blocking=True)
-    taps = taps.repeat_interleave(channels, dim=0)
+    (taps,) = _send([weights.repeat(channels, axis=0)], images.device)
     groups = num_images * channels
     flat = F.pad(images, (radius, radius, radius, radius), mode="reflect").view(
         1, groups, height + 2 * radius, -1

@@ -1,14 +1,18 @@
-"""Micro-batches of crops: their type, and how a rank's workers' parts become one."""
+"""Micro-batches of crops: their type, where they are loaded, and how a rank's workers' parts become one."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from data.config import DataConfig
+from data.views.cropping import allocate_crops
 
 
 @dataclass
@@ -46,12 +50,10 @@ class CropBatch:
 
 @dataclass
 class BatchPart:
-    """What one worker contributes to a micro-batch.
+    """What one worker tells of its samples in a micro-batch; their crops stand in their rows of `SharedCrops`.
 
     Attributes:
         rows: places of its samples in the micro-batch.
-        global_crops: uint8 [V_g, n, C, H, W].
-        local_crops: uint8 [V_l, n, C, h, w].
         seeds: int64 [n].
         keys: the samples' names.
         sample_ids: int64 [n].
@@ -62,8 +64,6 @@ class BatchPart:
     """
 
     rows: list[int]
-    global_crops: Tensor
-    local_crops: Tensor
     seeds: Tensor
     keys: list[str]
     sample_ids: Tensor
@@ -73,27 +73,49 @@ class BatchPart:
     error: str = ""
 
 
+class SharedCrops:
+    """The crops of the micro-batches that are being loaded, in memory that a rank's loader processes share with it.
+
+    Every process cuts its samples straight into their rows: nothing is sent, and nothing is left to put together.
+    Micro-batch n stands in slot n mod `num_slots`, so it must be taken out before the first process begins with
+    micro-batch n + num_slots.
+
+    Args:
+        config: numbers and sizes of the crops.
+        batch_size: rows of a micro-batch.
+        num_slots: micro-batches that may be unfinished, or not taken out, at once.
+        shared: whether other processes write; they must inherit this object.
+    """
+
+    def __init__(self, config: DataConfig, batch_size: int, num_slots: int, *, shared: bool) -> None:
+        self._slots = [allocate_crops(config, batch_size) for _ in range(num_slots)]
+        for crops in itertools.chain(*self._slots) if shared else ():
+            if crops.numel():  # no memory can be shared of no local crops
+                crops.share_memory_()
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        """Returns the global [V_g, B, C, H, W] and local [V_l, B, C, h, w] crops of a micro-batch, to be written."""
+        return self._slots[number % len(self._slots)]
+
+    def take(self, number: int, *, pin: bool) -> tuple[Tensor, Tensor]:
+        """Returns a copy of a whole micro-batch's crops, in page-locked memory if `pin`."""
+        copies = [torch.empty(crops.shape, dtype=crops.dtype, pin_memory=pin) for crops in self[number]]
+        for copy, crops in zip(copies, self[number], strict=True):
+            copy.copy_(crops)
+        return copies[0], copies[1]
+
+
 def collate_parts(
-    parts: Sequence[BatchPart], batch_size: int, position: dict[str, Any], pin: bool
+    parts: Sequence[BatchPart], crops: tuple[Tensor, Tensor], position: dict[str, Any]
 ) -> CropBatch:
     """Returns the micro-batch that the workers' parts make up, its rows in the plan's order.
 
     Args:
         parts: one for each worker.
-        batch_size: their rows together.
+        crops: its global and local crops.
         position: to hand on.
-        pin: put the crops into page-locked memory, for copies to a GPU.
     """
-    skipped = [name for part in parts for name in part.skipped]
-    rss = max(part.rss_mib for part in parts)
-    if len(parts) == 1 and not pin:
-        part = parts[0]
-        global_crops, local_crops = part.global_crops, part.local_crops
-        return CropBatch(
-            global_crops, local_crops, part.seeds, part.keys, part.sample_ids, position, skipped, rss
-        )
-    global_crops = _gather_rows([part.global_crops for part in parts], parts, batch_size, pin)
-    local_crops = _gather_rows([part.local_crops for part in parts], parts, batch_size, pin)
+    batch_size = sum(len(part.rows) for part in parts)
     seeds = torch.empty(batch_size, dtype=torch.int64)
     sample_ids = torch.empty(batch_size, dtype=torch.int64)
     keys = [""] * batch_size
@@ -102,12 +124,6 @@ def collate_parts(
         sample_ids[part.rows] = part.sample_ids
         for row, key in zip(part.rows, part.keys, strict=True):
             keys[row] = key
-    return CropBatch(global_crops, local_crops, seeds, keys, sample_ids, position, skipped, rss)
-
-
-def _gather_rows(crops: Sequence[Tensor], parts: Sequence[BatchPart], batch_size: int, pin: bool) -> Tensor:
-    num_views, _, *shape = crops[0].shape
-    gathered = torch.empty((num_views, batch_size, *shape), dtype=torch.uint8, pin_memory=pin)
-    for part, rows in zip(crops, parts, strict=True):
-        gathered[:, rows.rows] = part
-    return gathered
+    skipped = [name for part in parts for name in part.skipped]
+    rss = max(part.rss_mib for part in parts)
+    return CropBatch(*crops, seeds, keys, sample_ids, position, skipped, rss)

@@ -78,23 +78,29 @@ class Cropper:
         self._interpolation = config.interpolation
 
     def cut_(
-        self, images: Sequence[Tensor], seeds: Sequence[int], global_crops: Tensor, local_crops: Tensor
+        self,
+        images: Sequence[Tensor],
+        seeds: Sequence[int],
+        rows: Sequence[int],
+        global_crops: Tensor,
+        local_crops: Tensor,
     ) -> None:
         """Writes the crops of n images in place.
 
         Args:
             images: n times uint8 [1 or C, H, W].
             seeds: their augmentation seeds.
-            global_crops: uint8 [V_g, n, C, size, size], overwritten.
-            local_crops: uint8 [V_l, n, C, size, size], overwritten.
+            rows: their places in the crops.
+            global_crops: uint8 [V_g, B, C, size, size]; these rows are overwritten.
+            local_crops: uint8 [V_l, B, C, size, size]; these rows are overwritten.
         """
         sizes = np.array([image.shape[-2:] for image in images], dtype=np.int64)
         boxes = draw_boxes(np.array(seeds, dtype=np.uint64), sizes, self._scales, self._recipe).tolist()
         targets = [*global_crops.unbind(0), *local_crops.unbind(0)]
-        for index, image in enumerate(images):
-            for target, box in zip(targets, boxes[index], strict=True):
+        for image, row, boxes_of_image in zip(images, rows, boxes, strict=True):
+            for target, box in zip(targets, boxes_of_image, strict=True):
                 # copy_ repeats a grey image's one channel where the target has three.
-                target[index].copy_(self._cut(image, box, target.shape[-2:]))
+                target[row].copy_(self._cut(image, box, target.shape[-2:]))
 
     def _cut(self, image: Tensor, box: list[int], size: Sequence[int]) -> Tensor:
         top, left, height, width, flip, vertical, turns = box

@@ -48,4 +48,7 @@ def draw_partition(
             "set prototypes.partition.size"
         )
     generator = make_generator("partition", seed, step, micro_step)
-    return torch.randperm(num_prototypes, generator=generator).view(-1, size).to(device)
+    partition = torch.randperm(num_prototypes, generator=generator).view(-1, size)
+    if torch.device(device).type == "cuda":
+        partition = partition.pin_memory()  # or the copy would wait for everything that the device has to do
+    return partition.to(device, non_blocking=True)

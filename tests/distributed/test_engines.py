@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ FAST = [
     *({"scenario": "skip_moves_nothing", "engine": e, "poison": "nan"} for e in ENGINES),
     *({"scenario": "ema_reference", "engine": e} for e in ("zero3", "fsdp2")),
     *({"scenario": "live_bytes", "engine": e} for e in ENGINES),
+    *({"scenario": "waits", "engine": e, "mode": "full"} for e in ENGINES),
     *(
         {"scenario": "options_change_nothing", "engine": e, "activation_checkpointing": True}
         for e in ("zero3", "fsdp2")
@@ -131,6 +133,16 @@ def test_the_dry_run_knows_what_a_rank_holds(two_ranks: list[dict[str, Any]], en
     )
     expected = sum(state_bytes(OptimConfig(), cost, engine, 2).values())
     assert found["bytes"] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_waits_for_the_device_twice_at_most(
+    two_ranks: list[dict[str, Any]], engine: str, record_property: Callable[[str, Any], None]
+) -> None:
+    (found,) = iterate(two_ranks, scenario="waits", engine=engine)
+    record_property("waits", found["waits"])
+    record_property("vendor_waits", found["vendor_waits"])
+    assert 1 <= sum(found["waits"].values()) <= 2, found["waits"]
 
 
 def check_options(found: dict[str, Any]) -> None:

@@ -131,10 +131,10 @@ class FaultyStep(TrainingStep):
         hook(self.engine, "update_teacher", after=lambda: reach("update", self._step))
         hook(self.engine, "skip", after=lambda: reach("update", self._step))
 
-    def __call__(self, batches: Any, step: int, schedule: Any) -> StepOutcome:
+    def __call__(self, crops: Any, step: int, schedule: Any, *meanwhile: Any) -> StepOutcome:
         self._step = step
         reach("forward", step)
-        outcome = super().__call__(batches, step, schedule)
+        outcome = super().__call__(crops, step, schedule, *meanwhile)
         for fault in planned_faults():
             if fault.name == "flip" and fault.strikes("replicas", step):
                 flip_bit_(next(v for v in self.estimator.state_dict().values() if isinstance(v, Tensor)))

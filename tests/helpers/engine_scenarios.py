@@ -33,6 +33,7 @@ from prototypes.config import Mode as PrototypeMode
 from prototypes.diagnostics import UsageCounter
 from runtime import distributed
 from runtime.distributed import Process
+from tests.helpers.counting import DeviceCounter
 from training.checkpoints.state_files import ConsolidatedState, collect_share, save_tensors, share_path
 from training.checkpoints.store import find_latest_checkpoint, save_checkpoint
 from training.config import BatchConfig, OptimConfig
@@ -46,6 +47,7 @@ GLOBAL_BATCH = 8
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
 # ZeRO-3 keeps smaller parameters whole by default; this tiny model shall have both kinds.
 STAGE3_THRESHOLD = 200
+SCHEDULE = StepSchedule(lr=1e-2, weight_decay=0.1, ema_momentum=0.9)
 
 VIT = ModelConfig(
     name="vit_tiny_patch16_224",
@@ -62,13 +64,6 @@ VIT = ModelConfig(
 # Wide enough that what engines keep beside weights (padding, counters) is below one part in a hundred.
 WIDE = replace(VIT, embed_dim=192, depth=4, num_heads=4, head=HeadConfig(num_layers=2, hidden_dim=256))
 BUCKET_NUMEL = 10**6
-
-
-class AugmentedCrops(Crops):
-    """A micro-batch whose crops need no augmentation any more."""
-
-    def to(self, device: torch.device) -> AugmentedCrops:
-        return AugmentedCrops(self.global_crops.to(device), self.local_crops.to(device))
 
 
 class LearnedRows(nn.Module):
@@ -158,10 +153,10 @@ def train_step(
             loss = loss * float(poison)
         engine.backward(loss / accumulation, is_last_micro_step=micro_step == accumulation - 1)
         losses.append(loss.detach())
-    applied = engine.gradients_are_finite()
+    applied = bool(engine.gradients_are_finite())
     norm = 0.0
     if applied:
-        norm = engine.step(StepSchedule(lr=1e-2, weight_decay=0.1, ema_momentum=0.9))
+        norm = float(engine.step(SCHEDULE))
         engine.update_teacher(0.9)
     else:
         engine.skip()
@@ -346,18 +341,14 @@ def options_change_nothing(engine_name: str, process: Process, work: Path, **opt
     }
 
 
-def one_step(
+def build_training_step(
     engine_name: str, process: Process, work: Path, mode: PrototypeMode, accumulation: int
-) -> dict[str, Any]:
-    """One whole training step on the same global batch: loss, every gradient and the estimator's state, as lists.
-
-    AdamW's first moment after one step is a tenth of the gradient that all ranks and micro-batches have summed.
-    """
-    dim, num_images = VIT.head.projection_dim, 2 * GLOBAL_BATCH
+) -> TrainingStep:
+    """The trainer's own step of a tiny network, 32 prototypes and `2 * GLOBAL_BATCH` images."""
     prototypes = PrototypesConfig(
         mode=mode,
         num_prototypes=32,
-        dim=dim,
+        dim=VIT.head.projection_dim,
         partition=PartitionConfig(size=8),
         coupling=CouplingConfig(tie=0.5 if mode == "partial" else 0.0),
     )
@@ -372,47 +363,55 @@ def one_step(
         reduce_sum=synchronization.reduce_sum,
         gather=synchronization.gather,
     )
-    engine = build_engine(
-        engine_name,
-        process,
-        work,
-        accumulation=accumulation,
-        build_learned=estimator.build_learned,
-        spread=100.0,
-    )
-    step = TrainingStep(
-        engine=engine,
+    return TrainingStep(
+        engine=build_engine(
+            engine_name,
+            process,
+            work,
+            accumulation=accumulation,
+            build_learned=estimator.build_learned,
+            spread=100.0,
+        ),
         estimator=estimator,
         objective=build_objective(
             ObjectiveConfig(), prototypes, seed=0, mean_over_ranks=synchronization.mean_over_ranks
         ),
-        batch=BatchConfig(global_batch_size=num_images, gradient_accumulation_steps=accumulation),
-        augmentation=lambda batch: batch,  # type: ignore[arg-type]
+        batch=BatchConfig(global_batch_size=2 * GLOBAL_BATCH, gradient_accumulation_steps=accumulation),
         synchronization=synchronization,
         usage=UsageCounter(prototypes.num_prototypes),
         spike_guard=LossSpikeGuard(None),
-        device=process.device,
     )
-    images = torch.randn(2, num_images, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def draw_crops(process: Process, accumulation: int, seed: int = 1) -> list[Crops]:
+    """This rank's micro-batches of a step's images: two global views and one local."""
+    images = torch.randn(2, 2 * GLOBAL_BATCH, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
     mine = images.chunk(process.world_size, 1)[process.rank]
-    batches = [
-        AugmentedCrops(part, part[:1, :, :, :8, 4:12].contiguous()) for part in mine.chunk(accumulation, 1)
-    ]
-    outcome = step(batches, 0, StepSchedule(lr=1e-2, weight_decay=0.1, ema_momentum=0.9))  # type: ignore[arg-type]
-    state = whole_state(engine)
+    return [Crops(part, part[:1, :, :, :8, 4:12].contiguous()) for part in mine.chunk(accumulation, 1)]
+
+
+def one_step(
+    engine_name: str, process: Process, work: Path, mode: PrototypeMode, accumulation: int
+) -> dict[str, Any]:
+    """One whole training step on the same global batch: loss, every gradient and the estimator's state, as lists.
+
+    AdamW's first moment after one step is a tenth of the gradient that all ranks and micro-batches have summed.
+    """
+    step = build_training_step(engine_name, process, work, mode, accumulation)
+    outcome = step(draw_crops(process, accumulation), 0, SCHEDULE)
     gradients = {
         name.split("/")[1]: tensor.flatten().tolist()
-        for name, tensor in state.items()
+        for name, tensor in whole_state(step.engine).items()
         if "exp_avg/" in f"{name}/"
     }
-    gathered = synchronization.gather(outcome.projections).wait()
+    gathered = step.gather(outcome.projections).wait()
     return {
         "loss": {name: float(value) for name, value in outcome.loss.items()},
-        "norm": outcome.grad_norm,
+        "norm": float(outcome.grad_norm),
         "gradients": gradients,
         "estimator": {
             name: value.flatten().tolist()
-            for name, value in estimator.state_dict().items()
+            for name, value in step.estimator.state_dict().items()
             if isinstance(value, Tensor)
         },
         "figures": {
@@ -420,6 +419,17 @@ def one_step(
             "rows": gathered.shape[0] * gathered.shape[1],
         },
     }
+
+
+def waits(engine_name: str, process: Process, work: Path, mode: PrototypeMode) -> dict[str, Any]:
+    """Where the CPU would wait for the device in an ordinary step, by place; DeepSpeed's own waits apart."""
+    step = build_training_step(engine_name, process, work, mode, 1)
+    for index in range(2):  # the estimator begins, engines make their buffers
+        step(draw_crops(process, 1, seed=index), index, SCHEDULE)
+    crops = draw_crops(process, 1, seed=2)
+    with DeviceCounter() as counter:
+        step(crops, 2, SCHEDULE)
+    return {"waits": dict(counter.waits), "vendor_waits": dict(counter.vendor_waits)}
 
 
 def probe_with_unequal_parts(engine_name: str, process: Process, work: Path, shards: str) -> dict[str, Any]:
@@ -461,6 +471,7 @@ SCENARIOS: dict[str, Any] = {
         live_bytes,
         options_change_nothing,
         one_step,
+        waits,
         probe_with_unequal_parts,
     )
 }

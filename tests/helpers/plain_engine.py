@@ -37,20 +37,20 @@ class PlainEngine(Engine):
     def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
         loss.backward()
 
-    def gradients_are_finite(self) -> bool:
+    def gradients_are_finite(self) -> Tensor:
         self.gradients = {
             name: parameter.grad.clone()
             for name, parameter in self.student.named_parameters()
             if parameter.grad is not None
         }
-        return all(bool(gradient.isfinite().all()) for gradient in self.gradients.values())
+        return torch.nn.utils.get_total_norm(list(self.gradients.values())).isfinite()
 
-    def step(self, schedule: StepSchedule) -> float:
+    def step(self, schedule: StepSchedule) -> Tensor:
         with torch.no_grad():
             for name, parameter in self.student.named_parameters():
                 parameter.sub_(schedule.lr * self.gradients[name])
         self.skip()
-        return float(torch.nn.utils.get_total_norm(list(self.gradients.values())))
+        return torch.nn.utils.get_total_norm(list(self.gradients.values()))
 
     def skip(self) -> None:
         self.student.zero_grad(set_to_none=True)

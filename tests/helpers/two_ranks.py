@@ -44,7 +44,7 @@ def main(out_dir: Path, shards: str, steps: int, overrides: list[str]) -> None:
             network.projection_head.mlp[-1].weight.mul_(SPREAD)
     check = engine.gradients_are_finite
 
-    def capture() -> bool:
+    def capture() -> torch.Tensor:
         if "loss/total/0" not in found:
             for name, parameter in engine.student.named_parameters():
                 gradient = safe_get_full_grad(parameter)
@@ -52,11 +52,10 @@ def main(out_dir: Path, shards: str, steps: int, overrides: list[str]) -> None:
         return check()
 
     engine.gradients_are_finite = capture
-    stream = iter(trainer._stream)
     for index in range(steps):
         seed_everything(config.run.seed, "step", index, process.rank)
         schedule = trainer._schedule()
-        outcome = step([next(stream)], index, schedule)
+        outcome = step(trainer._feed.take().crops, index, schedule)
         assert outcome.applied
         recorded = trainer._step_values(outcome, schedule)
         for name in ("loss/total", "features/norm", "features/effective_rank", "features/mean_cosine"):

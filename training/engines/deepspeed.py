@@ -7,6 +7,7 @@ world size, and its `latest` file can name an unfinished one. States leave and e
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -79,7 +80,8 @@ class DeepSpeedEngine(Engine):
         )
         self._engine.train()
         self.student = student
-        self.teacher = teacher.to(next(student.parameters()).device).train()
+        self._device = next(student.parameters()).device
+        self.teacher = teacher.to(self._device).train()
         self._teacher_engine = _cut_teacher(self.teacher, settings) if self.stage == 3 else None
         self._autocast_dtype = _autocast_dtype(mechanics)
         if self.stage == 3:
@@ -105,24 +107,30 @@ class DeepSpeedEngine(Engine):
         self._engine.set_gradient_accumulation_boundary(is_last_micro_step)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def gradients_are_finite(self) -> bool:
-        """See `Engine`. DeepSpeed itself looks for non-finite gradients only under fp16."""
-        if self.stage > 0:
-            return not self._optimizer.has_overflow()
-        # Stage 0: gradients are already averaged over ranks, a bad value of one rank is in everybody's sum.
-        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)).item())
+    def gradients_are_finite(self) -> Tensor:
+        """See `Engine`. DeepSpeed itself looks for non-finite gradients only under fp16, and waits for the answer."""
+        if self.stage == 0:
+            # Gradients are already averaged over ranks, a bad value of one rank is in everybody's sum.
+            self._norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self.student.parameters() if p.grad is not None]
+            )
+            return self._norm.isfinite()
+        pieces = itertools.chain.from_iterable(self._optimizer.averaged_gradients.values())
+        norm = torch.nn.utils.get_total_norm([piece for piece in pieces if piece is not None])
+        finite = norm.isfinite().to(
+            self._device, torch.int32
+        )  # where it has no piece, the norm is on the CPU
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return finite
 
-    def step(self, schedule: StepSchedule) -> float:
+    def step(self, schedule: StepSchedule) -> Tensor:
         """See `Engine`."""
         set_schedule_(self._optimizer.param_groups, schedule)
-        if self.stage == 0:
-            gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-            self._engine.step()
-            return norm
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        if self.stage == 0:
+            return self._norm
+        norm = self._engine.get_global_grad_norm()
+        return torch.zeros(()) if norm is None else torch.as_tensor(norm)
 
     def skip(self) -> None:
         """See `Engine`. Leaves the engine as its own fp16 overflow path would, without touching a parameter."""
@@ -239,7 +247,7 @@ class DeepSpeedEngine(Engine):
         for tensor in tensors:
             moments: dict[str, Any] = {name: torch.zeros_like(tensor) for name in self._moments}
             if isinstance(optimizer, torch.optim.AdamW):
-                moments["step"] = torch.tensor(0.0)
+                moments["step"] = torch.zeros((), device=tensor.device)  # where the fused update counts
             optimizer.state[tensor] = moments
         if self.stage in (1, 2):
             self._optimizer._lazy_init_hp_params_optimizer_state()

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models.student_teacher import update_ema_
+from models.student_teacher import SelfSupervisedNetwork, update_ema_
 from training.config import OptimConfig
 from training.engines.interface import Engine, NetworkOutput, TrainedNetwork, check_names
 from training.engines.optimizer import MOMENTS, build_optimizer, set_schedule_
@@ -60,7 +59,7 @@ class FSDPEngine(Engine):
         for parameter in self._student_parameters.values():
             # From step 0 on, so that a state has the same names at every step.
             moments: dict[str, Any] = {name: torch.zeros_like(parameter) for name in self._moments}
-            self._optimizer.state[parameter] = moments | {"step": torch.tensor(0.0)}
+            self._optimizer.state[parameter] = moments | {"step": torch.zeros((), device=device)}
         self._clip_grad_norm = optim.clip_grad_norm
         self._mesh = mesh
 
@@ -77,25 +76,22 @@ class FSDPEngine(Engine):
         """See `Engine`."""
         loss.backward()
 
-    def gradients_are_finite(self) -> bool:
+    def gradients_are_finite(self) -> Tensor:
         """See `Engine`."""
-        norm = torch.nn.utils.get_total_norm([gradient.to_local() for gradient in self._gradients()])
-        finite = torch.isfinite(norm).to(torch.int32).reshape(1)
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        return bool(finite.item())
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return self._norm.isfinite()
 
-    def step(self, schedule: StepSchedule) -> float:
+    def step(self, schedule: StepSchedule) -> Tensor:
         """See `Engine`."""
         set_schedule_(self._optimizer.param_groups, schedule)
-        norm = torch.nn.utils.get_total_norm(self._gradients())
-        whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self._clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
-                self._student_parameters.values(), self._clip_grad_norm, whole_norm
+                self._student_parameters.values(), self._clip_grad_norm, self._norm
             )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return float(whole_norm)
+        return self._norm
 
     def skip(self) -> None:
         """See `Engine`."""
@@ -109,9 +105,13 @@ class FSDPEngine(Engine):
             [_local(parameter) for parameter in self._student_parameters.values()],
             ema_momentum,
         )
+
+    def teacher_network(self) -> SelfSupervisedNetwork:
+        """See `Engine`."""
         if self._mesh.device_type == "cuda":
             # Only the root's forward makes the gathering stream wait for this one, and probes call the backbone.
             torch.cuda.current_stream().synchronize()
+        return super().teacher_network()
 
     def iterate_state(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""
@@ -120,7 +120,7 @@ class FSDPEngine(Engine):
         for name, parameter in self._student_parameters.items():
             for moment in self._moments:
                 yield f"optimizer/{name}/{moment}", _whole(self._optimizer.state[parameter][moment])
-        yield "optimizer/step", self._step_counter().clone()
+        yield "optimizer/step", self._step_counter().cpu().clone()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""

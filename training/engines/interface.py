@@ -83,12 +83,16 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def gradients_are_finite(self) -> bool:
-        """Returns whether every gradient on every rank is finite. Collective; call before `step` or `skip`."""
+    def gradients_are_finite(self) -> Tensor:
+        """Returns whether every gradient on every rank is finite, as a scalar on the device, which is not waited for.
+
+        A gradient whose 2-norm overflows counts as not finite: no step could be made of it. Collective; call before
+        `step` or `skip`.
+        """
 
     @abstractmethod
-    def step(self, schedule: StepSchedule) -> float:
-        """Updates the student and returns the gradient's 2-norm before clipping. Collective."""
+    def step(self, schedule: StepSchedule) -> Tensor:
+        """Updates the student and returns the gradient's 2-norm before clipping, a scalar. Collective."""
 
     @abstractmethod
     def skip(self) -> None:

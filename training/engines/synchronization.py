@@ -31,19 +31,31 @@ class Synchronization:
     """Collectives over all ranks for the estimator and for the loss.
 
     The estimator's reductions have a process group (and so a communicator) of their own: they never queue behind
-    the engine's gradient buckets. Every rank must issue them in the same order.
+    the engine's gradient buckets. On GPUs they run on a stream of high priority, because the M-step waits for them
+    while the student's kernels fill the device. Every rank must issue them in the same order.
 
     Args:
         world_size: number of ranks; with one rank nothing is sent.
         timeout_s: seconds after which a collective that a rank never joined fails.
+        device: where the tensors are.
     """
 
-    def __init__(self, world_size: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.world_size = world_size
         # Collective: every rank makes the group at the same point of its program. A new group takes the backend's
         # timeout and not the first group's.
-        timeout = timedelta(seconds=timeout_s)
-        self._statistics_group: Any = dist.new_group(timeout=timeout) if world_size > 1 else None
+        options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+        if torch.device(device).type == "cuda":
+            options |= {
+                "backend": "nccl",
+                "pg_options": dist.ProcessGroupNCCL.Options(is_high_priority_stream=True),
+            }
+        self._statistics_group: Any = dist.new_group(**options) if world_size > 1 else None
 
     def reduce_sum(self, tensor: Tensor) -> Handle:
         """Starts an in-place sum over ranks and returns its handle. Asynchronous collective, no gradient."""

@@ -22,13 +22,6 @@ from training.step import TrainingStep
 NUM_STEPS, IMAGES = 20, 16
 
 
-class MicroBatch(Crops):
-    """Crops that are augmented already."""
-
-    def to(self, device):
-        return self
-
-
 class OfCrops(nn.Module):
     """The example's network behind the interface of ours: crops by resolution in, rows out."""
 
@@ -50,7 +43,7 @@ class ExampleEngine(PlainEngine):
     def step(self, schedule):
         self.optimizer.step()
         self.skip()
-        return 0.0
+        return torch.zeros(())
 
 
 def start():
@@ -81,15 +74,13 @@ def run_trainer(batches, ema_momentum):
         estimator=estimator,
         objective=build_objective(ObjectiveConfig(), decoupled.CONFIG, seed=decoupled.SEED),
         batch=BatchConfig(global_batch_size=IMAGES),
-        augmentation=lambda batch: batch,
         synchronization=Synchronization(1),
         usage=UsageCounter(decoupled.K),
         spike_guard=LossSpikeGuard(None),
-        device=torch.device("cpu"),
     )
     schedule, outcomes = StepSchedule(lr=0.0, weight_decay=0.0, ema_momentum=ema_momentum), []
     for index, views in enumerate(batches):
-        outcome = step([MicroBatch(views, views[:0])], index, schedule)
+        outcome = step([Crops(views, views[:0])], index, schedule)
         assert outcome.applied
         outcomes.append((outcome.loss["total"], copy_of(estimator)))
     return outcomes

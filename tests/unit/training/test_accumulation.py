@@ -72,19 +72,12 @@ ARMS = {
 }
 
 
-class MicroBatch(Crops):
-    """Crops that are augmented already."""
-
-    def to(self, device):
-        return self
-
-
 def draw_micro_batches(number, seed=0):
     """The same images, two global views and one local, in `number` micro-batches."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(2, IMAGES, 1, 16, 16, generator=generator)
     views = images[:1, :, :, :8, 4:12]
-    return [MicroBatch(a, b) for a, b in zip(images.chunk(number, 1), views.chunk(number, 1), strict=True)]
+    return [Crops(a, b) for a, b in zip(images.chunk(number, 1), views.chunk(number, 1), strict=True)]
 
 
 def build_step(accumulation=1, how="exact", model=VIT, instance=None, **prototypes):
@@ -107,11 +100,9 @@ def build_step(accumulation=1, how="exact", model=VIT, instance=None, **prototyp
         batch=BatchConfig(
             global_batch_size=IMAGES, gradient_accumulation_steps=accumulation, accumulation=how
         ),
-        augmentation=lambda batch: batch,
         synchronization=Synchronization(1),
         usage=UsageCounter(PROTOTYPES),
         spike_guard=LossSpikeGuard(None),
-        device=torch.device("cpu"),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,31 @@ def test_global_batches_are_the_same_for_any_ranks_and_workers(
     # 40 samples: the five batches are one epoch.
     assert sorted(sample for step in steps for sample, *_ in step) == list(range(40))
     assert position["samples_seen"] == 40 and sum(position["used"].values()) == 40
+
+
+def test_processes_that_run_ahead_leave_the_micro_batch_being_taken_alone(make_set, make_config):
+    """The loader processes write into the micro-batches themselves: none may overtake a slow reader by a slot."""
+    shards = make_set([32, 32])
+    options = {"num_lanes": 4, "prefetch_factor": 1}
+    inline, _ = read_steps(make_config(shards, **options), steps=6)
+    stream = open_stream(make_config(shards, num_workers=2, **options))
+    batches, found = iter(stream), []
+    receive = stream._start
+
+    def receive_slowly(parts):
+        for part in receive(parts):
+            time.sleep(0.1)
+            yield part
+
+    stream._start = receive_slowly
+    for _ in range(6):
+        batch = next(batches)
+        crops = batch.global_crops.flatten(2).sum(-1).T.tolist()
+        ids, seeds = batch.sample_ids.tolist(), batch.seeds.tolist()
+        found.append(list(zip(ids, batch.keys, seeds, map(tuple, crops), strict=True)))
+        time.sleep(0.1)
+    stream.close()
+    assert found == inline
 
 
 def test_rows_do_not_depend_on_the_number_of_workers(make_set, make_config):

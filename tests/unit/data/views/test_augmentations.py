@@ -15,6 +15,7 @@ from data.views import augmentations
 from data.views.augmentations import DeviceAugmentation
 from data.views.collate import CropBatch
 from data.views.cropping import Cropper, allocate_crops, draw_boxes
+from tests.helpers.counting import DeviceCounter
 
 
 def make_batch(size=12, batch=6, channels=3, seed=0) -> CropBatch:
@@ -43,16 +44,20 @@ FACTORS = np.array([0.6, 0.9, 1.0, 1.2, 1.4])
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("is_contrast", "is_saturation", "theirs"),
     [
-        (augmentations._adjust_brightness, reference.adjust_brightness),
-        (augmentations._adjust_contrast, reference.adjust_contrast),
-        (augmentations._adjust_saturation, reference.adjust_saturation),
+        (0.0, 0.0, reference.adjust_brightness),
+        (1.0, 0.0, reference.adjust_contrast),
+        (0.0, 1.0, reference.adjust_saturation),
     ],
 )
-def test_jitter_equals_torchvision(ours, theirs):
+def test_jitter_equals_torchvision(is_contrast, is_saturation, theirs):
     expected = torch.stack([theirs(image, factor) for image, factor in zip(images, FACTORS, strict=True)])
-    assert torch.allclose(ours(images, FACTORS), expected, atol=2e-6)
+    ours = images.clone()
+    masks = (torch.full((5,), is_contrast), torch.full((5,), is_saturation))
+    augmentations._blend_(ours, torch.from_numpy(FACTORS).float(), *masks)
+    assert torch.allclose(ours, expected, atol=2e-6)
+    assert torch.equal(ours[2], images[2])  # its factor is 1: it takes no step
 
 
 def test_hue_equals_torchvision():
@@ -60,6 +65,7 @@ def test_hue_equals_torchvision():
     expected = torch.stack(
         [reference.adjust_hue(image, turn) for image, turn in zip(images, turns, strict=True)]
     )
+    turns = torch.from_numpy(turns).float()
     assert torch.allclose(augmentations._shift_hue(images, turns), expected, atol=2e-5)
     gray = images[:, :1].expand(-1, 3, -1, -1)
     assert torch.allclose(augmentations._shift_hue(gray, turns), gray, atol=1e-6)
@@ -75,12 +81,70 @@ def test_blur_equals_torchvision():
     assert torch.allclose(blurred, torch.stack(expected), atol=1e-5)
 
 
-def test_solarize_and_gray_equal_torchvision():
-    bytes_ = (images * 255).round().to(torch.uint8)
-    ours = augmentations._solarize(bytes_.float() / 255)
-    assert torch.allclose(ours, reference.solarize(bytes_, 128).float() / 255, atol=1e-6)
-    expected = reference.rgb_to_grayscale(images, num_output_channels=3)
-    assert torch.allclose(augmentations._to_gray(images), expected, atol=1e-6)
+def augment_alone(picture, draws, index, radius):
+    """One view of one image, step by step with torchvision's functions; what batches of views must equal."""
+    steps = (
+        reference.adjust_brightness,
+        reference.adjust_contrast,
+        reference.adjust_saturation,
+        reference.adjust_hue,
+    )
+    image = picture.float() / 255
+    num_steps = 4 if len(image) == 3 else 2
+    for kind in draws.order[index] if draws.jitter[index] else ():
+        if kind < num_steps:
+            image = steps[kind](image, float(draws.factors[index, kind]))
+    if draws.gray[index] and len(image) == 3:
+        image = reference.rgb_to_grayscale(image, num_output_channels=3)
+    if draws.sigma[index] > 0:
+        image = reference.gaussian_blur(image, [2 * radius + 1] * 2, [float(draws.sigma[index])] * 2)
+    # In bytes, where the threshold is a number of its own.
+    return reference.solarize(image, 128 / 255) if draws.solarize[index] else image
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("recipe", ["dino", "carp"])
+def test_a_batch_equals_its_images_one_by_one(recipe, channels):
+    """Every draw reaches its own view, in its own order, whatever the others of the batch go through."""
+    config = config_of(recipe, channels=channels, mean=(0.5,), std=(0.2,))
+    augment, batch = DeviceAugmentation(config), make_batch(size=20, batch=24, channels=channels)
+    found = augment(batch)
+    seeds = batch.seeds.numpy().astype(np.uint64)
+    radius = -int(-3 * augment.recipe.blur_sigma[1] // 1)
+    seen = set()
+    for crops, ours, first in (
+        (batch.global_crops, found.global_crops, 0),
+        (batch.local_crops, found.local_crops, 2),
+    ):
+        for view in range(len(crops)):
+            draws = augment.draw(seeds, first + view)
+            for row, picture in enumerate(crops[view]):
+                alone = augment_alone(picture, draws, row, min(radius, crops.shape[-1] - 1))
+                error = (ours[view, row] - (alone - 0.5) / 0.2).abs()
+                # A pixel at the threshold of solarisation may be inverted by rounding.
+                assert float((error > 2e-4).float().mean()) <= 0.01 * draws.solarize[row]
+                seen |= {tuple(draws.order[row])} if draws.jitter[row] else set()
+    assert len(seen) > 15 or recipe == "none"
+
+
+def test_a_step_of_64_images_launches_at_most_400_kernels(record_property):
+    config = config_of("dino", num_local_crops=8)
+    generator = torch.Generator().manual_seed(0)
+    crops = [
+        torch.randint(0, 256, (views, 64, 3, side, side), generator=generator, dtype=torch.uint8)
+        for views, side in ((2, 24), (8, 16))
+    ]
+    ids = torch.arange(64)
+    batch = CropBatch(*crops, seeds=ids * 7919 + 13, keys=[""] * 64, sample_ids=ids, position={})
+    augment = DeviceAugmentation(config)
+    with DeviceCounter() as counter:
+        augment(batch)
+    record_property("kernels", counter.kernels.total())
+    assert 100 < counter.kernels.total() <= 400
+    assert not counter.waits
+    with DeviceCounter() as smaller:
+        augment(make_batch(size=24, batch=32))
+    assert counter.kernels.total() - smaller.kernels.total() <= 10
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
@@ -144,7 +208,7 @@ def test_crops_equal_torchvisions_resized_crop():
     seeds = [5, 6]
     cropper = Cropper(config)
     global_crops, local_crops = allocate_crops(config, 2)
-    cropper.cut_(pictures, seeds, global_crops, local_crops)
+    cropper.cut_(pictures, seeds, range(len(pictures)), global_crops, local_crops)
     recipe = config.resolved_augmentation
     scales = np.array([recipe.global_crop_scale] * 2 + [recipe.local_crop_scale] * 2)
     sizes = np.array([picture.shape[-2:] for picture in pictures])
@@ -238,7 +302,7 @@ def test_flips_and_turns_move_whole_crops(augmentation):
     for name, options in (("without", {"flip": 0.0}), ("with", {"flip": 0.0, **augmentation})):
         config = config_of("none", augmentation=AugmentationConfig(**options))
         cut[name] = allocate_crops(config, len(seeds))
-        Cropper(config).cut_([picture] * len(seeds), seeds, *cut[name])
+        Cropper(config).cut_([picture] * len(seeds), seeds, range(len(seeds)), *cut[name])
     for plain, moved in zip(cut["without"], cut["with"], strict=True):
         for before, after in zip(plain.flatten(0, 1), moved.flatten(0, 1), strict=True):
             if "quarter_turns" in augmentation:
