@@ -82,12 +82,7 @@ def build_trainer(
         directory=directory,
         process=process,
         num_samples=stream.num_samples,
-        feed=Feed(
-            stream,
-            DeviceAugmentation(config.data).to(process.device),
-            process.device,
-            config.batch.gradient_accumulation_steps,
-        ),
+        feed=_build_feed(config, process, stream),
         training_step=training_step,
         store=CheckpointStore(
             root,
@@ -129,6 +124,11 @@ def _build_stream(
         position=position,
         pin=process.device.type == "cuda",
     )
+
+
+def _build_feed(config: PretrainConfig, process: Process, stream: TrainingStream) -> Feed:
+    augmentation = DeviceAugmentation(config.data).to(process.device)
+    return Feed(stream, augmentation, process.device, config.batch.gradient_accumulation_steps)
 
 
 def _build_training_step(
