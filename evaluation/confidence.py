@@ -76,3 +76,17 @@ def bootstrap_statistic(
     tail = (1.0 - level) / 2.0
     low, high = np.nanquantile(np.concatenate(drawn), [tail, 1.0 - tail])
     return Interval(value=value, low=float(low), high=float(high))
+
+
+def draw_weights(num_images: int, *, resamples: int, seed: int) -> Float[np.ndarray, "R B"]:
+    """Returns how often each image occurs in every resample: a weighted sum over images is the resample's sum.
+
+    For statistics of sums, such as an intersection over a union. The images are those that `bootstrap` draws.
+    """
+    generator = np.random.default_rng(seed)
+    drawn: list[np.ndarray] = []
+    for start in range(0, resamples, _CHUNK):
+        count = min(_CHUNK, resamples - start)
+        indices = generator.integers(num_images, size=(count, num_images))
+        drawn += [np.bincount(row, minlength=num_images) for row in indices]
+    return np.stack(drawn).astype(np.float64)

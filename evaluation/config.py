@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from evaluation.probes.config import (
+    AttentiveConfig,
     ClusteringConfig,
     ConfidenceConfig,
     FewShotConfig,
@@ -15,11 +16,25 @@ from evaluation.probes.config import (
     LogisticConfig,
     LongTailConfig,
     PrototypeAuditConfig,
+    SegmentationConfig,
+    SegmentationLinearConfig,
     refuse_unless,
 )
 from models.config import WeightsKind, parse_weights_spec
 
-PROBES = ("prototypes", "knn", "linear", "logistic", "few_shot", "clustering", "long_tail", "fine_tune")
+PROBES = (
+    "prototypes",
+    "knn",
+    "linear",
+    "logistic",
+    "few_shot",
+    "clustering",
+    "long_tail",
+    "fine_tune",
+    "attentive",
+    "segmentation",
+    "segmentation_linear",
+)
 CONTROLS = ("random-init", "raw-pixels")
 ENCODER_KINDS: tuple[WeightsKind, ...] = (
     "folder",
@@ -89,7 +104,11 @@ class FeaturesConfig:
     num_blocks: Annotated[int, "[1, 1000]"] = 1
     """Last blocks whose CLS token is kept for the feature `blocks` (1 keeps the last only)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the forward pass; features are stored in fp32 either way."""
+    """Precision of the forward pass; pooled features are stored in fp32 either way."""
+    patch_precision: Literal["fp16", "fp32"] = "fp16"
+    """Type in which patch tokens are stored: of 224 x 224 pixels and 16-pixel patches they are 196 times the pooled
+    features.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +123,13 @@ class EvaluationConfig:
     role: Literal["teacher", "student"] = "teacher"
     """The teacher (default) or the student, where a checkpoint exports both."""
     probes: tuple[str, ...] = ("prototypes", "knn")
-    """What is measured: any of `prototypes`, `knn`, `linear`, `logistic`, `few_shot`, `clustering`, `long_tail` and
-    `fine_tune`.
+    """What is measured: any of `prototypes`, `knn`, `linear`, `logistic`, `few_shot`, `clustering`, `long_tail`,
+    `fine_tune`, `attentive`, and of images with label maps `segmentation` and
+    `segmentation_linear`.
     """
     controls: tuple[str, ...] = ()
-    """Encoders that are measured beside it by k-NN: `random-init` (the same architecture with fresh weights,
-    `control_seeds` of them) and `raw-pixels`.
+    """Encoders that are measured beside it, by k-NN or, where that is asked for, by `segmentation`: `random-init`
+    (the same architecture with fresh weights, `control_seeds` of them) and `raw-pixels`.
     """
     control_seeds: Annotated[int, "[1, 100]"] = 3
     """Fresh initialisations of the control."""
@@ -132,6 +152,9 @@ class EvaluationConfig:
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     long_tail: LongTailConfig = field(default_factory=LongTailConfig)
     fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
+    attentive: AttentiveConfig = field(default_factory=AttentiveConfig)
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
+    segmentation_linear: SegmentationLinearConfig = field(default_factory=SegmentationLinearConfig)
     confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
 
     def __post_init__(self) -> None:

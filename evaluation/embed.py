@@ -209,7 +209,7 @@ def _forward(
     """
     import torch
 
-    from evaluation.features.extract import NonFiniteFeatureError, select_feature
+    from evaluation.features.bank import NonFiniteFeatureError, select_feature
 
     if not batch.names:
         return {}

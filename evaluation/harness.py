@@ -20,16 +20,18 @@ from runtime.config import config_hash, config_to_dict
 logger = logging.getLogger(__name__)
 
 _FP32_BYTES = 4
-# Controls are measured by what needs no fitting.
-CONTROL_PROBES = ("knn",)
+# What controls are measured by: those of these that are asked for, else the one that suits the data.
+CONTROL_PROBES = ("knn", "segmentation")
 # What deals its work to all processes; the others run in the first one.
-SHARED_PROBES = ("knn", "long_tail")
-# What needs weights or images; every other probe reads features, which all processes extract together.
-WITHOUT_FEATURES = ("prototypes", "fine_tune")
+SHARED_PROBES = ("knn", "long_tail", "segmentation")
+# What reads patch tokens, which all processes extract together: whether with label maps.
+PATCH_PROBES = {"segmentation": True, "attentive": False}
+# What needs weights or images; every other probe reads pooled features.
+WITHOUT_FEATURES = ("prototypes", "fine_tune", "segmentation_linear", *PATCH_PROBES)
 
 
 def evaluate(config: EvaluationConfig) -> list[Path]:
-    """Runs every probe on the encoder and k-NN on its controls; returns the results files.
+    """Runs every probe on the encoder and those of `CONTROL_PROBES` on its controls; returns the results files.
 
     Collective; processes other than the first return none.
 
@@ -53,13 +55,19 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
     )
     session = Session(config, encoder, processes)
     beside = [Session(config, control, processes) for control in controls if _is_affordable(control, session)]
-    if _needs_features(config) or beside:
+    asked_of_controls = _control_probes(config)
+    if _needs_features(config) or (beside and "knn" in asked_of_controls):
         extract_together([session, *beside])
     written = [_run_probe(session, probe, directory) for probe in config.probes]
     for control in beside:
         place = directory / "controls" / control.encoder.label
-        written += [_run_probe(control, probe, place) for probe in CONTROL_PROBES]
+        written += [_run_probe(control, probe, place) for probe in asked_of_controls]
     return written if processes.rank == 0 else []
+
+
+def _control_probes(config: EvaluationConfig) -> list[str]:
+    asked = [probe for probe in CONTROL_PROBES if probe in config.probes]
+    return asked or ["segmentation" if "segmentation_linear" in config.probes else "knn"]
 
 
 def _is_affordable(control: Encoder, session: Session) -> bool:
@@ -109,9 +117,12 @@ def results_directory(config: EvaluationConfig, encoder: Encoder) -> Path:
 def _run_probe(session: Session, probe: str, directory: Path) -> Path:
     started = time.perf_counter()
     session.notes.clear()
+    if probe in PATCH_PROBES:
+        session.open_patches(label_maps=PATCH_PROBES[probe])
     shared = probe in SHARED_PROBES or session.processes.rank == 0
     # What one process fits is fitted once, and everybody goes on with the same outcome.
     outcome = session.processes.gather(PROBE_FUNCTIONS[probe](session) if shared else None)[0]
+    session.close_patches()
     session.outcomes[probe] = outcome
     path = directory / f"{probe}.json"
     if session.processes.rank == 0:

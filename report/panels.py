@@ -20,7 +20,8 @@ from data.config import DataConfig
 from data.stream.pipeline import TrainingStream
 from data.views.augmentations import DeviceAugmentation
 from evaluation.encoders.projections import project
-from evaluation.features.extract import FeatureBank, first_id_after, open_stream
+from evaluation.features.bank import FeatureBank
+from evaluation.features.extract import first_id_after, open_stream
 from evaluation.features.processes import Processes
 from evaluation.features.session import Session
 from evaluation.probes.knn import nearest

@@ -9,12 +9,18 @@ from report.comparison import accuracy_rows, difference_rows, why_not_comparable
 from report.confusion import confusion_rows
 from report.page import Section
 from report.runs import Run, configuration_rows, difference_of_configurations, run_rows
+from report.segmentation import miou_class_rows, miou_difference_rows, miou_rows
 from report.tables import Row, compare_knn, control_sentence, knn_rows, percent, prototype_rows
 
 
 def table_sections(runs: Sequence[Run]) -> list[Section]:
     """Returns every table for which there are figures, in the order in which they are read."""
-    sections = [*_run_sections(runs), *_probe_sections(runs), *_long_tail_sections(runs)]
+    sections = [
+        *_run_sections(runs),
+        *_probe_sections(runs),
+        *_long_tail_sections(runs),
+        *_dense_sections(runs),
+    ]
     every_option = Section(
         "Configuration",
         "Every option as it was resolved.",
@@ -96,6 +102,23 @@ def _long_tail_sections(runs: Sequence[Run]) -> list[Section]:
             _of_each(runs, "long_tail", class_rows),
             folded=True,
         ),
+    ]
+
+
+def _dense_sections(runs: Sequence[Run]) -> list[Section]:
+    return [
+        Section(
+            "Segmentation",
+            "Mean IoU over the test split's classes, void left out, with intervals over images. The ceiling gives each "
+            "patch the class of most of its pixels; the majority class is that of the training split.",
+            miou_rows(runs),
+        ),
+        Section(
+            "Segmentation: differences",
+            "Paired on the same test images, in points of mean IoU, with intervals.",
+            miou_difference_rows(runs),
+        ),
+        Section("Segmentation by class", "IoU of every class.", miou_class_rows(runs), folded=True),
     ]
 
 

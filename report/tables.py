@@ -185,7 +185,7 @@ def _rows_of(result: dict[str, Any], controls: Sequence[dict[str, Any]]) -> list
     if result["probe"] == "prototypes":
         return prototype_rows(result)
     headline = result["figures"].get("headline", {})
-    plain = ("learning_rate", "C", "predictions")
+    plain = ("learning_rate", "weight_decay", "C", "predictions")
     rows = {
         key: percent(v) if isinstance(v, float) and key not in plain else str(v)
         for key, v in headline.items()

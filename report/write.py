@@ -14,7 +14,7 @@ from evaluation.config import EvaluationConfig
 from evaluation.encoders.load import load_encoder
 from evaluation.features.processes import Processes, require_writable
 from evaluation.features.session import Session
-from report import charts, curves, panels
+from report import charts, curves, panels, segmentation
 from report.charts import Chart
 from report.comparison import accuracy_rows
 from report.confusion import class_names, count_confusions
@@ -92,6 +92,9 @@ def _draw_panels(run: Run) -> list[Chart]:
     knn = run.result("knn")
     if knn:
         drawn += _attempt(f"image panels of {run.name}", lambda: _draw_gallery(knn, safe))
+    segmented = run.result(segmentation.PROBE)
+    if segmented:
+        drawn += _attempt(f"maps of {run.name}", lambda: [segmentation.draw_overlays(segmented, safe)])
     return [chart for chart in drawn if chart is not None]
 
 

@@ -73,7 +73,7 @@ FLOORS = {
         ("__main__",),
         ("write",),
         ("sections",),
-        ("comparison", "confusion", "curves", "page", "panels"),
+        ("comparison", "confusion", "curves", "page", "panels", "segmentation"),
         ("runs",),
         ("charts", "tables"),
     ),

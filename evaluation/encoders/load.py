@@ -6,13 +6,17 @@ encoder declares, and enough about both to key a cache and to stand in a result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
 
 from evaluation.config import TransformConfig
 from evaluation.encoders.encoder import Encoder, LoadOptions
 from evaluation.encoders.exported import EncoderError, ExportedFolder, Role
 from evaluation.encoders.hf_models import load_hub
-from evaluation.encoders.pixels import build_pixels, load_pixels
+from evaluation.encoders.pixels import PATCH_SIZE, build_pixels, load_pixels
 from evaluation.encoders.preprocessing import Preprocessing
 from evaluation.encoders.timm_models import (
     build_random_init,
@@ -93,7 +97,19 @@ def load_controls(
 
 
 def _pixels_beside(encoder: Encoder, options: LoadOptions) -> Encoder:
-    """Returns exactly the pixels that another encoder sees, where its preprocessing can be undone."""
-    if isinstance(encoder.transform, Preprocessing):
-        return build_pixels(encoder.transform)
+    """Returns exactly the pixels that another encoder sees, in its patches, where its preprocessing can be undone."""
+    transform = encoder.transform
+    if isinstance(transform, Preprocessing):
+        return build_pixels(transform, _side_of_patch(encoder, transform) or PATCH_SIZE)
     return load_encoder("raw-pixels", transform=options.transform)
+
+
+@torch.no_grad()
+def _side_of_patch(encoder: Encoder, transform: Preprocessing) -> int | None:
+    """Returns the side in pixels of one of the encoder's patches; None where it has no square grid of them."""
+    blank = Image.new("RGB", (transform.image_size, transform.image_size))
+    tokens = encoder.module.patch_tokens(transform(blank)[None])
+    side = 0 if tokens is None else math.isqrt(tokens.shape[1])
+    if tokens is None or side**2 != tokens.shape[1] or transform.image_size % side:
+        return None
+    return transform.image_size // side

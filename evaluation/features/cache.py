@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,13 +23,22 @@ logger = logging.getLogger(__name__)
 CACHE_SCHEMA = 3
 
 
-def cache_file(encoder: Encoder, manifest: Manifest, features: FeaturesConfig, limit: int | None) -> Path:
-    """Returns where the features of one split lie: its name holds a hash of all that they depend on."""
+def cache_file(
+    encoder: Encoder,
+    manifest: Manifest,
+    features: FeaturesConfig,
+    limit: int | None,
+    reading: dict[str, Any],
+) -> Path:
+    """Returns where the features of one split lie: its name holds a hash of all that they depend on.
+
+    `reading`: what `Reading.describe` says of preprocessing and of what is kept.
+    """
     parts = {
         "schema": CACHE_SCHEMA,
         "weights": encoder.weights_sha256,
         "network": describe_network(encoder.module),
-        "transform": encoder.transform.describe(),
+        **reading,
         "manifest": manifest.hash,
         "split": manifest.split,
         "precision": features.precision,

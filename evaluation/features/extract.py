@@ -13,10 +13,9 @@ import os
 import socket
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -25,88 +24,18 @@ from torch import Tensor, nn
 from data.datasets import EvaluationStream, Manifest
 from evaluation.config import EvaluationDataConfig, FeaturesConfig
 from evaluation.encoders.encoder import Encoder
+from evaluation.features.bank import FeatureBank, FeatureError, NonFiniteFeatureError
 from evaluation.features.cache import cache_file, read_cached
+from evaluation.features.patches import POOLED, PatchTokens, Reading
 from evaluation.features.processes import Processes, require_writable
 from evaluation.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
+    from jaxtyping import Float
 
 logger = logging.getLogger(__name__)
 
 _KEYS = ("labels", "sample_ids")
-
-
-class FeatureError(ValueError):
-    """Features that cannot be what a probe needs; the message is one line."""
-
-
-class NonFiniteFeatureError(FeatureError):
-    """A feature holds NaN or infinity: every probe would still give a plausible figure."""
-
-
-@dataclass(frozen=True)
-class FeatureBank:
-    """Features and labels of one split, sorted by sample.
-
-    Attributes:
-        tensors: fp32 on the CPU: `embedding` [B, D]; `cls` [B, blocks, D] and `mean` [B, D] where they exist.
-        labels: class indices.
-        sample_ids: index of each sample in its split.
-        manifest: of the split.
-        seconds: that extraction took (0 when read from the cache).
-    """
-
-    tensors: dict[str, Tensor]
-    labels: Int64[Tensor, " B"]
-    sample_ids: Int64[Tensor, " B"]
-    manifest: Manifest
-    seconds: float = 0.0
-
-    @property
-    def num_classes(self) -> int:
-        """C, the number of classes in the manifest."""
-        return len(self.manifest.classes)
-
-    def available(self) -> list[str]:
-        """Returns the names that `select` accepts."""
-        return available_features(self.tensors)
-
-    def select(self, name: str) -> Float[Tensor, "B D"]:
-        """Returns one feature per image; see `select_feature`."""
-        return select_feature(self.tensors, name)
-
-
-def available_features(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names that `select_feature` accepts for the features of one encoder."""
-    names = ["embedding"]
-    names += [name for name in ("cls", "mean") if name in tensors]
-    if "cls" in tensors and "mean" in tensors:
-        names += ["both", "blocks", "blocks_mean"]
-    return names
-
-
-def select_feature(tensors: Mapping[str, Tensor], name: str) -> Float[Tensor, "B D"]:
-    """Returns one feature per image.
-
-    Args:
-        tensors: `embedding` [B, D]; `cls` [B, blocks, D] and `mean` [B, D] where they exist.
-        name: `embedding` (the encoder's own pooling), `cls`, `mean` (of patch tokens), `both` (cls and mean side by
-            side), `blocks` (CLS of the last blocks), `blocks_mean` (those and the mean).
-
-    Raises:
-        FeatureError: the encoder has no such feature.
-    """
-    if name not in available_features(tensors):
-        raise FeatureError(
-            f"feature is {name!r}; expected one of {', '.join(available_features(tensors))} for this encoder; "
-            "set the probe's features"
-        )
-    if name in ("embedding", "mean"):
-        return tensors[name]
-    cls = tensors["cls"]
-    classes = cls.flatten(1) if name.startswith("blocks") else cls[:, -1]
-    return classes if name in ("cls", "blocks") else torch.cat([classes, tensors["mean"]], dim=1)
 
 
 def load_features(
@@ -117,6 +46,7 @@ def load_features(
     features: FeaturesConfig,
     processes: Processes,
     limit: int | None = None,
+    reading: Reading = POOLED,
 ) -> list[FeatureBank]:
     """Returns one split's features of every encoder, from the cache or extracted now. Collective.
 
@@ -129,11 +59,17 @@ def load_features(
         features: cache directory, precision.
         processes: who extracts together; they share the cache's file system.
         limit: keep only the first images of the split.
+        reading: pooled features, or patch tokens with classes or label maps.
 
     Raises:
-        FeatureError: labels are missing, the stream lost samples, or a feature is not finite.
+        FeatureError: labels are missing, the stream lost samples, a feature is not finite, or there are no patches.
     """
-    files = [cache_file(encoder, manifest, features, limit) for encoder in encoders]
+    _require_classes(manifest, reading)
+    about = [reading.describe(encoder) for encoder in encoders]
+    files = [
+        cache_file(encoder, manifest, features, limit, said)
+        for encoder, said in zip(encoders, about, strict=True)
+    ]
     cached = [read_cached(file) if features.reuse else None for file in files]
     # A file counts where every process could read it whole: all agree on what is missing before anybody writes.
     views = processes.gather([tensors is not None for tensors in cached])
@@ -143,14 +79,14 @@ def load_features(
         if whole[index]:
             logger.info("features of %s, %s: read from %s", encoder.label, manifest.split, file)
         else:
-            groups.setdefault(json.dumps(encoder.transform.describe(), sort_keys=True), []).append(index)
+            groups.setdefault(json.dumps(about[index], sort_keys=True), []).append(index)
     seconds = [0.0] * len(encoders)
     if groups:
         require_writable(Path(features.cache_dir), "features.cache_dir", processes)
     for members in groups.values():
         started = time.perf_counter()
         chosen = [encoders[index] for index in members]
-        extracted = _extract_group(chosen, manifest, data, features.precision, processes, limit)
+        extracted = _extract_group(chosen, manifest, data, features.precision, processes, limit, reading)
         for index, own in zip(members, extracted, strict=True):
             _merge_into(files[index], own, encoders[index], manifest, processes, limit)
             cached[index], _ = load_tensors(files[index])
@@ -171,8 +107,9 @@ def extract_batches(
     device: torch.device,
     precision: str,
     before: int | None = None,
+    stored: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Returns fp32 features, labels and sample ids of this process's batches, on the CPU.
+    """Returns features, labels and sample ids of this process's batches, on the CPU.
 
     Every process runs the network equally often, `stream.most_batches` times: a forward pass through sharded
     parameters (FSDP2, ZeRO-3) is collective, and one rank's part may have fewer batches than another's, or batches of
@@ -185,6 +122,7 @@ def extract_batches(
         device: where `module` lives.
         precision: `fp32` or `bf16` (autocast).
         before: keep only samples whose id is below this; None keeps all.
+        stored: type of the features that are returned.
     """
     collected: dict[str, list[Tensor]] = {}
     batches = iter(stream)
@@ -198,7 +136,9 @@ def extract_batches(
         images = images if number else blank[None]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             named = module(images.to(device, non_blocking=True))
-        named = {name: tensor[:number].float().cpu() for name, tensor in named.items()}
+        if not number:
+            continue
+        named = {name: tensor.to(stored).cpu() for name, tensor in named.items()}
         for name, tensor in {**named, "labels": labels, "sample_ids": sample_ids}.items():
             collected.setdefault(name, []).append(tensor)
     return {name: torch.cat(tensors) for name, tensors in collected.items()}
@@ -248,19 +188,25 @@ def merge_parts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def open_stream(
     manifest: Manifest,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Any,
     *,
     data: EvaluationDataConfig,
     processes: Processes,
     limit: int | None = None,
+    dense: bool = False,
 ) -> EvaluationStream:
-    """Returns this process's stream over a split, or over a short beginning that holds its first `limit` images."""
+    """Returns this process's stream over a split, or over a short beginning that holds its first `limit` images.
+
+    `transform` is that of an image, or where the stream is `dense` that of an image and its label map: see
+    `EvaluationStream`.
+    """
     # Parts of the stream are contiguous and equal: a `limit` of a tenth is the first of ten parts.
     thinned = 1 if limit is None else max(1, manifest.num_samples // limit)
     return EvaluationStream(
         manifest.directory,
         manifest.split,
-        transform,
+        None if dense else transform,
+        dense_transform=transform if dense else None,
         batch_size=data.batch_size,
         num_workers=data.num_workers,
         rank=processes.rank,
@@ -284,9 +230,9 @@ def first_id_after(manifest: Manifest, limit: int | None) -> int | None:
 class _SideBySide(nn.Module):
     """Several encoders on the same images; names of features start with the encoder's number."""
 
-    def __init__(self, encoders: Sequence[Encoder]) -> None:
+    def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.members = nn.ModuleList(encoder.module for encoder in encoders)
+        self.members = nn.ModuleList(members)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         named = ((index, member(images)) for index, member in enumerate(self.members))
@@ -300,13 +246,23 @@ def _extract_group(
     precision: str,
     processes: Processes,
     limit: int | None,
+    reading: Reading,
 ) -> list[dict[str, Tensor]]:
     """Returns this process's part for every encoder."""
-    stream = open_stream(manifest, encoders[0].transform, data=data, processes=processes, limit=limit)
-    module = _SideBySide(encoders).to(processes.device)
-    before = first_id_after(manifest, limit)
-    blank = _blank_image(encoders[0].transform)
-    part = extract_batches(module, stream, blank, device=processes.device, precision=precision, before=before)
+    transform = reading.transform(encoders[0])
+    stream = open_stream(
+        manifest, transform, data=data, processes=processes, limit=limit, dense=reading.label_maps
+    )
+    members = [PatchTokens(encoder) if reading.patches else encoder.module for encoder in encoders]
+    part = extract_batches(
+        _SideBySide(members).to(processes.device),
+        stream,
+        _blank_image(encoders[0].transform),
+        device=processes.device,
+        precision=precision,
+        before=first_id_after(manifest, limit),
+        stored=reading.stored,
+    )
     # An empty part is still a file: the merging process must find one from everybody.
     about = {name: part.get(name, torch.empty(0, dtype=torch.int64)) for name in _KEYS}
     parts: list[dict[str, Tensor]] = []
@@ -361,7 +317,8 @@ def _check_merged(merged: dict[str, Tensor], manifest: Manifest, limit: int | No
             f"{manifest.directory}:{manifest.split} gave {found} images; expected {expected}, as its manifest says; "
             "run python -m data.verify_shards on it"
         )
-    labels = merged["labels"]
+    # Label maps are judged where they are decoded.
+    labels = merged["labels"] if merged["labels"].ndim == 1 else merged["labels"][:0, 0, 0]
     outside = (labels < 0) | (labels >= len(manifest.classes))
     if bool(outside.any()):
         index = int(outside.nonzero()[0])
@@ -379,6 +336,14 @@ def _check_merged(merged: dict[str, Tensor], manifest: Manifest, limit: int | No
                 f"the first {_locate(manifest, first)}; expected finite features; look at the encoder's weights, or "
                 "set features.precision=fp32"
             )
+
+
+def _require_classes(manifest: Manifest, reading: Reading) -> None:
+    if not reading.label_maps and not any(manifest.images_per_class):
+        raise FeatureError(
+            f"{manifest.directory}:{manifest.split} names {len(manifest.classes)} classes and no image has one; "
+            "expected labelled images; of shards with label maps ask probes=[segmentation]"
+        )
 
 
 def _locate(manifest: Manifest, sample_id: int) -> str:

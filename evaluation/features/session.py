@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data.datasets import Manifest
 from evaluation.confidence import bootstrap
 from evaluation.config import EvaluationConfig
 from evaluation.encoders.encoder import Encoder
-from evaluation.features.extract import FeatureBank, load_features
+from evaluation.features.bank import FeatureBank
+from evaluation.features.extract import load_features
+from evaluation.features.patches import POOLED, Reading
 from evaluation.features.processes import Processes
 from evaluation.features.splits import load_splits
 
@@ -52,6 +55,7 @@ class Session:
     notes: list[str] = field(default_factory=list)
     _splits: tuple[Manifest, Manifest] | None = None
     _banks: tuple[FeatureBank, FeatureBank] | None = None
+    _patches: tuple[FeatureBank, FeatureBank] | None = None
 
     @property
     def splits(self) -> tuple[Manifest, Manifest]:
@@ -72,6 +76,28 @@ class Session:
             extract_together([self])
         assert self._banks is not None
         return self._banks
+
+    @property
+    def patches(self) -> tuple[FeatureBank, FeatureBank]:
+        """Patch tokens of training and test split, between `open_patches` and `close_patches`."""
+        assert self._patches is not None
+        return self._patches
+
+    def open_patches(self, *, label_maps: bool) -> None:
+        """Extracts the patch tokens, or reads them from the cache. Collective.
+
+        Args:
+            label_maps: labels are a class for every pixel of the whole, squashed image; else one class for an image
+                of the encoder's own preprocessing.
+        """
+        stored = torch.float16 if self.config.features.patch_precision == "fp16" else torch.float32
+        reading = Reading(patches=True, label_maps=label_maps, stored=stored)
+        train, test = _load_splits([self], reading)
+        self._patches = (train[0], test[0])
+
+    def close_patches(self) -> None:
+        """Lets go of the patch tokens: they are hundreds of times larger than the other features."""
+        self._patches = None
 
     def note(self, text: str) -> None:
         """Says once what limits a figure of the probe that runs: in the log, and under `notes` of its result."""
@@ -103,14 +129,24 @@ class Session:
 
 def extract_together(sessions: Sequence[Session]) -> None:
     """Gives every session its features, decoding images once for all encoders of one preprocessing. Collective."""
-    config, processes = sessions[0].config, sessions[0].processes
-    encoders = [session.encoder for session in sessions]
-    limits = (config.data.max_train_images, config.data.max_test_images)
-    train, test = (
-        load_features(
-            encoders, manifest, data=config.data, features=config.features, processes=processes, limit=limit
-        )
-        for manifest, limit in zip(sessions[0].splits, limits, strict=True)
-    )
+    train, test = _load_splits(sessions, POOLED)
     for session, banks in zip(sessions, zip(train, test, strict=True), strict=True):
         session._banks, session._splits = banks, sessions[0].splits
+
+
+def _load_splits(sessions: Sequence[Session], reading: Reading) -> list[list[FeatureBank]]:
+    """Returns the training and the test split's features of every session's encoder. Collective."""
+    config = sessions[0].config
+    limits = (config.data.max_train_images, config.data.max_test_images)
+    return [
+        load_features(
+            [session.encoder for session in sessions],
+            manifest,
+            data=config.data,
+            features=config.features,
+            processes=sessions[0].processes,
+            limit=limit,
+            reading=reading,
+        )
+        for manifest, limit in zip(sessions[0].splits, limits, strict=True)
+    ]

@@ -230,6 +230,105 @@ class PrototypeAuditConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentiveConfig:
+    """One learned query that attends to patch tokens, with a linear classifier (CAPI's protocol)."""
+
+    learning_rates: tuple[Annotated[float, "(0, 10]"], ...] = (
+        1e-5,
+        2e-5,
+        5e-5,
+        1e-4,
+        2e-4,
+        5e-4,
+        1e-3,
+        2e-3,
+        5e-3,
+        1e-2,
+    )
+    """Learning rates of AdamW per 256 images of batch; each trains its own classifier beside the others."""
+    weight_decays: tuple[Annotated[float, "[0, 10]"], ...] = (5e-4, 1e-3, 5e-2)
+    """Weight decays; each is tried with every learning rate."""
+    steps: Annotated[int, "[1, 1e7]"] = 12_500
+    """Optimizer steps, at most."""
+    epochs: Annotated[int, "[1, 1e6]"] = 100
+    """Passes over the training images, at most: of 12,500 steps a small set would see thousands."""
+    batch_size: Annotated[int, "[1, 1e6]"] = 1024
+    """Images per step."""
+    warmup: Annotated[float, "[0, 1)"] = 0.1
+    """Share of the steps over which the rate rises."""
+    held_out: Annotated[float, "(0, 1)"] = 0.1
+    """Share of the training split on which rate and decay are chosen."""
+
+    def __post_init__(self) -> None:
+        """Refuses an empty grid."""
+        for name in ("learning_rates", "weight_decays"):
+            refuse_unless(bool(getattr(self, name)), f"attentive.{name}", "[]", "at least one number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationConfig:
+    """A class for every patch by k-NN and by logistic regression on standardised patch tokens (CAPI's protocol)."""
+
+    classifiers: tuple[Literal["knn", "logistic"], ...] = ("knn", "logistic")
+    """What is fitted."""
+    k: tuple[Annotated[int, "[1, 1e6]"], ...] = (1, 3, 10, 30)
+    """Numbers of neighbours to choose among."""
+    distances: tuple[Literal["cosine", "L2"], ...] = ("cosine", "L2")
+    """Distances of neighbours to choose among."""
+    inverse_regularisation: tuple[Annotated[float, "[1e-9, 1e9]"], ...] = (
+        1e-6,
+        3.73e-5,
+        1.39e-3,
+        0.0518,
+        1.93,
+        72.0,
+        2.68e3,
+        1e5,
+    )
+    """scikit-learn's C of the logistic regression, to choose among."""
+    max_iterations: Annotated[int, "[1, 1e6]"] = 1000
+    """Largest number of iterations of L-BFGS."""
+    held_out: Annotated[float, "(0, 1)"] = 0.1
+    """Share of the training images on which all of these are chosen."""
+    max_train_patches: Annotated[int, "[1, 1e9]"] | None = None
+    """Random patches of the training split of which classifiers are made, or null for all."""
+
+    def __post_init__(self) -> None:
+        """Refuses an empty grid."""
+        for name in ("classifiers", "k", "distances", "inverse_regularisation"):
+            refuse_unless(bool(getattr(self, name)), f"segmentation.{name}", "[]", "at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationLinearConfig:
+    """BatchNorm and a 1 x 1 convolution on frozen patch tokens, on random squares of the images (DINOv3's protocol)."""
+
+    steps: Annotated[int, "[1, 1e7]"] = 40_000
+    """Optimizer steps."""
+    batch_size: Annotated[int, "[1, 1e5]"] = 16
+    """Images of a step."""
+    lr: Annotated[float, "(0, 10]"] = 1e-3
+    """Largest learning rate of AdamW."""
+    weight_decay: Annotated[float, "[0, 10]"] = 1e-3
+    """Weight decay of AdamW."""
+    warmup: Annotated[float, "[0, 1)"] = 0.0375
+    """Share of the steps over which the rate rises; 1,500 of 40,000."""
+    scale: tuple[Annotated[float, "[0.1, 10]"], Annotated[float, "[0.1, 10]"]] = (0.5, 2.0)
+    """Range of the shorter side of a training image, in sides of the square that is cropped from it."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    stride: Annotated[float, "(0, 1]"] = 0.666
+    """From one window on a test image to the next, in sides of the square; 341 of 512."""
+    shuffle_buffer: Annotated[int, "[1, 1e6]"] = 256
+    """Training squares among which the next one is drawn."""
+
+    def __post_init__(self) -> None:
+        """Refuses a range in the wrong order."""
+        low, high = self.scale
+        refuse_unless(low <= high, "segmentation_linear.scale", list(self.scale), "smallest, then largest")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConfidenceConfig:
     """Bootstrap intervals over test images."""
 

@@ -20,7 +20,8 @@ from data.datasets import Manifest
 from evaluation.confidence import bootstrap
 from evaluation.encoders.backbones import FeatureModule, TimmFeatures
 from evaluation.encoders.encoder import Transform
-from evaluation.features.extract import FeatureError, first_id_after, open_stream, select_feature
+from evaluation.features.bank import FeatureError, select_feature
+from evaluation.features.extract import first_id_after, open_stream
 from evaluation.features.processes import Processes
 from evaluation.features.session import Outcome, Session
 from evaluation.probes.config import FineTuneConfig

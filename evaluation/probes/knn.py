@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 
 from evaluation.config import EvaluationDataConfig
 from evaluation.encoders.preprocessing import Preprocessing
-from evaluation.features.extract import NonFiniteFeatureError, extract_together
+from evaluation.features.bank import NonFiniteFeatureError
+from evaluation.features.extract import extract_together
 from evaluation.features.processes import Processes
 from evaluation.features.splits import load_splits
 

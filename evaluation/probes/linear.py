@@ -155,21 +155,26 @@ class Logistic:
     """Multinomial logistic regression.
 
     Attributes:
-        weights: [D, C], of L2-normalised features.
+        weights: [D, C].
         biases: [C].
         converged: whether the solver stopped by itself and not at its last iteration.
         iterations: that it took.
+        on_unit_features: whether features are L2-normalised first.
     """
 
     weights: Float[Tensor, "D C"]
     biases: Float[Tensor, " C"]
     converged: bool
     iterations: int
+    on_unit_features: bool = True
 
     def predict(self, features: Float[Tensor, "B D"]) -> Int64[Tensor, " B"]:
-        """Returns predicted classes of features, which are L2-normalised here as they were in fitting."""
-        unit = normalize(features.float(), dim=1)
-        return (unit.to(self.weights) @ self.weights + self.biases).argmax(dim=1).cpu()
+        """Returns predicted classes of features, which are L2-normalised here if they were in fitting."""
+        found = []
+        for block in features.split(_PREDICT_BLOCK):
+            rows = normalize(block.float(), dim=1) if self.on_unit_features else block
+            found.append((rows.to(self.weights) @ self.weights + self.biases).argmax(dim=1).cpu())
+        return torch.cat(found)
 
 
 def fit_logistic(
@@ -180,8 +185,9 @@ def fit_logistic(
     num_classes: int,
     max_iterations: int = 1000,
     device: torch.device | None = None,
+    on_unit_features: bool = True,
 ) -> Logistic:
-    """Returns the minimiser of C * sum of cross-entropies + |W|^2 / 2 on L2-normalised features, by L-BFGS.
+    """Returns the minimiser of C * sum of cross-entropies + |W|^2 / 2, by L-BFGS.
 
     The objective of scikit-learn's `LogisticRegression(C=...)`, divided by C * B here so that tolerances do not
     depend on either. Whole-batch, strong Wolfe line search, fp64 on the CPU and fp32 elsewhere. Not collective.
@@ -193,10 +199,12 @@ def fit_logistic(
         num_classes: number of classes; one without images keeps a small probability everywhere.
         max_iterations: of L-BFGS, and 1.25 times as many evaluations (its own limit).
         device: where to fit; the CPU by default.
+        on_unit_features: L2-normalise the features first.
     """
     device = device or torch.device("cpu")
     dtype = torch.float64 if device.type == "cpu" else torch.float32
-    inputs = normalize(features.float(), dim=1).to(device, dtype)
+    inputs = normalize(features.float(), dim=1) if on_unit_features else features
+    inputs = inputs.to(device, dtype)
     targets = labels.to(device)
     weights = torch.zeros(inputs.shape[1], num_classes, device=device, dtype=dtype, requires_grad=True)
     biases = torch.zeros(num_classes, device=device, dtype=dtype, requires_grad=True)
@@ -219,4 +227,4 @@ def fit_logistic(
     optimizer.step(closure)
     state = optimizer.state[weights]
     within = state["n_iter"] < max_iterations and state["func_evals"] < max_iterations * 5 // 4
-    return Logistic(weights.detach(), biases.detach(), converged=within, iterations=state["n_iter"])
+    return Logistic(weights.detach(), biases.detach(), within, state["n_iter"], on_unit_features)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from evaluation.encoders.projections import project
 from evaluation.features.session import Outcome, Session
+from evaluation.probes.attentive import probe_attentive
 from evaluation.probes.clustering import agreement, cluster
 from evaluation.probes.fine_tune import probe_fine_tune
 from evaluation.probes.knn import HEADLINE_K, classify_knn
@@ -18,6 +19,8 @@ from evaluation.probes.logistic_probe import predict_logistic, probe_few_shot, p
 from evaluation.probes.long_tail import LongTailRule, imbalanced_subset, report_long_tail
 from evaluation.probes.prototype_audit import assign, load_exported_prototypes
 from evaluation.probes.prototype_probe import probe_prototypes
+from evaluation.probes.segmentation import probe_segmentation
+from evaluation.probes.segmentation_linear import probe_segmentation_linear
 
 
 def probe_knn(session: Session) -> Outcome:
@@ -166,4 +169,7 @@ PROBE_FUNCTIONS: dict[str, Callable[[Session], Outcome]] = {
     "clustering": probe_clustering,
     "long_tail": probe_long_tail,
     "fine_tune": probe_fine_tune,
+    "attentive": probe_attentive,
+    "segmentation": probe_segmentation,
+    "segmentation_linear": probe_segmentation_linear,
 }

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from evaluation.features.extract import merge_parts
 from tests.helpers.digits import write_digit_shards
+from tests.helpers.label_maps import write_label_map_shards
 from tests.helpers.ranks import start_ranks, wait_for_ranks
 from tests.unit.evaluation.conftest import write_run
 
@@ -54,6 +55,27 @@ def test_one_and_two_processes_agree(tmp_path):
     same_cache = evaluate_with(2, tmp_path, run, shards, tmp_path / "cache-1")
     # Classifiers are fitted by every process on all features: on the same ones they are the same to the last bit.
     assert same_cache == alone
+
+
+def test_one_and_two_processes_segment_alike(tmp_path):
+    """Patch tokens and label maps are extracted in parts, queries and values of C are dealt out."""
+    shards = write_label_map_shards(tmp_path, num_test=5)
+    run = write_run(tmp_path / "run", seed=5)
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        f"encoder: {run}\nprobes: [segmentation]\ndevice: cpu\nconfidence: {{resamples: 20}}\n"
+        f"data: {{shards: {shards}, num_workers: 0, batch_size: 4}}\nfeatures: {{cache_dir: {tmp_path / 'cache'}}}\n"
+        "segmentation: {inverse_regularisation: [1.39e-3, 0.0518, 1.93]}\n"
+    )
+    found = []
+    for ranks in (2, 1):  # two processes extract, one reads what they wrote
+        arguments = [str(config), f"output_dir={tmp_path / str(ranks)}"]
+        processes = start_ranks("evaluate", arguments, ranks, log_dir=tmp_path / f"logs-{ranks}")
+        assert wait_for_ranks(processes, 150) == [0] * ranks, [
+            path.read_text()[-2000:] for path in (tmp_path / f"logs-{ranks}").iterdir()
+        ]
+        found.append(json.loads((tmp_path / str(ranks) / "segmentation.json").read_text())["figures"])
+    assert found[0] == found[1] and found[0]["test_images"] == 5
 
 
 def test_a_padded_last_batch_is_not_counted_twice():

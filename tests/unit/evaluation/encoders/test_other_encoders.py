@@ -9,7 +9,7 @@ import evaluate as program
 from runtime.program import run_program
 from tests.unit.evaluation.conftest import write_run
 
-PROBES = ("knn", "linear", "logistic", "few_shot", "clustering", "long_tail", "fine_tune")
+PROBES = ("knn", "linear", "logistic", "few_shot", "clustering", "long_tail", "fine_tune", "attentive")
 
 
 def timm_convnet(folder):
@@ -46,7 +46,7 @@ def test_every_probe(save, tmp_path, digits):
     config.write_text(
         f"data: {{shards: {digits}, num_workers: 0}}\nfeatures: {{cache_dir: {tmp_path / 'features'}}}\n"
         "knn: {k: [5, 20]}\nlinear: {epochs: 2, min_steps: 0}\nfew_shot: {shots: [1], draws: 2}\n"
-        "confidence: {resamples: 50}\n"
+        "confidence: {resamples: 50}\nattentive: {epochs: 1, learning_rates: [1e-3], weight_decays: [5e-4]}\n"
         "fine_tune: {epochs: 1, batch_size: 64, shuffle_buffer: 100}\n"
         "long_tail: {imbalance_ratio: 10, few_at_most: 8, many_above: 20, classifier: linear}\n"
     )

@@ -13,7 +13,8 @@ from evaluation.config import EvaluationDataConfig, FeaturesConfig
 from evaluation.encoders.backbones import FeatureModule
 from evaluation.encoders.load import load_encoder
 from evaluation.features import extract as features
-from evaluation.features.extract import FeatureError, load_features
+from evaluation.features.bank import FeatureError
+from evaluation.features.extract import load_features
 from evaluation.features.processes import Processes
 from evaluation.features.splits import load_splits
 from evaluation.tensor_files import DamagedFileError, load_tensors, save_tensors

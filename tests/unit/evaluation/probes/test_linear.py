@@ -9,7 +9,7 @@ from evaluation.config import EvaluationConfig
 from evaluation.encoders.backbones import NoFeatures
 from evaluation.encoders.encoder import Encoder
 from evaluation.encoders.preprocessing import NoPreprocessing
-from evaluation.features.extract import FeatureBank
+from evaluation.features.bank import FeatureBank
 from evaluation.features.processes import Processes
 from evaluation.features.session import Session
 from evaluation.probes.config import ConfidenceConfig, FewShotConfig, LinearConfig, LogisticConfig
