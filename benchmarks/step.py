@@ -69,7 +69,7 @@ from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
 from prototypes.build import build_estimator, build_objective
 from prototypes.config import ObjectiveConfig, PartitionConfig, PrototypesConfig
-from prototypes.objectives.interface import LogitOperands, RankBatch
+from prototypes.objectives.interface import LogitOperands, RankBatch, ViewRows
 from runtime import distributed
 from runtime.distributed import Process
 from runtime.rendezvous import free_port
@@ -170,7 +170,7 @@ class Contestant:
                 estimator.logit_operands(teacher.projections, "teacher", teacher.learned_prototypes),
             )
         ]
-        loss = self._objective(RankBatch(student=operands[0], teacher=operands[1]), step=self._steps)["total"]
+        loss = self._objective(RankBatch(views=ViewRows(*operands)), step=self._steps)["total"]
         engine.backward(loss, is_last_micro_step=True)
         if engine.gradients_are_finite():
             estimator.accept()

@@ -109,6 +109,16 @@ class HeadConfig:
     """P, the dimension in which prototypes live."""
     use_bn: bool = False
     """BatchNorm after each hidden layer, as CARP's ResNet recipe has it; ViT recipes leave it out."""
+    normalize_bottleneck: bool = False
+    """Projections of unit length, as DINO's head ends before its last layer; CARP's length is learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputsConfig:
+    """What the objective asks of the networks; no option, it follows from those of the objective."""
+
+    embeddings: bool = False
+    """The embeddings of the first group of crops, for what regularises features."""
 
 
 @dataclass(frozen=True, kw_only=True)

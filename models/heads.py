@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class ProjectionHead(nn.Module):
-    """CARP's MLP head: (Linear, [BatchNorm,] GELU) x (layers - 1), Linear. No L2 norm, no temperature.
+    """The MLP head of CARP and DINO: (Linear, [BatchNorm,] GELU) x (layers - 1), Linear, [unit length]. No temperature.
 
     Silva & Ramirez Rivera 2023 (CARP), section 4 and the authors' released head: linear weights are drawn from a
-    truncated normal of standard deviation 0.02, biases start at 0. Unlike DINO's head the projection is not
-    normalised; its norm is the learned inverse temperature of the logits.
+    truncated normal of standard deviation 0.02, biases start at 0. CARP's projection is not normalised; its norm is
+    the learned inverse temperature of the logits. DINO's is (Caron et al. 2021, appendix C).
     """
 
     def __init__(self, embed_dim: int, config: HeadConfig) -> None:
@@ -33,11 +33,15 @@ class ProjectionHead(nn.Module):
             width = config.hidden_dim
         layers.append(nn.Linear(width, config.projection_dim))
         self.mlp = nn.Sequential(*layers)
+        self.normalize_bottleneck = config.normalize_bottleneck
         self.apply(_initialise)
 
     def forward(self, embedding: Float[Tensor, "N D"]) -> Float[Tensor, "N P"]:
         """Returns the projections; gradients flow to the head and to the embedding."""
-        return self.mlp(embedding)
+        projection = self.mlp(embedding)
+        return (
+            nn.functional.normalize(projection.float(), dim=-1) if self.normalize_bottleneck else projection
+        )
 
 
 def _initialise(module: nn.Module) -> None:

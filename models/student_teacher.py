@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import vit
-from models.config import ModelConfig
+from models.config import ModelConfig, OutputsConfig
 from models.heads import ProjectionHead
 
 if TYPE_CHECKING:
@@ -22,24 +22,29 @@ class SelfSupervisedNetwork(nn.Module):
     Args:
         config: what to build.
         role: `student` (with drop path) or `teacher` (without; no parameter requires a gradient).
+        outputs: what `forward` returns beside projections.
     """
 
-    def __init__(self, config: ModelConfig, role: str) -> None:
+    def __init__(self, config: ModelConfig, role: str, outputs: OutputsConfig | None = None) -> None:
         super().__init__()
+        self.outputs = outputs or OutputsConfig()
         self.backbone = vit.build_backbone(config, drop_path_rate=None if role == "student" else 0.0)
         self.projection_head = ProjectionHead(vit.measure_embed_dim(config, config.image_size), config.head)
         if role == "teacher":
             self.requires_grad_(False)
 
-    def forward(self, crops: Sequence[Float[Tensor, "_ C _ _"]]) -> Float[Tensor, "N P"]:
-        """Returns the projections of all crops, in order, in fp32.
+    def forward(
+        self, crops: Sequence[Float[Tensor, "_ C _ _"]]
+    ) -> tuple[Float[Tensor, "N P"], Float[Tensor, "M D"] | None]:
+        """Returns the projections of all crops, in order, and the embeddings of the first group or None; fp32.
 
         Args:
             crops: one tensor per resolution, each [images of that size, channels, height, width]. One backbone
                 pass per resolution, the head once on all embeddings (its BatchNorm, if any, sees them together).
         """
-        embedding = torch.cat([self.backbone(group) for group in crops])
-        return self.projection_head(embedding).float()
+        embeddings = [self.backbone(group) for group in crops]
+        projections = self.projection_head(torch.cat(embeddings)).float()
+        return projections, embeddings[0].float() if self.outputs.embeddings else None
 
 
 @torch.no_grad()

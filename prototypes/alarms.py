@@ -20,10 +20,17 @@ class Alarm(NamedTuple):
 
 
 class Collapse(NamedTuple):
-    """What constant networks make of an objective: the sum of the scalars `terms` becomes ln `num_choices`."""
+    """What constant networks make of an objective: the sum of the scalars `terms`, in nats.
+
+    Attributes:
+        terms: names of the scalars.
+        num_choices: of which a target chooses one: the sum lies between 0 and ln `num_choices`.
+        value: what the sum becomes; None: ln `num_choices`.
+    """
 
     terms: tuple[str, ...]
     num_choices: int
+    value: float | None = None
 
 
 def find_alarms(metrics: Metrics, *, step: int, collapses: Sequence[Collapse] = ()) -> list[Alarm]:
@@ -49,12 +56,19 @@ def _uniform_collapse(metrics: Metrics, collapse: Collapse) -> str | None:
     keys = [f"loss/{term}" for term in collapse.terms]
     if not all(key in metrics for key in keys):
         return None
-    loss, collapsed = sum(metrics[key] for key in keys), math.log(collapse.num_choices)
-    if abs(loss - collapsed) > 0.01 * collapsed:
+    loss, scale = sum(metrics[key] for key in keys), math.log(collapse.num_choices)
+    collapsed = scale if collapse.value is None else collapse.value
+    if abs(loss - collapsed) > 0.01 * scale:
         return None
+    what = f"{' + '.join(collapse.terms)} is {loss:.3f}"
+    if collapse.value is None:
+        return (
+            f"uniform collapse: {what}, within 1 % of ln {collapse.num_choices} = {scale:.3f}, which a constant "
+            "network reaches; try BatchNorm in the head or a lower learning rate"
+        )
     return (
-        f"uniform collapse: {' + '.join(collapse.terms)} is {loss:.3f}, within 1 % of ln {collapse.num_choices} = "
-        f"{collapsed:.3f}, which a constant network reaches; try BatchNorm in the head or a lower learning rate"
+        f"constant targets: {what}, within 1 % of ln {collapse.num_choices} of {collapsed:.3f}, which a constant "
+        "network reaches; try other targets, a lower teacher temperature or a lower learning rate"
     )
 
 

@@ -8,8 +8,9 @@ from . import clustering, learned
 from .config import ObjectiveConfig, PrototypesConfig
 from .estimator import EstimatorContext, PrototypeEstimator
 from .families import gmm_diag, gmm_shared, spherical_kmeans, vb_gmm, vmf
-from .objectives.carp import CarpObjective
-from .objectives.interface import MeanOverRanks, Objective, RankBatch
+from .objectives.carp import CarpTerm
+from .objectives.interface import MeanOverRanks, Objective, Term
+from .objectives.terms import DinoTerm
 from .statistics import Collectives, Gather, ReduceSum
 
 FAMILIES: tuple[type[PrototypeEstimator], ...] = (
@@ -85,14 +86,36 @@ def build_objective(
     prototypes: PrototypesConfig,
     *,
     seed: int,
+    steps_per_epoch: int = 1,
+    collectives: Collectives | None = None,
     mean_over_ranks: MeanOverRanks | None = None,
-) -> Objective[RankBatch]:
-    """Returns the term on views.
+) -> Objective:
+    """Returns what the encoder minimises.
 
     Args:
         config: the objective's options.
-        prototypes: those that it compares rows with; the options say into which blocks they are partitioned.
+        prototypes: those that the term on views compares rows with.
         seed: the run's seed.
+        steps_per_epoch: by which schedules count.
+        collectives: the exchange between ranks; None in a single process.
         mean_over_ranks: differentiable mean over ranks; None in a single process.
     """
-    return CarpObjective(config.instance, prototypes.partition, seed=seed, mean_over_ranks=mean_over_ranks)
+    instance = config.instance
+    term: Term
+    if instance.name == "carp":
+        term = CarpTerm(
+            instance,
+            prototypes.partition,
+            seed=seed,
+            steps_per_epoch=steps_per_epoch,
+            mean_over_ranks=mean_over_ranks,
+        )
+    else:
+        term = DinoTerm(
+            instance,
+            num_prototypes=prototypes.num_prototypes,
+            steps_per_epoch=steps_per_epoch,
+            collectives=collectives,
+            mean_over_ranks=mean_over_ranks,
+        )
+    return Objective({"instance": term}, {"instance": instance.weight}, config.koleo_weight)

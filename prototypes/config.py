@@ -120,20 +120,23 @@ class PrototypesConfig:
 
 Logits = Literal["dot", "cosine", "posterior"]
 Targets = Literal["entropy", "centre", "sinkhorn", "posterior"]
+_Temperature = Annotated[float, "[1e-3, 100]"]
 
 
-class Term(NamedTuple):
-    """What a term of the objective compares, its nulls filled in."""
+class TermSettings(NamedTuple):
+    """What a term of the objective compares, and how its targets are kept apart."""
 
     logits: Logits
     targets: Targets
     student_temperature: float
     teacher_temperature: float
+    teacher_temperature_start: float | None = None
 
 
-# What a term's nulls stand for: logits, targets, temperatures of student and teacher with cosine logits.
-_USUAL: dict[str, Term] = {
-    "carp": Term("dot", "entropy", 0.1, 0.1),
+# What a term's nulls stand for; the temperatures are those of cosine logits.
+_USUAL: dict[str, TermSettings] = {
+    "carp": TermSettings("dot", "entropy", 0.1, 0.1),
+    "dino": TermSettings("cosine", "centre", 0.1, 0.04),
 }
 
 
@@ -144,13 +147,28 @@ class TermConfig:
     weight: Annotated[float, "[0, 1e6]"] = 1.0
     """Weight of the term in the loss."""
     logits: Logits | None = None
-    """"dot" (projection . unit prototype), "cosine" (unit projection . unit prototype) or "posterior" (log joint
-    density of the mixture, beta times; mode `full` only). Null: dot for `carp`, cosine for all others.
+    """"dot" (projection . unit prototype), "cosine" (unit projection . unit prototype) or "posterior" (the mixture's
+    beta times the log joint density; mode `full` only). Null: dot for `carp`, cosine for the others.
     """
-    student_temperature: Annotated[float, "[1e-3, 100]"] | None = None
-    """What the student's logits are divided by. Null: .1 for cosine logits, 1 for others."""
-    teacher_temperature: Annotated[float, "[1e-3, 100]"] | None = None
-    """What the teacher's logits are divided by. Null: the method's for cosine logits (.1 for `carp`), 1 for others."""
+    student_temperature: _Temperature | None = None
+    """What the student's logits are divided by. Null: the method's for cosine logits, 1 for others."""
+    teacher_temperature: _Temperature | None = None
+    """What the teacher's logits are divided by. Null: the method's for cosine logits, 1 for others."""
+    teacher_temperature_start: _Temperature | None = None
+    """Where a linear warm-up of the teacher's temperature starts; null: no warm-up."""
+    teacher_temperature_warmup_epochs: Annotated[float, "[0, 1e6]"] = 30.0
+    """Length of that warm-up."""
+    targets: Targets | None = None
+    """What keeps the targets of all images from being one. "entropy" of the mean probabilities joins the loss;
+    "centre", the moving average of the teacher's logits, is taken off them; "sinkhorn" balances them over the global
+    batch; "posterior" takes the mixture's own responsibilities (mode `full` only). Null: the method's.
+    """
+    entropy_weight: Annotated[float, "[0, 1e6]"] = 1.0
+    """Weight of the entropy inside the term, with targets "entropy": the only guard against feature collapse."""
+    centre_momentum: Annotated[float, "[0, 1)"] = 0.9
+    """Decay rate of the centre."""
+    sinkhorn_iterations: Annotated[int, "[1, 1000]"] = 3
+    """Row and column normalisations of the targets "sinkhorn"."""
 
     @property
     def name(self) -> str:
@@ -158,27 +176,43 @@ class TermConfig:
         raise NotImplementedError
 
     @property
-    def resolved(self) -> Term:
-        """What is compared, nulls filled in by the term's name."""
+    def resolved(self) -> TermSettings:
+        """What is compared: nulls filled in by the term's name."""
         usual = _USUAL[self.name]
-        logits = self.logits or usual.logits
-        student, teacher = usual[2:] if logits == "cosine" else (1.0, 1.0)
-        return Term(
+        logits, targets = self.logits or usual.logits, self.targets or usual.targets
+        student = usual.student_temperature if logits == "cosine" else 1.0
+        teacher = usual.teacher_temperature if logits == "cosine" and targets != "posterior" else 1.0
+        return TermSettings(
             logits,
-            usual.targets,
+            targets,
             student if self.student_temperature is None else self.student_temperature,
             teacher if self.teacher_temperature is None else self.teacher_temperature,
+            self.teacher_temperature_start,
         )
+
+    @property
+    def needs_mixture(self) -> bool:
+        """Whether responsibilities of a mixture are asked for."""
+        return "posterior" in (self.logits, self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceConfig(TermConfig):
     """The term that compares views of an image."""
 
-    name: Literal["carp"] = "carp"
-    """`carp`: -log<p, q> inside random partitions, plus the entropy of the mean probabilities."""
-    entropy_weight: Annotated[float, "[0, 1e6]"] = 1.0
-    """Weight of the entropy of the mean probabilities inside the term, the only guard against feature collapse."""
+    name: Literal["carp", "dino"] = "carp"
+    """`carp`: -log<p, q> inside random partitions, plus the entropy of the mean probabilities. `dino`: cross-entropy
+    with the teacher's targets over all prototypes.
+    """
+
+    def __post_init__(self) -> None:
+        """Refuses targets that CARP does not have."""
+        require(
+            self.name != "carp" or self.resolved.targets == "entropy",
+            "objective.instance.targets",
+            self.targets,
+            "entropy with objective.instance.name carp",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,3 +228,5 @@ class ObjectiveConfig:
     }
 
     instance: InstanceConfig = field(default_factory=InstanceConfig)
+    koleo_weight: Annotated[float, "[0, 1e6]"] = 0.0
+    """Weight of KoLeo, which pushes the embeddings of a rank's images apart, in each global view (DINOv2: .1)."""

@@ -29,10 +29,12 @@ def join(outputs: Sequence[NetworkOutput], num_images: int) -> NetworkOutput:
     if len(outputs) == 1:
         return outputs[0]
     patches = [output.patch_projections for output in outputs if output.patch_projections is not None]
+    embeddings = [output.embeddings for output in outputs if output.embeddings is not None]
     return NetworkOutput(
         _join_rows([output.projections for output in outputs], num_images),
         outputs[0].learned_prototypes,
         _join_rows(patches, num_images) if patches else None,
+        _join_rows(embeddings, num_images) if embeddings else None,
     )
 
 
@@ -42,13 +44,15 @@ def split(gradient: NetworkOutput, num_parts: int, num_images: int) -> Iterator[
     All micro-batches share the prototypes: each carries an equal part of their gradient, whose sum counts once, and no
     engine meets a parameter without a gradient.
     """
-    prototypes, patches = gradient.learned_prototypes, gradient.patch_projections
-    parts_of_patches = None if patches is None else _split_rows(patches, num_parts, num_images)
-    for index, projections in enumerate(_split_rows(gradient.projections, num_parts, num_images)):
+    prototypes = gradient.learned_prototypes
+    rows = (gradient.projections, gradient.patch_projections, gradient.embeddings)
+    parts = [
+        [None] * num_parts if part is None else _split_rows(part, num_parts, num_images) for part in rows
+    ]
+    for projections, patches, embeddings in zip(*parts, strict=True):
+        assert projections is not None
         yield NetworkOutput(
-            projections,
-            None if prototypes is None else prototypes / num_parts,
-            None if parts_of_patches is None else parts_of_patches[index],
+            projections, None if prototypes is None else prototypes / num_parts, patches, embeddings
         )
 
 

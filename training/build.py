@@ -16,6 +16,7 @@ from models.vit import compile_blocks
 from prototypes.build import build_estimator, build_objective
 from prototypes.diagnostics import UsageCounter
 from prototypes.estimator import PrototypeEstimator
+from prototypes.statistics import Collectives
 from runtime.config import config_hash
 from runtime.distributed import Process
 from runtime.preemption import PreemptionFlag
@@ -38,7 +39,7 @@ from training.initialisation import (
     initialise_network,
 )
 from training.run_directory import RunDirectory
-from training.run_length import check_length, report_extension
+from training.run_length import check_length, report_extension, steps_per_epoch
 from training.step import TrainingStep
 from training.trainer import Probe, Trainer
 
@@ -144,8 +145,12 @@ def _build_training_step(
             config.objective,
             config.prototypes,
             seed=config.run.seed,
+            steps_per_epoch=steps_per_epoch(config, num_samples),
+            collectives=Collectives(
+                process.rank, process.world_size, synchronization.reduce_sum, synchronization.gather
+            ),
             mean_over_ranks=synchronization.mean_over_ranks,
-        ),
+        ).to(process.device),
         batch=config.batch,
         synchronization=synchronization,
         usage=UsageCounter(config.prototypes.num_prototypes, device=process.device),
@@ -205,7 +210,7 @@ def _build_engine(
 
 
 def _build_network(config: PretrainConfig, role: str, learned: nn.Module | None) -> TrainedNetwork:
-    return TrainedNetwork(SelfSupervisedNetwork(config.model, role), learned)
+    return TrainedNetwork(SelfSupervisedNetwork(config.model, role, config.outputs), learned)
 
 
 def _synchronise_batch_norm(student: TrainedNetwork, teacher: TrainedNetwork, process: Process) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from data.config import DataConfig
-from models.config import ModelConfig
+from models.config import ModelConfig, OutputsConfig
 from prototypes.config import ObjectiveConfig, PrototypesConfig
 
 
@@ -116,6 +116,8 @@ class OptimConfig:
     """Learning rate of block i times `layer_decay ** (depth - i)`; 1 leaves it out."""
     prototype_lr_scale: Annotated[float, "[0, 1e4]"] = 1.0
     """Learning rate of prototypes that the encoder's loss trains, relative to the rest."""
+    prototype_frozen_epochs: Annotated[float, "[0, 1e6]"] = 0.0
+    """Epochs at the start in which they stay as they are (DINO: 1)."""
     ema_momentum: Annotated[float, "[0, 1]"] = 0.996
     """Decay rate of the teacher's moving average at the start."""
     ema_momentum_end: Annotated[float, "[0, 1]"] = 1.0
@@ -233,12 +235,11 @@ class PretrainConfig:
                 f"{self.model.head.projection_dim}; set prototypes.dim"
             )
         mixture = self.prototypes.mode == "full" and self.prototypes.estimator != "sinkhorn"
-        if self.objective.instance.logits == "posterior" and not (
-            mixture and self.prototypes.coupling.strength == 0
-        ):
+        if self.objective.instance.needs_mixture and not (mixture and self.prototypes.coupling.strength == 0):
+            what = "logits" if self.objective.instance.logits == "posterior" else "targets"
             raise ValueError(
-                "objective.instance.logits is posterior; expected prototypes.mode full with a mixture and "
-                "prototypes.coupling.strength 0; set objective.instance.logits=dot"
+                f"objective.instance.{what} is posterior; expected prototypes.mode full with a mixture and "
+                f"prototypes.coupling.strength 0; set objective.instance.{what}"
             )
         every = self.evaluation.knn_every_steps
         if self.evaluation.runs_as == "slurm_job" and every % self.checkpoint.every_steps:
@@ -256,6 +257,11 @@ class PretrainConfig:
                 f"model.image_size is {self.model.image_size}; expected data.global_crop_size "
                 f"{self.data.global_crop_size}; set model.image_size"
             )
+
+    @property
+    def outputs(self) -> OutputsConfig:
+        """What the objective asks of the networks."""
+        return OutputsConfig(embeddings=self.objective.koleo_weight > 0)
 
     def num_steps(self, num_samples: int) -> int:
         """Returns the optimizer steps of the run for an epoch of `num_samples` images."""

@@ -207,7 +207,8 @@ def build_student_on_meta(config: PretrainConfig) -> SelfSupervisedNetwork:
     """
     rate = config.model.drop_path_rate
     with torch.device("meta"):
-        network = SelfSupervisedNetwork(replace(config.model, drop_path_rate=0.0), "student")
+        model = replace(config.model, drop_path_rate=0.0)
+        network = SelfSupervisedNetwork(model, "student", config.outputs)
     for block in getattr(network.backbone, "blocks", ()) if rate else ():
         for name in ("drop_path1", "drop_path2"):
             if hasattr(block, name):

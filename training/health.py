@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from prototypes.estimator import PrototypeEstimator
 from runtime.distributed import Process
 from runtime.watchdog import HangWatchdog
 from training.config import EngineConfig
@@ -26,7 +25,7 @@ class RunHealth:
         run_dir: signs of life and stacks go to its `heartbeats` folder.
         process: this process.
         engine: whose replicated weights are compared (sharded ones have no replica).
-        estimator: whose state is replicated on every rank.
+        replicas: modules whose state is replicated on every rank, by name.
     """
 
     def __init__(
@@ -35,12 +34,12 @@ class RunHealth:
         run_dir: Path,
         process: Process,
         engine: Engine,
-        estimator: PrototypeEstimator,
+        replicas: Mapping[str, nn.Module],
     ) -> None:
         self._every = config.checksum_every
         self._process = process
         self._engine = engine
-        self._estimator = estimator
+        self._modules = dict(replicas)
         self._watchdog = HangWatchdog(
             run_dir / "heartbeats", process.rank, process.world_size, config.hang_timeout_s
         )
@@ -67,7 +66,8 @@ class RunHealth:
         check_replicas(self._replicas(), self._process, step)
 
     def _replicas(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self._estimator.state_dict().items():
-            if isinstance(value, Tensor):
-                yield f"estimator/{name}", value
+        for place, module in self._modules.items():
+            for name, value in module.state_dict().items():
+                if isinstance(value, Tensor):
+                    yield f"{place}/{name}", value
         yield from self._engine.replicated_tensors()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from training.config import PretrainConfig
-from training.schedules import compute_schedule
+from training.schedules import StepSchedule, compute_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,18 @@ def steps_per_epoch(config: PretrainConfig, num_samples: int) -> int:
 def warmup_steps(config: PretrainConfig, num_samples: int) -> int:
     """Returns the optimizer steps of the learning rate's warm-up."""
     return round(config.optim.warmup_epochs * steps_per_epoch(config, num_samples))
+
+
+def schedule_at(config: PretrainConfig, num_samples: int, step: int) -> StepSchedule:
+    """Returns the scheduled numbers of a run's step."""
+    return compute_schedule(
+        config.optim,
+        step=step,
+        num_steps=config.num_steps(num_samples),
+        warmup_steps=warmup_steps(config, num_samples),
+        batch=config.batch.global_batch_size,
+        frozen_steps=round(config.optim.prototype_frozen_epochs * steps_per_epoch(config, num_samples)),
+    )
 
 
 def check_length(config: PretrainConfig, num_samples: int) -> None:
@@ -67,16 +79,7 @@ def report_extension(config: PretrainConfig, made_with: dict[str, Any], num_samp
             f"the run has {now} steps with this configuration and had {was}; expected more with run.extend=true; set "
             "optim.steps or optim.epochs"
         )
-    old, new = (
-        compute_schedule(
-            one.optim,
-            step=step,
-            num_steps=total,
-            warmup_steps=warmup_steps(one, num_samples),
-            batch=one.batch.global_batch_size,
-        )
-        for one, total in ((before, was), (config, now))
-    )
+    old, new = (schedule_at(one, num_samples, step) for one in (before, config))
     logger.warning(
         "run.extend: %d steps instead of %d, and every schedule over the new length: from step %d on the learning "
         "rate is %.3g instead of %.3g, weight decay %.3g instead of %.3g, EMA momentum %.6g instead of %.6g",

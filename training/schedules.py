@@ -16,15 +16,17 @@ class StepSchedule:
         lr: learning rate, scaled to the global batch.
         weight_decay: decoupled weight decay of parameters that have one.
         ema_momentum: the teacher's momentum.
+        prototypes_move: whether prototypes that the encoder's loss trains have a learning rate.
     """
 
     lr: float
     weight_decay: float
     ema_momentum: float
+    prototypes_move: bool = True
 
 
 def compute_schedule(
-    config: OptimConfig, *, step: int, num_steps: int, warmup_steps: int, batch: int
+    config: OptimConfig, *, step: int, num_steps: int, warmup_steps: int, batch: int, frozen_steps: int = 0
 ) -> StepSchedule:
     """Returns the schedule's numbers at `step` (zero-based).
 
@@ -38,6 +40,7 @@ def compute_schedule(
         num_steps: updates of the run.
         warmup_steps: updates of the warm-up.
         batch: images per update over all ranks.
+        frozen_steps: updates at the start that leave learned prototypes where they are.
     """
     scale = batch / 256
     if step < warmup_steps:
@@ -48,6 +51,7 @@ def compute_schedule(
         lr=lr * scale,
         weight_decay=cosine(config.weight_decay, config.weight_decay_end, step, num_steps),
         ema_momentum=cosine(config.ema_momentum, config.ema_momentum_end, step, num_steps),
+        prototypes_move=step >= frozen_steps,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.views.augmentations import Crops
 from prototypes.diagnostics import UsageCounter
 from prototypes.estimator import PrototypeEstimator, Role
-from prototypes.objectives.interface import LogitOperands, Objective, RankBatch
+from prototypes.objectives.interface import LogitOperands, Objective, RankBatch, ViewRows
 from training.accumulation import RowLoss, StudentPass, differentiate, join
 from training.config import BatchConfig
 from training.engines.interface import Engine, NetworkOutput
@@ -62,7 +62,7 @@ class TrainingStep:
         *,
         engine: Engine,
         estimator: PrototypeEstimator,
-        objective: Objective[RankBatch],
+        objective: Objective,
         batch: BatchConfig,
         synchronization: Synchronization,
         usage: UsageCounter,
@@ -178,9 +178,13 @@ class TrainingStep:
         num_images = sum(micro.global_crops.shape[1] for micro in share.crops)
 
         def compute(student: NetworkOutput) -> dict[str, Tensor]:
+            embeddings = student.embeddings
             batch = RankBatch(
-                student=_by_view(self._logit_operands(student, "student"), num_images),
-                teacher=_by_view(self._logit_operands(share.teacher, "teacher"), num_images),
+                views=ViewRows(
+                    student=_by_view(self._logit_operands(student, "student"), num_images),
+                    teacher=_by_view(self._logit_operands(share.teacher, "teacher"), num_images),
+                ),
+                embeddings=None if embeddings is None else embeddings.unflatten(0, (-1, num_images)),
                 num_parts=len(share.crops),
             )
             terms = self.objective(batch, step=step, micro_step=index)
@@ -196,7 +200,7 @@ class TrainingStep:
             output.projections,
             role,
             output.learned_prototypes,
-            kind=self.objective.kinds[role],
+            kind=self.objective.kind("instance", role),
         )
         return LogitOperands(*operands)
 

@@ -28,8 +28,8 @@ from training.feed import Feed
 from training.health import RunHealth
 from training.metrics import WANDB_ID_NAME, MetricsRecord, WandbView, keep_wandb_id
 from training.run_directory import RunDirectory
-from training.run_length import steps_per_epoch, warmup_steps
-from training.schedules import StepSchedule, compute_schedule
+from training.run_length import schedule_at, steps_per_epoch
+from training.schedules import StepSchedule
 from training.step import StepOutcome, TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,11 @@ class Trainer:
         self._steps_per_epoch = steps_per_epoch(config, num_samples)
         self._num_steps = config.num_steps(num_samples)
         self._health = RunHealth(
-            config.engine, directory.path, process, training_step.engine, training_step.estimator
+            config.engine,
+            directory.path,
+            process,
+            training_step.engine,
+            {"estimator": training_step.estimator, "objective": training_step.objective},
         )
         self._stopwatch = Stopwatch()
         self._alarms_raised: set[str] = set()
@@ -274,14 +278,7 @@ class Trainer:
             self._log(self._count_unique(self.training_step.initial_prototypes()))
 
     def _schedule(self) -> StepSchedule:
-        optim = self.config.optim
-        return compute_schedule(
-            optim,
-            step=self.progress.step,
-            num_steps=self._num_steps,
-            warmup_steps=warmup_steps(self.config, self._num_samples),
-            batch=self.config.batch.global_batch_size,
-        )
+        return schedule_at(self.config, self._num_samples, self.progress.step)
 
     def _warn_of_skip(self, outcome: StepOutcome) -> None:
         limit = self.config.optim.max_skipped_steps

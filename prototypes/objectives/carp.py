@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..alarms import Collapse
 from ..config import InstanceConfig, PartitionConfig
-from .interface import MeanOverRanks, Objective, RankBatch
+from .interface import MeanOverRanks, RankBatch, Term
 from .partitions import draw_partition
 
 if TYPE_CHECKING:
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class CarpObjective(Objective[RankBatch]):
+class CarpTerm(Term):
     """CARP on random partitions that it draws itself, a new one for every loss.
 
     Args:
         config: logits, temperatures and the entropy's weight.
         partition: size of the blocks, and how many of them have logits at once.
         seed: the run's seed, of which the partitions are a function.
+        steps_per_epoch: by which the teacher's temperature warms up.
         mean_over_ranks: of the mean probabilities.
     """
 
@@ -35,9 +36,10 @@ class CarpObjective(Objective[RankBatch]):
         partition: PartitionConfig,
         *,
         seed: int,
+        steps_per_epoch: int = 1,
         mean_over_ranks: MeanOverRanks | None = None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, steps_per_epoch)
         self._entropy_weight = config.entropy_weight
         self._partition = partition
         self._seed = seed
@@ -45,12 +47,14 @@ class CarpObjective(Objective[RankBatch]):
 
     def forward(self, batch: RankBatch, *, step: int, micro_step: int = 0) -> dict[str, Tensor]:
         """Returns `total`, `consistency` and `entropy` of `carp_loss`. Collective."""
-        columns = batch.student.columns
+        assert batch.views is not None
+        student, teacher = batch.views
+        columns = student.columns
         loss = carp_loss(
-            batch.student.rows / self.temperatures["student"],
-            batch.teacher.rows / self.temperatures["teacher"],
+            student.rows / self.temperature("student", step),
+            teacher.rows / self.temperature("teacher", step),
             columns,
-            batch.teacher.columns,
+            teacher.columns,
             draw_partition(
                 len(columns),
                 self._partition.size,

@@ -31,7 +31,10 @@ FAST = [
 ONE_STEP = [
     *({"scenario": "one_step", "engine": e, "mode": "joint_kp", "accumulation": 4} for e in ENGINES),
     *({"scenario": "one_step", "engine": e, "mode": "full", "accumulation": 2} for e in ("zero1", "fsdp2")),
+    {"scenario": "one_step", "engine": "fsdp2", "mode": "joint", "accumulation": 2, "targets": "centre"},
+    {"scenario": "one_step", "engine": "zero1", "mode": "full", "accumulation": 1, "targets": "sinkhorn"},
 ]
+TARGETS = ("entropy", "centre", "sinkhorn", "posterior")
 MODES = ("full", "joint", "joint_kp", "partial", "frozen_random")
 
 
@@ -215,10 +218,16 @@ def undivided(work: Path) -> dict[str, dict[str, Any]]:
     scenarios = [
         *({"scenario": "one_step", "engine": "zero0", "mode": mode, "accumulation": 1} for mode in MODES),
         {"scenario": "one_step", "engine": "zero3", "mode": "joint_kp", "accumulation": 4},
+        *(entry | {"engine": "zero0", "accumulation": 1} for entry in ONE_STEP if "targets" in entry),
     ]
     found = run_scenarios(scenarios, 1, work, "undivided")
     (divided,) = iterate(found, accumulation=4)
-    return {entry["mode"]: entry for entry in iterate(found, accumulation=1)} | {"divided": divided}
+    return {what_of(entry): entry for entry in iterate(found, accumulation=1)} | {"divided": divided}
+
+
+def what_of(entry: dict[str, Any]) -> str:
+    """What a scenario of one step learns, however its batch is divided."""
+    return f"{entry['mode']} {entry.get('targets')}"
 
 
 def test_micro_batches_and_ranks_divide_a_batch_exactly(
@@ -228,7 +237,8 @@ def test_micro_batches_and_ranks_divide_a_batch_exactly(
     assert len(found) == len(ONE_STEP)
     for entry in [*found, undivided["divided"]]:
         assert any("learned_prototypes" in name for name in entry["gradients"]) == (entry["mode"] != "full")
-        check_one_step(entry, undivided[entry["mode"]])
+        check_one_step(entry, undivided[what_of(entry)])
+    assert any("centre" in name for entry in found for name in entry["estimator"])
 
 
 @pytest.mark.slow
@@ -243,7 +253,26 @@ def test_every_mode_and_engine_divides_a_batch_exactly(
         for accumulation in (1, 2, 4)
     ]
     for entry in run_scenarios(scenarios, world_size, tmp_path, "divided", timeout_s=580):
-        check_one_step(entry, undivided[entry["mode"]])
+        check_one_step(entry, undivided[what_of(entry)])
+
+
+@pytest.mark.slow
+def test_every_target_divides_a_batch_exactly(tmp_path: Path) -> None:
+    """DINO's loss, every mode and kind of targets: one rank and one micro-batch, or two of each."""
+    scenarios = [
+        {"scenario": "one_step", "engine": "zero0", "mode": mode, "targets": targets}
+        for mode in MODES
+        for targets in TARGETS
+        if targets != "posterior" or mode == "full"
+    ]
+    whole, divided = (
+        run_scenarios(
+            [entry | {"accumulation": number} for entry in scenarios], number, tmp_path, f"by{number}"
+        )
+        for number in (1, 2)
+    )
+    for found, expected in zip(divided, whole, strict=True):
+        check_one_step(found, expected)
 
 
 @pytest.mark.slow

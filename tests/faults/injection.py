@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pretrain
 import training.build
@@ -93,37 +93,32 @@ def reach(point: str, step: int) -> None:
             raise RuntimeError(f"planned fault at {point}, step {step}")
 
 
-class FaultyObjective(Objective):
-    """An objective whose `total` comes out wrong where that is planned.
+def strike(objective: Objective) -> Objective:
+    """Lets an objective's `total` come out wrong where that is planned.
 
     A fault at a numbered step strikes once: a skipped step is tried again under the same number.
     """
+    forward = objective.forward
+    struck: set[Fault] = set()
 
-    def __init__(self, objective: Objective) -> None:
-        nn.Module.__init__(self)
-        self._objective = objective
-        self.kinds, self.accept, self.discard = objective.kinds, objective.accept, objective.discard
-        self._struck: set[Fault] = set()
-
-    def forward(self, batch: RankBatch, *, step: int, micro_step: int = 0) -> dict[str, Tensor]:
-        terms = self._objective(batch, step=step, micro_step=micro_step)
+    def faulty(batch: RankBatch, *, step: int, micro_step: int = 0) -> dict[str, Tensor]:
+        terms = forward(batch, step=step, micro_step=micro_step)
         for fault in planned_faults():
-            if fault.name in FACTORS and fault.strikes("loss", step) and fault not in self._struck:
+            if fault.name in FACTORS and fault.strikes("loss", step) and fault not in struck:
                 if fault.step != "*":
-                    self._struck.add(fault)
+                    struck.add(fault)
                 terms = terms | {"total": terms["total"] * FACTORS[fault.name]}
         return terms
 
-    @property
-    def collapses(self) -> Any:
-        return self._objective.collapses
+    objective.forward = faulty  # type: ignore[method-assign]
+    return objective
 
 
 class FaultyStep(TrainingStep):
     """A step whose engine and objective fail where that is planned."""
 
     def __init__(self, **parts: Any) -> None:
-        super().__init__(**(parts | {"objective": FaultyObjective(parts["objective"])}))
+        super().__init__(**(parts | {"objective": strike(parts["objective"])}))
         self._step = 0
         # The first line of the student's pass, of the update, and the last of either way that it can end.
         hook(self.engine, "forward_student", before=lambda: reach("reduce", self._step))

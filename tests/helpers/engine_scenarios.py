@@ -28,9 +28,17 @@ from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
 from prototypes.build import build_estimator, build_objective
-from prototypes.config import CouplingConfig, ObjectiveConfig, PartitionConfig, PrototypesConfig
+from prototypes.config import (
+    CouplingConfig,
+    InstanceConfig,
+    ObjectiveConfig,
+    PartitionConfig,
+    PrototypesConfig,
+    Targets,
+)
 from prototypes.config import Mode as PrototypeMode
 from prototypes.diagnostics import UsageCounter
+from prototypes.statistics import Collectives
 from runtime import distributed
 from runtime.distributed import Process
 from tests.helpers.counting import DeviceCounter
@@ -276,7 +284,7 @@ def ema_reference(engine_name: str, process: Process, work: Path) -> dict[str, A
     plain = SelfSupervisedNetwork(VIT, "teacher")
     prefix = "teacher/network."
     plain.load_state_dict({n.removeprefix(prefix): state[n] for n in state if n.startswith(prefix)})
-    forward = float((plain(crops_of(99, 0, process, 1)) - seen).abs().max())
+    forward = float((plain(crops_of(99, 0, process, 1))[0] - seen).abs().max())
     return {"error": error, "moved": moved, "forward_error": forward}
 
 
@@ -342,9 +350,17 @@ def options_change_nothing(engine_name: str, process: Process, work: Path, **opt
 
 
 def build_training_step(
-    engine_name: str, process: Process, work: Path, mode: PrototypeMode, accumulation: int
+    engine_name: str,
+    process: Process,
+    work: Path,
+    mode: PrototypeMode,
+    accumulation: int,
+    targets: Targets | None = None,
 ) -> TrainingStep:
-    """The trainer's own step of a tiny network, 32 prototypes and `2 * GLOBAL_BATCH` images."""
+    """The trainer's own step of a tiny network, 32 prototypes and `2 * GLOBAL_BATCH` images.
+
+    CARP's loss, or with `targets` DINO's.
+    """
     prototypes = PrototypesConfig(
         mode=mode,
         num_prototypes=32,
@@ -374,7 +390,15 @@ def build_training_step(
         ),
         estimator=estimator,
         objective=build_objective(
-            ObjectiveConfig(), prototypes, seed=0, mean_over_ranks=synchronization.mean_over_ranks
+            ObjectiveConfig()
+            if targets is None
+            else ObjectiveConfig(instance=InstanceConfig(name="dino", targets=targets)),
+            prototypes,
+            seed=0,
+            collectives=Collectives(
+                process.rank, process.world_size, synchronization.reduce_sum, synchronization.gather
+            ),
+            mean_over_ranks=synchronization.mean_over_ranks,
         ),
         batch=BatchConfig(global_batch_size=2 * GLOBAL_BATCH, gradient_accumulation_steps=accumulation),
         synchronization=synchronization,
@@ -391,13 +415,18 @@ def draw_crops(process: Process, accumulation: int, seed: int = 1) -> list[Crops
 
 
 def one_step(
-    engine_name: str, process: Process, work: Path, mode: PrototypeMode, accumulation: int
+    engine_name: str,
+    process: Process,
+    work: Path,
+    mode: PrototypeMode,
+    accumulation: int,
+    targets: Targets | None = None,
 ) -> dict[str, Any]:
-    """One whole training step on the same global batch: loss, every gradient and the estimator's state, as lists.
+    """One whole training step on the same global batch: loss, every gradient and the prototypes' state, as lists.
 
     AdamW's first moment after one step is a tenth of the gradient that all ranks and micro-batches have summed.
     """
-    step = build_training_step(engine_name, process, work, mode, accumulation)
+    step = build_training_step(engine_name, process, work, mode, accumulation, targets)
     outcome = step(draw_crops(process, accumulation), 0, SCHEDULE)
     gradients = {
         name.split("/")[1]: tensor.flatten().tolist()
@@ -411,7 +440,8 @@ def one_step(
         "gradients": gradients,
         "estimator": {
             name: value.flatten().tolist()
-            for name, value in step.estimator.state_dict().items()
+            for module in (step.estimator, step.objective)
+            for name, value in module.state_dict().items()
             if isinstance(value, Tensor)
         },
         "figures": {

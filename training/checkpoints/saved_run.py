@@ -32,6 +32,7 @@ class SavedRun:
         record: how far its record was.
         state: the engine's full tensors by name, read when asked for.
         estimator: the estimator's state.
+        objective: what the objective remembers; empty where it remembers nothing.
         usage_counts: of the epoch so far, of all ranks together; `restore` compares their shape.
         spike_guard: the guard's window.
         rng: this rank's generators; None where the checkpoint was written by another number of ranks.
@@ -42,6 +43,7 @@ class SavedRun:
     record: RecordPosition
     state: ConsolidatedState
     estimator: dict[str, Any]
+    objective: dict[str, Any]
     usage_counts: Tensor
     spike_guard: dict[str, Any]
     rng: dict[str, Any] | None
@@ -75,6 +77,7 @@ def read_saved_run(checkpoint: Path, process: Process) -> SavedRun:
         record=_read_record_position(load_tree(checkpoint, "record")),
         state=ConsolidatedState(checkpoint),
         estimator=_mapping(load_tree(checkpoint, "estimator"), "estimator.json"),
+        objective=_read_objective(checkpoint),
         usage_counts=counts,
         spike_guard=guard,
         rng=rng,
@@ -93,8 +96,10 @@ def restore(saved: SavedRun, training_step: TrainingStep, process: Process) -> N
         raise ValueError(
             f"the checkpoint's usage counts have shape {tuple(saved.usage_counts.shape)}; expected {tuple(live.shape)}"
         )
+    _check_objective(saved.objective, training_step.objective.state_dict())
     training_step.engine.load_state(saved.state)
     training_step.estimator.load_state_dict(saved.estimator)
+    training_step.objective.load_state_dict(saved.objective)
     # Usage counts were summed over ranks: one rank takes them over and the others start from zero.
     live.copy_(saved.usage_counts * int(process.is_main))
     training_step.spike_guard.load_state_dict(saved.spike_guard)
@@ -102,6 +107,25 @@ def restore(saved: SavedRun, training_step: TrainingStep, process: Process) -> N
         restore_rng_state(saved.rng)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _read_objective(checkpoint: Path) -> dict[str, Any]:
+    """Returns an objective's state, of which there is no file where it is empty."""
+    if not (checkpoint / "objective.json").exists():
+        return {}
+    return _mapping(load_tree(checkpoint, "objective"), "objective.json")
+
+
+def _check_objective(saved: dict[str, Any], live: Mapping[str, Tensor]) -> None:
+    shapes = [
+        {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()}
+        for state in (saved, live)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the checkpoint's state of the objective is {shapes[0] or 'empty'}; expected {shapes[1] or 'none'}; "
+            "resume with the objective it was written with, or set run.resume=false"
+        )
 
 
 def _read_progress(value: Any) -> Progress:

@@ -3,6 +3,7 @@
     checkpoints/step-00000100/
       state-00000-of-00002.safetensors ...   student, teacher, optimizer: full tensors by name, shared out to ranks
       estimator.{json,safetensors}           the estimator's state, equal on all ranks
+      objective.{json,safetensors}           what the objective remembers (a centre), where it remembers anything
       progress.{json,safetensors}            counters, data position, usage counts, guard
       rng-00000-of-00002.{json,safetensors}  every generator of each rank
       record.json                            how far metrics.jsonl was, and wandb's id
@@ -92,7 +93,7 @@ class Snapshot:
     Args:
         config: the run's configuration, for the export.
         progress: where the run is; `position` is this rank's part.
-        training_step: engine, estimator, usage counts and guard.
+        training_step: engine, estimator, objective, usage counts and guard.
         process: this process.
         provenance: plain facts for the exported encoder's model card.
         record: how far the record is; rank 0's counts.
@@ -127,6 +128,10 @@ class Snapshot:
             name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
             for name, value in training_step.estimator.state_dict().items()
         }
+        self._objective = {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in training_step.objective.state_dict().items()
+        }
         if process.is_main:
             self._prototypes = _exported_prototypes(training_step.estimator, self._estimator, self._learned)
 
@@ -137,6 +142,8 @@ class Snapshot:
         if not self._process.is_main:
             return
         save_tree(directory, "estimator", self._estimator)
+        if self._objective:
+            save_tree(directory, "objective", self._objective)
         save_tree(directory, "progress", self._progress)
         save_tree(directory, "record", self._record)
         export_encoder(

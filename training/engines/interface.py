@@ -27,11 +27,13 @@ class NetworkOutput(NamedTuple):
         learned_prototypes: [K, P] unit rows where the encoder's loss trains prototypes, else None.
         patch_projections: [N, M, P] fp32, of M patches of each crop: what a network with a head for patches will give
             as the third value of its forward pass. None from today's, which then cost nothing for it.
+        embeddings: [M, D] fp32, of the global crops, where the objective asks for them, else None.
     """
 
     projections: Tensor
     learned_prototypes: Tensor | None
     patch_projections: Tensor | None = None
+    embeddings: Tensor | None = None
 
 
 class TrainedNetwork(nn.Module):
@@ -45,10 +47,11 @@ class TrainedNetwork(nn.Module):
         self.network = network
         self.learned_prototypes = learned_prototypes
 
-    def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Returns (projections [N, P], prototypes [K, P] or None)."""
+    def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Returns the fields of a `NetworkOutput`; a plain tuple, which engines take apart and put together again."""
         prototypes = None if self.learned_prototypes is None else self.learned_prototypes()
-        return self.network(crops), prototypes
+        projections, embeddings = self.network(crops)
+        return projections, prototypes, None, embeddings
 
 
 class Engine(ABC):

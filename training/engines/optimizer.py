@@ -30,7 +30,7 @@ def build_optimizer(student: TrainedNetwork, config: OptimConfig) -> torch.optim
 
 
 def build_parameter_groups(student: TrainedNetwork, config: OptimConfig) -> list[dict[str, Any]]:
-    """Returns parameter groups with `lr_scale` and `decays` (whether the weight decay applies).
+    """Returns parameter groups with `lr_scale`, `decays` (whether the weight decay applies) and `can_freeze`.
 
     The backbone's groups are timm's, made on the timm model itself (layer decay needs its group matcher): biases,
     norms, tokens and position embeddings do not decay. The head's weights decay, its vectors do not. Prototypes
@@ -55,12 +55,14 @@ def build_parameter_groups(student: TrainedNetwork, config: OptimConfig) -> list
     groups.append({"params": [p for p in head if p.ndim <= 1], "weight_decay": 0.0})
     if student.learned_prototypes is not None:
         prototypes = list(student.learned_prototypes.parameters())
-        groups.append({"params": prototypes, "weight_decay": 0.0, "lr_scale": config.prototype_lr_scale})
+        scale = config.prototype_lr_scale
+        groups.append({"params": prototypes, "weight_decay": 0.0, "lr_scale": scale, "can_freeze": True})
     return [
         {
             "params": [p for p in group["params"] if p.requires_grad],
             "decays": bool(group["weight_decay"]),
             "lr_scale": float(group.get("lr_scale", 1.0)),
+            "can_freeze": bool(group.get("can_freeze", False)),
         }
         for group in groups
         if any(p.requires_grad for p in group["params"])
@@ -70,7 +72,8 @@ def build_parameter_groups(student: TrainedNetwork, config: OptimConfig) -> list
 def set_schedule_(groups: Iterable[dict[str, Any]], schedule: StepSchedule) -> None:
     """Writes the step's learning rate and weight decay into the groups in place."""
     for group in groups:
-        group["lr"] = schedule.lr * group["lr_scale"]
+        stays = group["can_freeze"] and not schedule.prototypes_move
+        group["lr"] = 0.0 if stays else schedule.lr * group["lr_scale"]
         group["weight_decay"] = schedule.weight_decay if group["decays"] else 0.0
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.config import HeadConfig, ModelConfig
+from models.config import HeadConfig, ModelConfig, OutputsConfig
 from models.student_teacher import SelfSupervisedNetwork, update_ema_
 from models.vit import ImageSizeError, backbone_arguments, build_backbone, measure_embed_dim
 
@@ -23,10 +23,11 @@ def tiny(**changes):
 def test_crops_of_two_sizes_give_one_row_each_in_order():
     network = SelfSupervisedNetwork(tiny(), "student").eval()
     large, small = torch.randn(4, 1, 28, 28), torch.randn(6, 1, 14, 14)
-    projections = network([large, small])
+    projections, embeddings = network([large, small])
+    assert embeddings is None
     assert projections.shape == (10, 8)
-    torch.testing.assert_close(projections[:4], network([large]))
-    torch.testing.assert_close(projections[4:], network([small]))
+    torch.testing.assert_close(projections[:4], network([large])[0])
+    torch.testing.assert_close(projections[4:], network([small])[0])
 
 
 def test_student_and_teacher_are_built_alike_and_only_one_drops_paths():
@@ -35,8 +36,8 @@ def test_student_and_teacher_are_built_alike_and_only_one_drops_paths():
     assert student.state_dict().keys() == teacher.state_dict().keys()
     assert not any(p.requires_grad for p in teacher.parameters())
     images = [torch.randn(8, 1, 28, 28)]
-    assert torch.equal(teacher(images), teacher(images))
-    assert not torch.equal(student(images), student(images))
+    assert torch.equal(teacher(images)[0], teacher(images)[0])
+    assert not torch.equal(student(images)[0], student(images)[0])
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_student_and_teacher_are_built_alike_and_only_one_drops_paths():
 def test_large_names_build_without_memory(name, size, millions):
     with torch.device("meta"):
         network = SelfSupervisedNetwork(ModelConfig(name=name, image_size=size), "student")
-        projections = network([torch.empty(2, 3, size, size), torch.empty(4, 3, size // 2, size // 2)])
+        projections, _ = network([torch.empty(2, 3, size, size), torch.empty(4, 3, size // 2, size // 2)])
     assert projections.shape == (6, 256)
     assert round(sum(p.numel() for p in network.backbone.parameters()) / 1e6) == millions
 
@@ -68,12 +69,24 @@ def test_unknown_architecture_suggests_the_nearest():
         build_backbone(ModelConfig(name="vit_smal_patch16_224"))
 
 
+def test_a_normalised_bottleneck_has_unit_rows_and_embeddings_come_on_demand():
+    head = HeadConfig(hidden_dim=16, projection_dim=8, normalize_bottleneck=True)
+    torch.manual_seed(0)
+    unit = SelfSupervisedNetwork(tiny(head=head), "student", OutputsConfig(embeddings=True)).eval()
+    torch.manual_seed(0)
+    plain = SelfSupervisedNetwork(tiny(), "student").eval()
+    crops = [torch.randn(4, 1, 28, 28), torch.randn(6, 1, 14, 14)]
+    projections, embeddings = unit(crops)
+    torch.testing.assert_close(projections, torch.nn.functional.normalize(plain(crops)[0], dim=1))
+    torch.testing.assert_close(embeddings, unit.backbone(crops[0]))
+
+
 def test_batch_norm_heads_have_no_idle_bias():
     head = SelfSupervisedNetwork(
         tiny(head=HeadConfig(use_bn=True, hidden_dim=16, projection_dim=8)), "student"
     )
     images = [torch.randn(8, 1, 28, 28)]
-    head(images).square().sum().backward()
+    head(images)[0].square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.projection_head.parameters())
 
 
@@ -102,7 +115,7 @@ def test_width_is_measured_where_num_features_is_another():
     config = ModelConfig(name="mobilenetv3_small_100", image_size=64)
     network = SelfSupervisedNetwork(config, "student").eval()
     assert network.backbone.num_features == 576 and measure_embed_dim(config, 64) == 1024
-    assert network([torch.randn(2, 3, 64, 64)]).shape == (2, 256)
+    assert network([torch.randn(2, 3, 64, 64)])[0].shape == (2, 256)
 
 
 def test_measuring_draws_no_random_numbers():

@@ -7,7 +7,7 @@ import torch
 
 from prototypes.alarms import Collapse, find_alarms
 from prototypes.build import build_objective
-from prototypes.config import ObjectiveConfig, PrototypesConfig
+from prototypes.config import InstanceConfig, ObjectiveConfig, PrototypesConfig
 from prototypes.diagnostics import (
     UsageCounter,
     count_unique,
@@ -194,6 +194,17 @@ def test_the_objective_says_how_its_own_scalars_collapse():
     (alarm,) = find_alarms(metrics, step=200, collapses=[own, *CARP])
     assert alarm.name == "uniform_collapse" and "cross_entropy is 4.170, within 1 % of ln 64" in alarm.message
     assert find_alarms(metrics, step=199, collapses=[own]) == find_alarms(metrics, step=200) == []
+
+
+def test_targets_that_say_nothing_raise_an_alarm_whichever_way_they_are_constant():
+    (collapse,) = build_objective(
+        ObjectiveConfig(instance=InstanceConfig(name="dino")), PrototypesConfig(num_prototypes=512), seed=0
+    ).collapses
+    for information, names in ((0.01, ["uniform_collapse"]), (2.0, [])):
+        metrics = {**HEALTHY, "loss/target_information": information}
+        alarms = find_alarms(metrics, step=200, collapses=[collapse])
+        assert [alarm.name for alarm in alarms] == names
+        assert all("constant targets: target_information is 0.010" in alarm.message for alarm in alarms)
 
 
 def test_no_alarm_on_healthy_or_missing_values():

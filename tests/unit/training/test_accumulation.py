@@ -1,13 +1,14 @@
 """Micro-batches learn what one batch of all of them does: loss, gradients, mixture and figures."""
 
 import dataclasses
+import math
 import weakref
 
 import pytest
 import torch
 
 from data.views.augmentations import Crops
-from models.config import HeadConfig, ModelConfig
+from models.config import HeadConfig, ModelConfig, OutputsConfig
 from models.student_teacher import SelfSupervisedNetwork
 from prototypes.build import build_estimator, build_objective
 from prototypes.config import (
@@ -20,7 +21,7 @@ from prototypes.config import (
 from prototypes.diagnostics import UsageCounter
 from prototypes.mixture.config import GmmConfig, InitialisationConfig
 from prototypes.objectives.carp import carp_loss
-from prototypes.objectives.interface import Objective
+from prototypes.objectives.interface import Objective, Term
 from prototypes.objectives.koleo import compute_koleo
 from prototypes.objectives.partitions import draw_partition
 from tests.helpers.plain_engine import PlainEngine
@@ -80,14 +81,17 @@ def draw_micro_batches(number, seed=0):
     return [Crops(a, b) for a, b in zip(images.chunk(number, 1), views.chunk(number, 1), strict=True)]
 
 
-def build_step(accumulation=1, how="exact", model=VIT, instance=None, **prototypes):
+def build_step(accumulation=1, how="exact", model=VIT, instance=None, koleo_weight=0.0, **prototypes):
     config = PrototypesConfig(
         num_prototypes=PROTOTYPES, dim=DIM, partition=PartitionConfig(size=BLOCK), **prototypes
     )
     estimator = build_estimator(config, seed=0, num_observations_per_epoch=1000, total_steps=100)
     torch.manual_seed(0)
     student, teacher = (
-        TrainedNetwork(SelfSupervisedNetwork(model, role), estimator.build_learned())
+        TrainedNetwork(
+            SelfSupervisedNetwork(model, role, OutputsConfig(embeddings=koleo_weight > 0)),
+            estimator.build_learned(),
+        )
         for role in ("student", "teacher")
     )
     with torch.no_grad():
@@ -96,7 +100,9 @@ def build_step(accumulation=1, how="exact", model=VIT, instance=None, **prototyp
     return TrainingStep(
         engine=PlainEngine(student, teacher),
         estimator=estimator,
-        objective=build_objective(ObjectiveConfig(instance=instance or InstanceConfig()), config, seed=0),
+        objective=build_objective(
+            ObjectiveConfig(instance=instance or InstanceConfig(), koleo_weight=koleo_weight), config, seed=0
+        ),
         batch=BatchConfig(
             global_batch_size=IMAGES, gradient_accumulation_steps=accumulation, accumulation=how
         ),
@@ -163,6 +169,76 @@ def test_micro_batches_equal_one_batch_with_other_logits(instance):
     expected, _ = train(1, num_steps=1, instance=instance)
     found, _ = train(4, num_steps=1, instance=instance)
     check_equal_steps(found, expected)
+
+
+def dino(**options):
+    return {"instance": InstanceConfig(name="dino", **options)}
+
+
+# Each kind of targets with a mode, and each mode with a kind of targets.
+DINO_ARMS = {
+    "centre, joint": {"mode": "joint", "koleo_weight": 0.1, **dino(targets="centre")},
+    "centre, full": dino(targets="centre"),
+    "sinkhorn, full": dino(targets="sinkhorn"),
+    "sinkhorn, joint_kp": {"mode": "joint_kp", **dino(targets="sinkhorn")},
+    "entropy, partial": {**ARMS["partial"], **dino(targets="entropy")},
+    "entropy, frozen": {**ARMS["frozen_random"], **dino(targets="entropy")},
+    "posterior, full": dino(targets="posterior"),
+    "posterior, vmf": {**ARMS["vmf"], **dino(targets="posterior")},
+    "dot, joint": {"mode": "joint", **dino(logits="dot", targets="centre", teacher_temperature=0.5)},
+}
+
+
+@pytest.mark.parametrize("arm", DINO_ARMS)
+def test_micro_batches_equal_one_batch_with_dinos_loss(arm):
+    """Two steps: the second is taken against what the objective remembers of the first."""
+    expected, one = train(1, **DINO_ARMS[arm])
+    found, four = train(4, **DINO_ARMS[arm])
+    check_equal_steps(found, expected)
+    state = one.objective.state_dict()
+    assert list(state) == (["terms.instance.centre"] if "centre" in arm or "dot" in arm else [])
+    for name, value in four.objective.state_dict().items():
+        assert value.abs().max() > 0
+        assert_close(value, state[name], name)
+    if "koleo" in found[0][0].loss:
+        values = [float(outcome.loss["koleo"]) for outcome, _ in found]
+        assert all(map(math.isfinite, values)) and arm == "centre, joint"
+
+
+@pytest.mark.parametrize("arm", DINO_ARMS)
+def test_a_resumed_run_goes_on_bit_for_bit(arm):
+    _, whole = train(1, num_steps=2, **DINO_ARMS[arm])
+    _, again = train(1, num_steps=1, **DINO_ARMS[arm])
+    resumed = build_step(**DINO_ARMS[arm])
+    for name in ("engine", "estimator", "objective"):
+        parts = [getattr(step, name) for step in (resumed, again)]
+        if name == "engine":
+            for role in ("student", "teacher"):
+                getattr(parts[0], role).load_state_dict(getattr(parts[1], role).state_dict())
+        else:
+            parts[0].load_state_dict(parts[1].state_dict())
+    torch.manual_seed(1)
+    assert resumed(draw_micro_batches(1, seed=1), 1, SCHEDULE).applied
+    for found, expected in (
+        (resumed.engine.student, whole.engine.student),
+        (resumed.engine.teacher, whole.engine.teacher),
+        (resumed.objective, whole.objective),
+    ):
+        for name, value in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_a_skipped_step_leaves_the_centre(arm="centre, joint"):
+    _, step = train(1, num_steps=1, **DINO_ARMS[arm])
+    before = step.objective.state_dict()["terms.instance.centre"].clone()
+    step.engine.gradients_are_finite = lambda: torch.tensor(False)
+    assert not step(draw_micro_batches(1, seed=1), 1, SCHEDULE).applied
+    assert torch.equal(step.objective.state_dict()["terms.instance.centre"], before)
+    del step.engine.gradients_are_finite
+    assert step(draw_micro_batches(1, seed=1), 1, SCHEDULE).applied
+    _, unskipped = train(1, num_steps=2, **DINO_ARMS[arm])
+    after = unskipped.objective.state_dict()["terms.instance.centre"]
+    assert torch.equal(step.objective.state_dict()["terms.instance.centre"], after)
 
 
 def test_per_micro_batch_is_the_mean_of_the_micro_batches_losses():
@@ -340,12 +416,12 @@ def test_differentiate_gives_zero_where_the_loss_uses_nothing():
     assert gradient.patch_projections is None
 
 
-class TwoTerms(Objective):
+class TwoTerms(Term):
     """A loss that is no sum over images and shares nothing with CARP's."""
 
     def forward(self, batch, *, step, micro_step=0):
         self.asked = (step, micro_step, batch.num_parts)
-        student, teacher = (side.rows @ side.columns.T for side in (batch.student, batch.teacher))
+        student, teacher = (side.rows @ side.columns.T for side in batch.views)
         mean = student.softmax(-1).mean((0, 1))
         agreement = (student[: len(teacher)] * teacher.detach()).mean()
         return {"total": 10 + (mean * mean.log()).sum() + agreement, "agreement": agreement}
@@ -356,11 +432,12 @@ def test_a_step_runs_any_objective_and_returns_its_scalars(arm):
     outcomes = []
     for accumulation in (1, 4):
         step = build_step(accumulation, **ARMS[arm])
-        step.objective = TwoTerms(InstanceConfig(logits="cosine"))
+        term = TwoTerms(InstanceConfig(logits="cosine"))
+        step.objective = Objective({"instance": term}, {"instance": 1.0})
         torch.manual_seed(0)
         outcome = step(draw_micro_batches(accumulation), 3, SCHEDULE)
         assert outcome.applied and list(outcome.loss) == ["total", "agreement"]
-        assert step.objective.asked == (3, 0, accumulation)
+        assert term.asked == (3, 0, accumulation)
         outcomes.append([(outcome, step.engine.gradients)])
     check_equal_steps(*outcomes)
 

@@ -24,6 +24,16 @@ def test_ends_where_it_should():
     assert last.ema_momentum == pytest.approx(1.0)
 
 
+def test_prototypes_move_once_their_epochs_of_rest_are_over():
+    moving = [
+        compute_schedule(
+            OPTIM, step=step, num_steps=9, warmup_steps=0, batch=8, frozen_steps=2
+        ).prototypes_move
+        for step in range(4)
+    ]
+    assert moving == [False, False, True, True]
+
+
 def test_is_a_pure_function_of_the_step():
     assert schedule(57) == schedule(57)
 

@@ -60,11 +60,24 @@ def test_schedule_reaches_every_group(student):
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.2}
 
 
+def test_learned_prototypes_stay_where_they_are_at_first(student):
+    optimizer = build_optimizer(student, OptimConfig(weight_decay=0.0))
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    for moves in (False, True):
+        schedule = StepSchedule(lr=0.1, weight_decay=0.2, ema_momentum=0.9, prototypes_move=moves)
+        set_schedule_(optimizer.param_groups, schedule)
+        projections, prototypes, *_ = student([torch.randn(4, 3, 28, 28)])
+        (projections @ prototypes.T).square().sum().backward()
+        optimizer.step()
+        stayed = {name for name, p in student.named_parameters() if torch.equal(p, before[name])}
+        assert stayed == (set() if moves else {"learned_prototypes.weight"})
+
+
 def test_lars_steps(student):
     optimizer = build_optimizer(student, OptimConfig(optimizer="lars"))
     set_schedule_(optimizer.param_groups, StepSchedule(lr=0.1, weight_decay=1e-6, ema_momentum=0.9))
     before = student.network.projection_head.mlp[0].weight.detach().clone()
-    projections, _ = student([torch.randn(4, 3, 28, 28)])
+    projections, *_ = student([torch.randn(4, 3, 28, 28)])
     projections.square().sum().backward()
     optimizer.step()
     assert not torch.equal(before, student.network.projection_head.mlp[0].weight)
