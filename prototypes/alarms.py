@@ -134,6 +134,16 @@ def _beta_below_critical(metrics: Metrics) -> str | None:
     )
 
 
+def _outrun(metrics: Metrics) -> str | None:
+    drift, spacing = metrics["gmm/drift_per_revisit"], metrics["gmm/spacing"]
+    if drift <= spacing:
+        return None
+    return (
+        f"outrun mixture: between two visits of a component a feature moves by {drift:.3f}, farther than to the next "
+        f"component ({spacing:.3f}); use fewer prototypes, a larger batch or a slower teacher (optim.ema_momentum)"
+    )
+
+
 _RULES: dict[str, tuple[tuple[str, ...], int, Callable[[Metrics], str | None]]] = {
     "prototype_death": (("prototypes/used", "prototypes/used_ceiling"), _GRACE_STEPS, _prototype_death),
     "underflow": (("gmm/count_min",), 0, _underflow),
@@ -144,5 +154,6 @@ _RULES: dict[str, tuple[tuple[str, ...], int, Callable[[Metrics], str | None]]] 
         _GRACE_STEPS,
         _feature_collapse,
     ),
+    "outrun": (("gmm/drift_per_revisit", "gmm/spacing"), _GRACE_STEPS, _outrun),
     "beta_below_critical": (("gmm/beta", "gmm/beta_critical"), 0, _beta_below_critical),
 }

@@ -79,6 +79,7 @@ class PrototypeEstimator(nn.Module, ABC):
     """
 
     name = "none"
+    has_components = False  # whether there is an E-step that shares rows out
 
     def __init__(self, config: PrototypesConfig) -> None:
         super().__init__()
@@ -212,6 +213,18 @@ class PrototypeEstimator(nn.Module, ABC):
         """
         del step
         return 0
+
+    def describe_drift(
+        self, before: Float[Tensor, "N P"], after: Float[Tensor, "N P"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Returns `gmm/...`: whether components can follow features that move while they wait; {} without components.
+
+        Args:
+            before: projections of some images.
+            after: of the same images, as many steps later as pass until a component wins a row again.
+        """
+        del before, after
+        return {}
 
     def metrics(self) -> dict[str, float]:
         """Returns scalars of the last committed step under the names of the metrics file; waits for it."""

@@ -57,7 +57,7 @@ FLOORS = {
         ("initialisation", "run_directory", "health", "cost"),
         ("checkpoints",),
         ("step",),
-        ("accumulation",),
+        ("accumulation", "drift"),
         ("engines",),
         ("guards", "metrics", "feed", "schedules", "run_length", "config_difference"),
     ),

@@ -27,6 +27,7 @@ from training.checkpoints.saved_run import SavedRun
 from training.checkpoints.snapshot import Progress, RecordPosition
 from training.checkpoints.store import CheckpointStore
 from training.config import PretrainConfig
+from training.drift import DriftGauge
 from training.engines.interface import Engine, TrainedNetwork
 from training.engines.synchronization import Synchronization
 from training.evaluation_job import build_evaluation_job
@@ -138,8 +139,9 @@ def _build_training_step(
     check_crop_sizes(config)
     synchronization = Synchronization(process.world_size, process.timeout_s, process.device)
     estimator = _build_estimator(config, num_samples, process, synchronization)
+    engine = _build_engine(config, process, estimator, initialise=initialise)
     return TrainingStep(
-        engine=_build_engine(config, process, estimator, initialise=initialise),
+        engine=engine,
         estimator=estimator,
         objective=build_objective(
             config.objective,
@@ -155,6 +157,13 @@ def _build_training_step(
         synchronization=synchronization,
         usage=UsageCounter(config.prototypes.num_prototypes, device=process.device),
         spike_guard=LossSpikeGuard(config.optim.spike_factor),
+        drift=DriftGauge(
+            engine,
+            estimator,
+            rows_per_step=config.data.num_global_crops * config.batch.global_batch_size,
+            every_steps=config.logging.every_steps,
+            mean_over_ranks=synchronization.mean_over_ranks,
+        ),
     )
 
 

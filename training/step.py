@@ -18,6 +18,7 @@ from prototypes.estimator import PrototypeEstimator, Role
 from prototypes.objectives.interface import LogitOperands, Objective, RankBatch, ViewRows
 from training.accumulation import RowLoss, StudentPass, differentiate, join
 from training.config import BatchConfig
+from training.drift import DriftGauge
 from training.engines.interface import Engine, NetworkOutput
 from training.engines.synchronization import Handle, Synchronization
 from training.guards import LossSpikeGuard
@@ -67,12 +68,14 @@ class TrainingStep:
         synchronization: Synchronization,
         usage: UsageCounter,
         spike_guard: LossSpikeGuard,
+        drift: DriftGauge | None = None,
     ) -> None:
         self.engine = engine
         self.estimator = estimator
         self.objective = objective
         self.usage = usage
         self.spike_guard = spike_guard
+        self.drift = drift
         self._accumulation = batch.accumulation
         self._synchronization = synchronization
 
@@ -112,6 +115,8 @@ class TrainingStep:
         applied, grad_norm = self._apply(mean_loss["total"], finite, schedule)
         if applied:
             self._count_usage(teacher, len(crops))
+            if self.drift is not None:
+                self.drift.observe(crops[0].global_crops[0], step + 1)
         prototypes = self.estimator.prototypes("teacher", teacher.learned_prototypes).detach()
         vanished = self.estimator.find_vanished()
         if applied:

@@ -211,6 +211,8 @@ class Trainer:
             "features/effective_rank": float(effective_rank(projections)),
             "features/mean_cosine": float(mean_cosine(projections)),
         }
+        drift = self.training_step.drift
+        values |= {} if drift is None else drift.metrics()
         return values | self._process_values() | self.training_step.estimator.metrics()
 
     def _process_values(self) -> dict[str, float]:

@@ -41,6 +41,7 @@ class Mixture(PrototypeEstimator):
     and the running moments of the inputs and of the rows.
     """
 
+    has_components = True
     table_names: tuple[str, ...]
     means: Tensor
     counts: Tensor
@@ -50,6 +51,7 @@ class Mixture(PrototypeEstimator):
     input_variance: Tensor
     row_mean: Tensor
     row_covariance: Tensor
+    is_initialised: bool
 
     def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
         super().__init__(config)
@@ -178,6 +180,24 @@ class Mixture(PrototypeEstimator):
     def preprocess(self, inputs: Float[Tensor, "N P"]) -> Float[Tensor, "N P"]:
         """Returns the rows that the mixture models, from projections."""
         return moments.preprocess(inputs, self.gmm, self.input_mean, self.input_variance)
+
+    @torch.no_grad()
+    def describe_drift(
+        self, before: Float[Tensor, "N P"], after: Float[Tensor, "N P"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Returns `gmm/drift_per_revisit` and `gmm/spacing`, scalars on the device; nothing before the start.
+
+        Both in the space of the mixture's rows, medians over the images: |h' - h|, and the distance from the mean
+        nearest to h' to the mean nearest to that one. A component that sees a row again only after the row has moved
+        farther than that finds it won by another one, whatever the M-step does.
+        """
+        if not self.is_initialised:
+            return {}
+        rows = self.preprocess(after.float())
+        drift = torch.linalg.vector_norm(rows - self.preprocess(before.float()), dim=1)
+        winners = self.means[torch.cdist(rows, self.means).argmin(dim=1)]
+        spacing = torch.cdist(winners, self.means).topk(2, dim=1, largest=False).values[:, 1]
+        return {"gmm/drift_per_revisit": drift.median(), "gmm/spacing": spacing.median()}
 
     def logit_operands(
         self,

@@ -71,7 +71,7 @@ class Engine(ABC):
 
     def forward_student_without_graph(self, crops: Sequence[Tensor]) -> NetworkOutput:
         """Returns what `forward_student` would, without its graph; BatchNorm's running statistics stay."""
-        with torch.no_grad(), _running_statistics_held(self.student):
+        with torch.no_grad(), running_statistics_held(self.student):
             return self.forward_student(crops)
 
     @abstractmethod
@@ -134,7 +134,7 @@ class Engine(ABC):
 
 
 @contextmanager
-def _running_statistics_held(module: nn.Module) -> Iterator[None]:
+def running_statistics_held(module: nn.Module) -> Iterator[None]:
     """Lets BatchNorm in train mode use the batch's statistics, as ever, without adding them to its running ones."""
     tracking = [
         layer
