@@ -82,8 +82,14 @@ GROUPS = (
     Group(
         "throughput",
         "Speed",
-        "data wait fraction: share of the time in which the training process waited for its loader.",
-        (("images_per_s", "images/s"), ("data_wait_fraction", "data wait fraction")),
+        "data wait fraction: share of the time in which the training process waited for its loader. MFU: the networks' "
+        "floating point operations as a share of what a matrix product reached at the run's start.",
+        (
+            ("images_per_s", "images/s"),
+            ("data_wait_fraction", "data wait fraction"),
+            ("mfu_dense", "MFU, dense"),
+            ("mfu_executed", "MFU, with recomputation"),
+        ),
     ),
     Group("memory", "Memory", "Largest of any rank, in GiB: of the device, else resident."),
     Group("data", "Data", "Samples that could not be decoded, of all ranks."),

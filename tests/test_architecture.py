@@ -59,7 +59,7 @@ FLOORS = {
         ("step",),
         ("accumulation", "drift"),
         ("engines",),
-        ("guards", "metrics", "feed", "schedules", "run_length", "config_difference"),
+        ("guards", "metrics", "feed", "throughput", "schedules", "run_length", "config_difference"),
     ),
     "evaluation": (
         ("harness", "cache", "embed"),

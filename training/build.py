@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from training.checkpoints.saved_run import SavedRun
 from training.checkpoints.snapshot import Progress, RecordPosition
 from training.checkpoints.store import CheckpointStore
 from training.config import PretrainConfig
+from training.cost import computes_in_bf16, count_flops
 from training.drift import DriftGauge
 from training.engines.interface import Engine, TrainedNetwork
 from training.engines.synchronization import Synchronization
@@ -42,6 +44,7 @@ from training.initialisation import (
 from training.run_directory import RunDirectory
 from training.run_length import check_length, report_extension, steps_per_epoch
 from training.step import TrainingStep
+from training.throughput import Throughput, measure_product_ceiling
 from training.trainer import Probe, Trainer
 
 logger = logging.getLogger(__name__)
@@ -78,23 +81,15 @@ def build_trainer(
     progress = Progress() if saved is None else saved.progress
     if directory.made_with is not None:
         report_extension(config, directory.made_with, stream.num_samples, progress.step)
-    settings = config.checkpoint
     return Trainer(
         config=config,
         directory=directory,
         process=process,
         num_samples=stream.num_samples,
         feed=_build_feed(config, process, stream),
+        throughput=_build_throughput(config, process),
         training_step=training_step,
-        store=CheckpointStore(
-            root,
-            process,
-            keep_last=settings.keep_last,
-            keep_every=settings.keep_every,
-            asynchronous=settings.asynchronous,
-            newest_step=None if saved is None else progress.step,
-            on_saved=on_saved,
-        ),
+        store=_build_store(config, root, process, None if saved is None else progress.step, on_saved),
         progress=progress,
         record_position=RecordPosition() if saved is None else saved.record,
         provenance=collect_provenance()
@@ -106,6 +101,25 @@ def build_trainer(
         },
         probe=build_probe(config, process.device, process) if _probes_in_process(config) else None,
         preemption=preemption,
+    )
+
+
+def _build_store(
+    config: PretrainConfig,
+    root: Path,
+    process: Process,
+    newest_step: int | None,
+    on_saved: Callable[[int, Path], None] | None,
+) -> CheckpointStore:
+    settings = config.checkpoint
+    return CheckpointStore(
+        root,
+        process,
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        asynchronous=settings.asynchronous,
+        newest_step=newest_step,
+        on_saved=on_saved,
     )
 
 
@@ -131,6 +145,24 @@ def _build_stream(
 def _build_feed(config: PretrainConfig, process: Process, stream: TrainingStream) -> Feed:
     augmentation = DeviceAugmentation(config.data).to(process.device)
     return Feed(stream, augmentation, process.device, config.batch.gradient_accumulation_steps)
+
+
+def _build_throughput(config: PretrainConfig, process: Process) -> Throughput:
+    dtype = torch.bfloat16 if computes_in_bf16(config) else torch.float32
+    flops, ceiling = count_flops(config), measure_product_ceiling(process.device, dtype)
+    logger.info(
+        "one image takes %.4g GFLOP (%.4g executed); matrix products in %s run at %.4g GFLOP/s here",
+        flops.dense / 1e9,
+        flops.executed / 1e9,
+        "bf16" if dtype == torch.bfloat16 else "fp32",
+        ceiling / 1e9,
+    )
+    return Throughput(
+        global_batch_size=config.batch.global_batch_size,
+        world_size=process.world_size,
+        flops=flops,
+        ceiling=ceiling,
+    )
 
 
 def _build_training_step(

@@ -27,6 +27,7 @@ from training.config import OptimConfig, PretrainConfig
 from training.engines.mechanics import read_mechanics
 from training.engines.optimizer import MOMENTS_OF, count_parameters
 from training.engines.table import ENGINES, check_combination
+from training.throughput import Flops
 
 _FP32 = 4
 _BF16 = 2
@@ -104,26 +105,22 @@ def measure_cost(config: PretrainConfig) -> Cost:
     learned = estimator.build_learned()
     network = build_student_on_meta(config)
     refused = _find_refusals(config)
-    bf16 = _computes_in_bf16(config)
+    bf16 = computes_in_bf16(config)
     fsdp2_network = build_student_on_meta(config)
     if bf16:
         fsdp2_network.to(torch.bfloat16)
-    few = _PROBE_IMAGES[0]
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu")
-        crops = _fake_crops(config, few)
-        teacher = _count_flops(network, crops[:1]) / few
-        student = _count_flops(network, crops) / few
+        flops = _count_flops(config, network)
         activations = _measure_activations(config, network, autocast=bf16)
         fsdp2 = _measure_activations(config, fsdp2_network.to_empty(device="cpu"), autocast=False)
     blocks = [*getattr(network.backbone, "blocks", ()), network.projection_head]
-    num_repeats = int(config.model.activation_checkpointing) + int(config.batch.runs_student_twice)
     return Cost(
         backbone_parameters=count_parameters(network.backbone),
         head_parameters=count_parameters(network.projection_head),
         prototype_parameters=0 if learned is None else count_parameters(learned),
-        dense_flops=3 * student + teacher,
-        executed_flops=(3 + num_repeats) * student + teacher,
+        dense_flops=flops.dense,
+        executed_flops=flops.executed,
         activations=activations,
         fsdp2_activations=replace(fsdp2, fixed=0.0),
         largest_unit_numel=max(count_parameters(block) for block in blocks),
@@ -159,7 +156,7 @@ def buffer_bytes(config: PretrainConfig, cost: Cost, engine: str) -> float:
         return 0.0
     if engine == "fsdp2":
         # The unit at work and the next one, gathered; their gradients, whole until they are reduced.
-        width = _BF16 if _computes_in_bf16(config) else _FP32
+        width = _BF16 if computes_in_bf16(config) else _FP32
         return 2.0 * cost.largest_unit_numel * (width + _FP32)
     zero = _mechanics(config, engine).get("zero_optimization", {})
     bucket = float(zero.get("reduce_bucket_size", _REDUCE_BUCKET_NUMEL)) * _FP32
@@ -194,7 +191,7 @@ def _mechanics(config: PretrainConfig, engine: str | None = None) -> dict[str, A
     """The run's own JSON file, or the one of ours that another engine would be run with."""
     path = config.engine.deepspeed_config
     if engine is not None and engine != own_engine(config):
-        path = f"ds_configs/{engine}_{'bf16' if _computes_in_bf16(config) else 'fp32'}.json"
+        path = f"ds_configs/{engine}_{'bf16' if computes_in_bf16(config) else 'fp32'}.json"
     elif config.engine.name == "fsdp2":
         return {}
     return read_mechanics(path)
@@ -226,10 +223,25 @@ def _fake_crops(config: PretrainConfig, num_images: int, dtype: torch.dtype = to
     return crops
 
 
-def _count_flops(network: nn.Module, crops: list[Tensor]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(crops)
-    return int(counter.get_total_flops())
+def count_flops(config: PretrainConfig) -> Flops:
+    """Returns the FLOPs of one image, counted on fake tensors."""
+    network = build_student_on_meta(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _count_flops(config, network.to_empty(device="cpu"))
+
+
+def _count_flops(config: PretrainConfig, network: nn.Module) -> Flops:
+    """Counts forward passes of fake numbers; a backward pass is twice a forward pass."""
+    num_images = _PROBE_IMAGES[0]
+    crops = _fake_crops(config, num_images)
+    counts = []
+    for views in (crops[:1], crops):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(views)
+        counts.append(counter.get_total_flops() / num_images)
+    teacher, student = counts
+    num_repeats = int(config.model.activation_checkpointing) + int(config.batch.runs_student_twice)
+    return Flops(dense=3 * student + teacher, executed=(3 + num_repeats) * student + teacher)
 
 
 def _measure_activations(
@@ -280,7 +292,8 @@ def _counting_saved_tensors(network: nn.Module) -> Iterator[dict[int, int]]:
         yield saved
 
 
-def _computes_in_bf16(config: PretrainConfig) -> bool:
+def computes_in_bf16(config: PretrainConfig) -> bool:
+    """Returns whether the run's networks compute in bf16; else in fp32."""
     if config.engine.name == "fsdp2":
         return config.engine.precision == "bf16"
     return bool(_mechanics(config).get("torch_autocast", {}).get("enabled", False))

@@ -13,6 +13,7 @@ from training.cost import (
     buffer_bytes,
     build_sized_estimator,
     build_student_on_meta,
+    computes_in_bf16,
     measure_cost,
     own_engine,
     state_bytes,
@@ -30,6 +31,10 @@ from training.run_length import check_length
 
 _GIB = 2**30
 GPU_SIZES_GB = (80, 141)
+# The forecast's assumptions: what a matrix product reaches on an H100 or H200, in bf16 and in fp32 without TF32, and
+# which share of it the networks do. None of them is measured here.
+ASSUMED_CEILING = {"bf16": 790e12, "fp32": 50e12}
+ASSUMED_MFU = 0.4
 
 
 def describe_run(config: PretrainConfig, process: Process) -> str:
@@ -56,6 +61,7 @@ def describe_run(config: PretrainConfig, process: Process) -> str:
         f"global {config.batch.global_batch_size} = {micro_batch} images x "
         f"{config.batch.gradient_accumulation_steps} micro-batches x {world_size} ranks",
         *_describe_steps(config),
+        *_forecast(config, cost, world_size),
         f"--- memory per rank (GiB) at {micro_batch} images, {world_size} ranks",
         *_describe_memory(config, cost, micro_batch, world_size),
     ]
@@ -82,6 +88,26 @@ def _describe_steps(config: PretrainConfig) -> list[str]:
     check_length(config, num_samples)
     per_epoch, steps = num_samples / config.batch.global_batch_size, config.num_steps(num_samples)
     return [f"{num_samples:,} images, {per_epoch:,.1f} steps per epoch, {steps:,} steps"]
+
+
+def _forecast(config: PretrainConfig, cost: Cost, world_size: int) -> list[str]:
+    """Returns what speed and duration follow from the FLOPs under assumptions that are said."""
+    precision = "bf16" if computes_in_bf16(config) else "fp32"
+    ceiling = ASSUMED_CEILING[precision]
+    per_rank = ASSUMED_MFU * ceiling / cost.dense_flops
+    speed = f"{per_rank:,.0f} images/s a rank, {per_rank * world_size:,.0f} on {world_size} ranks"
+    try:
+        num_images = config.batch.global_batch_size * config.num_steps(
+            load_manifest(config.data.shards, config.data.split).num_samples
+        )
+        speed += f": {num_images / (per_rank * world_size) / 3600:,.2f} h for this run"
+    except DataError:
+        pass  # said above
+    return [
+        "--- forecast for GPUs, assumed and not measured",
+        f"{ASSUMED_MFU:.0%} of a product's {ceiling / 1e12:.0f} TFLOP/s ({precision}, H100 or H200): {speed}",
+        "(a run measures its own: throughput/mfu_dense, throughput/ceiling_tflops)",
+    ]
 
 
 def _describe_memory(config: PretrainConfig, cost: Cost, micro_batch: int, world_size: int) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,20 +30,13 @@ from training.run_directory import RunDirectory
 from training.run_length import schedule_at, steps_per_epoch
 from training.schedules import StepSchedule
 from training.step import StepOutcome, TrainingStep
+from training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
 UNIQUE_THRESHOLDS = (0.025, 0.05, 0.1, 0.25, 0.5)
 
 Probe = Callable[[nn.Module], dict[str, float]]
-
-
-@dataclass
-class Stopwatch:
-    """Seconds of the steps since the last line of the record."""
-
-    steps: int = 0
-    total_s: float = 0.0
 
 
 class Trainer:
@@ -56,6 +48,7 @@ class Trainer:
         process: this process.
         num_samples: images of one epoch.
         feed: this rank's micro-batches.
+        throughput: what counts the steps.
         training_step: one optimizer step.
         store: the run's checkpoints.
         progress: where to begin.
@@ -73,6 +66,7 @@ class Trainer:
         process: Process,
         num_samples: int,
         feed: Feed,
+        throughput: Throughput,
         training_step: TrainingStep,
         store: CheckpointStore,
         progress: Progress,
@@ -90,6 +84,7 @@ class Trainer:
         self._run_dir = directory.path
         self._num_samples = num_samples
         self._feed = feed
+        self._throughput = throughput
         self._store = store
         self._provenance = provenance
         self._probe = probe
@@ -103,7 +98,6 @@ class Trainer:
             training_step.engine,
             {"estimator": training_step.estimator, "objective": training_step.objective},
         )
-        self._stopwatch = Stopwatch()
         self._alarms_raised: set[str] = set()
         self._skipped_samples = 0
         self._worker_rss_mib = 0.0
@@ -170,8 +164,7 @@ class Trainer:
         )
         self._skipped_samples += batches.skipped
         self._worker_rss_mib = batches.worker_rss_mib
-        self._stopwatch.steps += 1
-        self._stopwatch.total_s += time.perf_counter() - started
+        self._throughput.add(time.perf_counter() - started)
         if not outcome.applied:
             self._warn_of_skip(outcome)
         else:
@@ -198,14 +191,15 @@ class Trainer:
 
     def _step_values(self, outcome: StepOutcome, schedule: StepSchedule) -> dict[str, float]:
         """Returns the figures of the step that was just done, of all ranks together. Collective."""
-        loss = {f"loss/{name}": float(value) for name, value in outcome.loss.items()}
+        scalars = torch.stack([outcome.grad_norm.to(self.process.device), *outcome.loss.values()]).tolist()
+        loss = {f"loss/{name}": value for name, value in zip(outcome.loss, scalars[1:], strict=True)}
         # A rank's share can be fewer rows than the features have dimensions, which would bound their rank.
         projections = self.training_step.gather(outcome.projections).wait().flatten(0, 1)
         values = loss | {
             "optim/lr": schedule.lr,
             "optim/weight_decay": schedule.weight_decay,
             "optim/ema_momentum": schedule.ema_momentum,
-            "optim/grad_norm": float(outcome.grad_norm),
+            "optim/grad_norm": scalars[0],
             "optim/skipped_steps": float(self.progress.skipped_steps),
             "features/norm": float(projections.norm(dim=1).mean()),
             "features/effective_rank": float(effective_rank(projections)),
@@ -220,19 +214,15 @@ class Trainer:
 
         The clock is this rank's; skipped samples are the sum over ranks, waiting and memory the largest of any rank.
         """
-        stopwatch, self._stopwatch = self._stopwatch, Stopwatch()
-        waited_s = self._feed.read_wait()
-        step_s = stopwatch.total_s / max(stopwatch.steps, 1)
+        values = self._throughput.read(self._feed.read_wait())
         own = (
-            waited_s / stopwatch.total_s if stopwatch.total_s else 0.0,
+            values["throughput/data_wait_fraction"],
             peak_memory_gib(self.process.device),
             self._worker_rss_mib / 1024,
             self._skipped_samples,
         )
         wait_fractions, peaks, worker_rss, skipped = zip(*self.process.all_gather_object(own), strict=True)
-        return {
-            "throughput/step_s": step_s,
-            "throughput/images_per_s": self.config.batch.global_batch_size / step_s if step_s else 0.0,
+        return values | {
             "throughput/data_wait_fraction": max(wait_fractions),
             "memory/peak_gib": max(peaks),
             "memory/worker_rss_gib": max(worker_rss),

@@ -58,6 +58,8 @@ def test_modes_train_from_one_yaml(digit_shards, tmp_path, mode):
     assert expected <= lines[-1].keys()
     assert {"prototypes/unique_0.025", "prototypes/used", "prototypes/dead"} <= lines[-1].keys()
     assert ("gmm/beta" in lines[-1]) == (mode == "full")
+    dense, executed = (lines[-1][f"throughput/mfu_{kind}"] for kind in ("dense", "executed"))
+    assert 0 < dense <= executed and lines[-1]["throughput/ceiling_tflops"] > 0
     assert lines[-1]["prototypes/used"] + lines[-1]["prototypes/dead"] == pytest.approx(1)
 
 

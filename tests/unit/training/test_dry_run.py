@@ -1,6 +1,7 @@
 """The dry run's figures beside live tensors; what engines hold on two ranks is in tests/distributed.."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from models.student_teacher import SelfSupervisedNetwork
 from runtime.config import load_config
 from runtime.distributed import Process
-from tests.helpers.digits import DEMO, TINY
+from tests.helpers.digits import DEMO, TINY, write_digit_shards
 from training.config import PretrainConfig
 from training.cost import buffer_bytes, measure_cost, state_bytes, waiting_bytes
 from training.dry_run import describe_run
@@ -150,6 +151,27 @@ def test_what_the_engine_refuses_the_dry_run_refuses():
 def test_crops_that_the_network_cannot_take_are_one_line(overrides, message):
     with pytest.raises(ValueError, match=message):
         describe_run(tiny(*overrides), ALONE)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_forecast_follows_from_flops_and_says_what_it_assumes(precision, tmp_path):
+    config = tiny(
+        f"engine.deepspeed_config=ds_configs/zero1_{precision}.json",
+        f"data.shards={write_digit_shards(tmp_path)}",
+        "optim.steps=1000000000",
+    )
+    text = describe_run(config, dataclasses.replace(ALONE, world_size=2))
+    share, ceiling, rank, both, hours = re.search(
+        r"(\d+)% of a product's (\d+) TFLOP/s \(.*\): ([\d,]+) images/s a rank, ([\d,]+) on 2 ranks: ([\d,.]+) h",
+        text,
+    ).groups()
+    rank, both, hours = (float(number.replace(",", "")) for number in (rank, both, hours))
+    assert "assumed and not measured" in text and {"fp32": "50", "bf16": "790"}[precision] == ceiling
+    dense = measure_cost(config).dense_flops
+    assert rank == pytest.approx(int(share) / 100 * int(ceiling) * 1e12 / dense, rel=0.01)
+    assert both == pytest.approx(2 * rank, rel=0.01)
+    images = 1e9 * config.batch.global_batch_size
+    assert hours == pytest.approx(images / both / 3600, abs=0.006)
 
 
 def test_networks_of_one_size_run_without_local_crops():
