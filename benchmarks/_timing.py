@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,15 @@ class Timing:
 class Contestant:
     """A child process that times its own repetitions when asked."""
 
-    def __init__(self, module: str, name: str, arguments: Sequence[str], num_threads: int) -> None:
+    def __init__(
+        self,
+        module: str,
+        name: str,
+        arguments: Sequence[str],
+        num_threads: int,
+        checkout: tuple[Path, str] | None = None,
+    ) -> None:
+        directory, own_name = checkout or (None, name)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(num_threads),
@@ -50,7 +58,8 @@ class Contestant:
         self.seconds: list[float] = []
         self.extra_bytes = 0
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments, "--contestant", name],
+            [sys.executable, "-m", module, *arguments, "--contestant", own_name],
+            cwd=directory,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -91,6 +100,7 @@ def compare(
     *,
     num_rounds: int = 3,
     num_threads: int | None = None,
+    checkouts: Mapping[str, tuple[Path, str]] | None = None,
 ) -> dict[str, Timing]:
     """Returns the timings of contestants that took turns forwards and backwards, `num_rounds` times.
 
@@ -100,9 +110,12 @@ def compare(
         arguments: command line that every child gets.
         num_rounds: rounds of the order and its reverse.
         num_threads: threads of each child; None is the number of cores.
+        checkouts: contestants that run in another checkout: its folder, and their names there.
     """
     threads = num_threads or os.cpu_count() or 1
-    contestants = [Contestant(module, name, arguments, threads) for name in names]
+    contestants = [
+        Contestant(module, name, arguments, threads, (checkouts or {}).get(name)) for name in names
+    ]
     try:
         for contestant in contestants:
             contestant.take_turn(1)

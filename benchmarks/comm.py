@@ -1,9 +1,12 @@
-"""Exposed time of the ways in which ranks share a step's observations: python -m benchmarks.comm [--ranks 2].
+"""Bytes and time of the ways in which ranks share a step's observations: python -m benchmarks.comm [--ranks 2 4].
 
-Exposed = a step with its collectives - the same step without any. Between `observe` and `commit` runs a product that
-stands for the student's forward pass (--overlap-ms of it), behind which an asynchronous exchange can hide. Methods
-take turns (forwards, then backwards) in one process group. On CPU ranks the exchange uses the cores that the product
-needs, so what hides on a GPU does not hide here. Nothing fails: these are costs, beside the cost rule's estimates.
+For every number of ranks: the bytes that a rank sends in a step (a ring's for an all-reduce), the time that its
+collectives take by themselves, and what of it is exposed: a step with its collectives - the same step without any.
+Between `observe` and `commit` runs a product that stands for the student's forward pass (--overlap-ms of it), behind
+which an asynchronous exchange can hide. Methods take turns (forwards, then backwards) in one process group. On CPU
+ranks the exchange uses the cores that the product needs, so what hides on a GPU does not hide here: exposed times have
+no bar. Exit code 1 if `sparse` sends more than a tenth of the bytes of `all_reduce`, or its collectives take more than
+a third of the time.
 """
 
 from __future__ import annotations
@@ -23,13 +26,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.comm", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--ranks", type=int, default=2, help="processes")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[2, 4], help="numbers of processes, one after another"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where they compute")
     parser.add_argument(
         "--overlap-ms", type=float, default=100.0, help="work behind which to hide an exchange"
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all methods")
-    for name, value, meaning in (("N", 128, "rows"), ("K", 8192, "prototypes"), ("D", 256, "dimension")):
+    for name, value, meaning in (("N", 128, "rows"), ("K", 65536, "prototypes"), ("D", 256, "dimension")):
         parser.add_argument(f"--{name}", type=int, default=value, help=meaning)
     return parser.parse_args(arguments)
 
@@ -39,63 +44,118 @@ if __name__ == "__main__":  # usage and mistakes are answered before the slow im
 
 import torch
 
+from benchmarks._bars import judge
 from benchmarks._timing import describe_noise
 from prototypes.build import build_estimator
 from prototypes.config import PartitionConfig, PrototypesConfig
 from prototypes.estimator import PrototypeEstimator
-from prototypes.mixture.config import GmmConfig, SynchronizationConfig
+from prototypes.mixture.config import AnnealingConfig, GmmConfig, SynchronizationConfig, VarianceConfig
 from prototypes.mixture.exchange import estimate_costs
 from runtime import distributed
 from runtime.distributed import Process
 from runtime.rendezvous import free_port
-from training.engines.synchronization import Synchronization
+from training.engines.synchronization import Handle, Synchronization
 
-METHODS = ("all_reduce", "all_gather", "sharded")
+METHODS = ("all_reduce", "all_gather", "sharded", "sparse")
+MAX_SHARE_OF_BYTES = 0.1
+MIN_SPEED_UP = 3.0
 _BANDWIDTH_BYTES = 2**26
+_LATE_STEP = 1000
 
 
 def main() -> int:
     """Starts the ranks, or is one of them; returns the exit code."""
     arguments = parse(sys.argv[1:])
     if "RANK" in os.environ:
-        run_rank(arguments)
-        return 0
-    shared = {**os.environ, "WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": "127.0.0.1"}
+        return 0 if run_rank(arguments) else 1
+    return max(start_ranks(number) for number in arguments.ranks)
+
+
+def start_ranks(number: int) -> int:
+    """Returns the largest exit code of so many ranks of this program."""
+    shared = {**os.environ, "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = str(free_port())
     command = [sys.executable, "-m", "benchmarks.comm", *sys.argv[1:]]
     ranks = [
         subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(arguments.ranks)
+        for rank in range(number)
     ]
     return max(abs(rank.wait()) for rank in ranks)
 
 
-def run_rank(arguments: argparse.Namespace) -> None:
-    """Times every method on this rank; rank 0 prints. Collective."""
-    if arguments.device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.ranks))
+def run_rank(arguments: argparse.Namespace) -> bool:
+    """Times every method on this rank; rank 0 prints and judges. Collective."""
     process = distributed.start(arguments.device, timeout_s=120.0)
-    sync = Synchronization(process.world_size)
+    if arguments.device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.world_size))
+    sync = Recorder(process.world_size)
     bandwidth = measure_bandwidth(process, sync)
     student = _Student(process, sync, arguments.overlap_ms)
     contestants = {name: build(name, arguments, process, sync) for name in ("none", *METHODS)}
     rows = torch.randn(arguments.N, arguments.D, device=process.device)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(2 * arguments.rounds + 1):
+    sent: dict[str, list[tuple[str, int]]] = {}
+    for turn in range(2 * arguments.rounds + 2):
         for name in contestants if turn % 2 else reversed(list(contestants)):
             sync.reduce_sum(torch.zeros(1, device=process.device)).wait()
             _finish(process.device)
+            sync.sent.clear()
             started = time.perf_counter()
             observation = contestants[name].observe(rows)
             student.forward()
             contestants[name].commit(observation)
             contestants[name].accept()
             _finish(process.device)
-            if turn > 0:  # The first turn allocates.
+            if turn > 1:  # The first turns allocate; sparse steps begin with the second.
                 seconds[name].append(time.perf_counter() - started)
+            sent[name] = list(sync.sent)
+    alone = {name: replay(sent[name], process, sync, arguments.rounds) for name in METHODS}
+    passed = True
     if process.is_main:
-        print_table(arguments, seconds, bandwidth)
+        moved = {name: count_bytes(sent[name], process.world_size) for name in METHODS}
+        print_table(arguments, process.world_size, seconds, moved, alone, bandwidth)
+        passed = judge_sparse(arguments.device, moved, alone)
     distributed.stop()
+    return passed
+
+
+class Recorder(Synchronization):
+    """Collectives that remember what they were asked to move: (name, number of fp32 values)."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__(world_size)
+        self.sent: list[tuple[str, int]] = []
+
+    def reduce_sum(self, tensor: torch.Tensor) -> Handle:
+        """As the base class."""
+        self.sent.append(("reduce_sum", tensor.numel()))
+        return super().reduce_sum(tensor)
+
+    def gather(self, tensor: torch.Tensor) -> Handle:
+        """As the base class."""
+        self.sent.append(("gather", tensor.numel()))
+        return super().gather(tensor)
+
+
+def count_bytes(sent: list[tuple[str, int]], world_size: int) -> float:
+    """Returns the bytes that a rank sends: 2 (W - 1) / W of a tensor that is summed, W - 1 times a part to gather."""
+    shares = {"reduce_sum": 2 * (world_size - 1) / world_size, "gather": world_size - 1}
+    return sum(4 * number * shares[name] for name, number in sent)
+
+
+def replay(sent: list[tuple[str, int]], process: Process, sync: Recorder, rounds: int) -> float:
+    """Returns the least seconds of a step's collectives, one after another and nothing else. Collective."""
+    tensors = [(name, torch.zeros(number, device=process.device)) for name, number in sent]
+    best = float("inf")
+    for _ in range(2 * rounds):
+        sync.reduce_sum(torch.zeros(1, device=process.device)).wait()
+        _finish(process.device)
+        started = time.perf_counter()
+        for name, tensor in tensors:
+            getattr(sync, name)(tensor).wait()
+        _finish(process.device)
+        best = min(best, time.perf_counter() - started)
+    return best
 
 
 def measure_bandwidth(process: Process, sync: Synchronization) -> float:
@@ -142,9 +202,13 @@ def build(
         num_prototypes=arguments.K,
         dim=arguments.D,
         partition=PartitionConfig(size=arguments.K // 4),
-        gmm=GmmConfig(synchronization=SynchronizationConfig(**options)),  # type: ignore[arg-type]
+        gmm=GmmConfig(
+            synchronization=SynchronizationConfig(**options),  # type: ignore[arg-type]
+            beta=AnnealingConfig(schedule="constant", guard=None),
+            variance=VarianceConfig(shrinkage=0.0),
+        ),
     )
-    return build_estimator(
+    estimator = build_estimator(
         config,
         seed=0,
         num_observations_per_epoch=2_560_000,
@@ -156,29 +220,49 @@ def build(
         gather=sync.gather,
         device=process.device,
     )
+    estimator.step = _LATE_STEP  # past the start, in which natural parameters move with every step
+    return estimator
 
 
-def print_table(arguments: argparse.Namespace, seconds: dict[str, list[float]], bandwidth: float) -> None:
-    """Prints medians, what each exchange adds, and the rule's estimate at the measured bandwidth."""
+def print_table(
+    arguments: argparse.Namespace,
+    world_size: int,
+    seconds: dict[str, list[float]],
+    moved: dict[str, float],
+    alone: dict[str, float],
+    bandwidth: float,
+) -> None:
+    """Prints bytes, times and what each exchange adds, and the rule's estimate at the measured bandwidth."""
     rule = SynchronizationConfig(bandwidth_gb_per_s=bandwidth, overlap_ms=arguments.overlap_ms)
     costs = estimate_costs(
         rule,
         num_prototypes=arguments.K,
         dim=arguments.D,
         rows_per_rank=arguments.N,
-        world_size=arguments.ranks,
+        world_size=world_size,
     )
-    alone = statistics.median(seconds["none"])
+    without = statistics.median(seconds["none"])
     print(
-        f"comm N={arguments.N} K={arguments.K} D={arguments.D} ranks={arguments.ranks} {arguments.device} | "
-        f"all-reduce {bandwidth:.2f} GB/s | no exchange {1e3 * alone:.1f} ms | {describe_noise()}"
+        f"comm N={arguments.N} K={arguments.K} D={arguments.D} ranks={world_size} {arguments.device} | "
+        f"all-reduce {bandwidth:.2f} GB/s | no exchange {1e3 * without:.1f} ms | {describe_noise()}"
     )
     for method in METHODS:
         total = statistics.median(seconds[method])
         print(
-            f"  {method:10s} median {1e3 * total:.1f} ms | exposed {1e3 * (total - alone):+.1f} ms | "
+            f"  {method:10s} sends {moved[method] / 1e6:.2f} MB in {1e3 * alone[method]:.1f} ms | step median "
+            f"{1e3 * total:.1f} ms, exposed {1e3 * (total - without):+.1f} ms | "
             f"cost rule (for a GPU's products) {1e3 * costs[method]:.2f} ms"
         )
+
+
+def judge_sparse(device: str, moved: dict[str, float], alone: dict[str, float]) -> bool:
+    """Prints the verdicts on `sparse` beside `all_reduce` and returns whether all pass."""
+    share, speed_up = moved["sparse"] / moved["all_reduce"], alone["all_reduce"] / alone["sparse"]
+    bytes_verdict = judge(share, device, most=MAX_SHARE_OF_BYTES, unit="")
+    time_verdict = judge(speed_up, device, least=MIN_SPEED_UP)
+    print(f"  sparse sends {share:.4f} of the bytes of all_reduce | {bytes_verdict.text}")
+    print(f"  collectives of all_reduce over those of sparse {speed_up:.1f}x | {time_verdict.text}")
+    return bytes_verdict.passed and time_verdict.passed
 
 
 def _finish(device: torch.device) -> None:

@@ -1,15 +1,19 @@
 """Speed and accuracy of one online EM step beside its peers: python -m benchmarks.gmm [--large] [--device cuda].
 
 Contestants: `ours`; `eager`, the same GEMM form with a fresh tensor for every intermediate; `broadcast`, the
-[N, K, P] form; `sklearn`, GaussianMixture's E and M step in fp32. Exit code 1 if a figure misses its bar. On a
-GPU: K = 65,536 and 262,144 beside the eager form and the floor of the bytes, a goal; the CPU's bars are not applied.
+[N, K, P] form; `sklearn`, GaussianMixture's E and M step in fp32; `shrunk`, ours with the default shrinkage, where the
+natural parameters of all components move; `before`, ours of the last commit whose steps move every component, unpacked
+from git. Exit code 1 if a figure misses its bar. On a GPU: K = 65,536 and 262,144 beside the eager form and the floor
+of the bytes, a goal; the CPU's bars are not applied.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from runtime.usage import HelpFormatter
 
@@ -38,18 +42,24 @@ import torch
 
 from benchmarks._bars import judge
 from benchmarks._ceiling import Ceiling, measure
+from benchmarks._checkout import unpack_commit
 from benchmarks._timing import Timing, compare, describe_noise, serve
 from prototypes.build import build_estimator
 from prototypes.config import PartitionConfig, PrototypesConfig
 from prototypes.families.gmm_diag import DiagonalGmm
 from prototypes.mixture.config import AnnealingConfig, GmmConfig, VarianceConfig
+from prototypes.mixture.publication import Publication
 
 MAX_L1_ERROR = 5e-3
-MAX_EXTRA_GIB = 0.3
+MAX_EXTRA_GIB = 0.15
+COMMIT_BEFORE = "01653f3"
+"""Last commit whose steps move every component."""
 FLOOR_GOAL = 1.5
 LARGE = (128, 65536, 256)
 HUGE = (128, 262144, 256)
 _FORGETTING = 0.95
+_NUM_BATCHES = 16
+_LATE_STEP = 1000
 
 
 def main() -> int:
@@ -69,7 +79,12 @@ def main() -> int:
         return 0 if passed else 1
     passed &= report(SMALL, ceiling, {"broadcast": 20.0, "sklearn": 1.3}, arguments)
     if arguments.large:
-        passed &= report(LARGE, ceiling, {"eager": 1.4}, arguments)
+        with tempfile.TemporaryDirectory() as directory:
+            checkout = unpack_commit(COMMIT_BEFORE, Path(directory))
+            before = {"before": 2.0} if checkout else {}
+            if not checkout:
+                print(f"  before: not run, commit {COMMIT_BEFORE} is not in this checkout")
+            passed &= report(LARGE, ceiling, {"eager": 1.4, **before}, arguments, checkout)
     return 0 if passed else 1
 
 
@@ -79,12 +94,22 @@ def describe_device(device: str) -> str:
 
 
 def report(
-    shape: tuple[int, int, int], ceiling: Ceiling, floors: dict[str, float], arguments: argparse.Namespace
+    shape: tuple[int, int, int],
+    ceiling: Ceiling,
+    floors: dict[str, float],
+    arguments: argparse.Namespace,
+    checkout: Path | None = None,
 ) -> bool:
     """Prints times, ratios to peers and the distance to the machine's floor; returns whether all pass."""
     command = [f"--{name}={value}" for name, value in zip("NKD", shape, strict=True)]
     command.append(f"--device={arguments.device}")
-    timings = compare("benchmarks.gmm", ["ours", *floors], command, num_rounds=arguments.rounds)
+    timings = compare(
+        "benchmarks.gmm",
+        ["ours", "shrunk", *floors],
+        command,
+        num_rounds=arguments.rounds,
+        checkouts={"before": (checkout, "ours")} if checkout else None,
+    )
     ours = timings["ours"]
     floor_s = compute_floor(shape, ceiling)
     sizes = " ".join(f"{name}={value}" for name, value in zip("NKD", shape, strict=True))
@@ -93,6 +118,11 @@ def report(
         f"gmm {sizes} | ours min {1e3 * ours.minimum:.2f} median {1e3 * ours.median:.2f} ms "
         f"({ours.minimum / floor_s:.1f}x floor {1e3 * floor_s:.2f} ms{goal})"
     )
+    shrunk = timings["shrunk"]
+    print(
+        f"  with the default shrinkage min {1e3 * shrunk.minimum:.2f} median {1e3 * shrunk.median:.2f} ms | "
+        f"{shrunk.minimum / ours.minimum:.2f}x of ours"
+    )
     passed = True
     for name, least in floors.items():
         passed &= print_ratio(name, timings[name], ours, least, floor_s, arguments.device)
@@ -100,7 +130,7 @@ def report(
         extra = ours.extra_bytes / 2**30
         verdict = judge(extra, arguments.device, most=MAX_EXTRA_GIB, unit=" GiB")
         passed &= verdict.passed
-        print(f"  peak beside state and candidate {extra:.2f} GiB | {verdict.text}")
+        print(f"  peak beside tables and natural parameters {extra:.2f} GiB | {verdict.text}")
     return passed
 
 
@@ -118,40 +148,47 @@ def print_ratio(name: str, peer: Timing, ours: Timing, least: float, floor_s: fl
 
 
 def compute_floor(shape: tuple[int, int, int], ceiling: Ceiling) -> float:
-    """Returns the least seconds of a step: its two GEMMs, or its tables read and written once."""
+    """Returns the least seconds of a sparse step: the product of its E-step, or the natural parameters read once."""
     num_rows, num_prototypes, dim = shape
-    table = num_prototypes * 2 * dim * 4
-    # E reads the tables, the statistics are written and read, the candidate is written, the means are published.
-    return ceiling.seconds(5.5 * table, 8 * num_rows * num_prototypes * dim)
+    return ceiling.seconds(num_prototypes * 2 * dim * 4, 4 * num_rows * num_prototypes * dim)
 
 
 # ------------------------------------------------------------------------------------------- contestants
 
 
-def build_ours(num_rows: int, num_prototypes: int, dim: int, device: str) -> Callable[[], object]:
-    """Our estimator, state and candidate allocated and initialised."""
+def build_ours(
+    num_rows: int, num_prototypes: int, dim: int, device: str, shrinkage: float = 0.0
+) -> Callable[[], object]:
+    """Our estimator past its first steps, tables and natural parameters allocated; batches differ from step to step."""
     beta = AnnealingConfig(schedule="constant", guard=None)
     config = PrototypesConfig(
         num_prototypes=num_prototypes,
         dim=dim,
         partition=PartitionConfig(size=num_prototypes // 4),
-        gmm=GmmConfig(beta=beta, variance=VarianceConfig(shrinkage=0.0)),
+        gmm=GmmConfig(beta=beta, variance=VarianceConfig(shrinkage=shrinkage)),
     )
     estimator = build_estimator(
         config, seed=0, num_observations_per_epoch=2_560_000, total_steps=1000, device=device
     )
     assert isinstance(estimator, DiagonalGmm)
-    rows = torch.randn(num_rows, dim, device=device)
-    # The candidate counts as state, not as extra memory.
-    estimator._candidate.allocate(estimator, estimator.table_names)
-    for table in estimator._candidate.tables.values():
-        table.zero_()
+    batches = torch.randn(_NUM_BATCHES, num_rows, dim, device=device)
+    # In its first steps the running mean moves, and with it all natural parameters.
+    estimator.step = _LATE_STEP
 
     def step() -> None:
-        estimator.commit(estimator.observe(rows))
+        estimator.commit(estimator.observe(batches[estimator.step % _NUM_BATCHES]))
         estimator.accept()
 
+    for _ in range(2 * _NUM_BATCHES):
+        step()
+    # What a step needs beside tables and natural parameters is made anew, and counts as extra memory.
+    estimator._publication, estimator._blocks = Publication(), None
     return step
+
+
+def build_shrunk(num_rows: int, num_prototypes: int, dim: int, device: str) -> Callable[[], object]:
+    """The same with the default shrinkage."""
+    return build_ours(num_rows, num_prototypes, dim, device, VarianceConfig().shrinkage)
 
 
 class _PlainMixture:
@@ -233,6 +270,7 @@ def build_sklearn(num_rows: int, num_prototypes: int, dim: int, device: str) -> 
 
 CONTESTANTS: dict[str, Callable[[int, int, int, str], Callable[[], object]]] = {
     "ours": build_ours,
+    "shrunk": build_shrunk,
     "eager": build_eager,
     "broadcast": build_broadcast,
     "sklearn": build_sklearn,

@@ -112,6 +112,7 @@ class FlatStatistics:
             "mass": (num_prototypes,),
             "moments": (num_prototypes, num_moments),
             "sum_weight": (),
+            "dropped": (),
             "num_bad": (),
             "num_probed": (),
             "log_likelihood": (),
@@ -140,15 +141,22 @@ def find_finite(rows: Float[Tensor, "N P"], weight: Float[Tensor, " N"] | None) 
 
 
 def drop_non_finite(
-    rows: Float[Tensor, "N P"], weight: Float[Tensor, " N"] | None
+    rows: Float[Tensor, "N P"],
+    weight: Float[Tensor, " N"] | None,
+    read: Callable[[Tensor], int] = int,
 ) -> tuple[Float[Tensor, "M P"], Float[Tensor, " M"] | None, int]:
     """Returns the finite rows, their weights and the number of rows dropped.
 
     Rows are removed, not zeroed, so that the state is bitwise what it would be had they never been there. A
     row is also dropped when its weight is not finite. Waits for the device once.
+
+    Args:
+        rows: any values.
+        weight: of the rows; None is 1.
+        read: reads the number of rows dropped; whoever has more to read does it at once.
     """
     finite = find_finite(rows, weight)
-    num_bad = int((~finite).sum())
+    num_bad = read((~finite).sum())
     if num_bad == 0:
         return rows, weight, 0
     return rows[finite], None if weight is None else weight[finite], num_bad

@@ -74,7 +74,8 @@ class Cost:
         fsdp2_activations: under FSDP2, whose mixed precision computes in bf16 alone and frees gathered weights.
         largest_unit_numel: parameters of the largest block, which engines that cut parameters gather at once.
         unsupported: engines that refuse this network or optimizer.
-        estimator_bytes: state and candidate of the prototypes' estimator.
+        estimator_bytes: state of the prototypes' estimator, and as much again: a dense step's candidate, or the natural
+            parameters that sparse steps keep.
     """
 
     backbone_parameters: int

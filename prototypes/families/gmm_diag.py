@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..mixture.model import Components
 from ..mixture.online_em import OnlineMixture
 
 if TYPE_CHECKING:
@@ -45,9 +46,15 @@ class DiagonalGmm(OnlineMixture):
         """Returns the variances of all components."""
         return self.variances.expand(self.num_prototypes, self.dim)
 
+    row_tables: tuple[str, ...] = ("means", "variances")
+
     def prior_variance(self) -> Float[Tensor, " V"]:
         """Returns the variance of the rows, which floors, priors and starts refer to."""
-        return self.row_variance
+        return self.average_dimensions(self.row_variance)
+
+    def average_dimensions(self, variance: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch V"]:
+        """Returns a variance per dimension as the family keeps it: here as it is."""
+        return variance
 
     def restart_components_(self, index: Int64[Tensor, " R"]) -> None:
         """Restarts components with the rows' variance; see the base class."""
@@ -62,6 +69,11 @@ class DiagonalGmm(OnlineMixture):
         if len(self.variances) == self.num_prototypes:
             self.variances[children] = self.variances[parents]
 
+    @property
+    def moves_together(self) -> bool:
+        """Whether variances are shrunk to that of the rows, which moves with every step."""
+        return self.gmm.variance.shrinkage > 0
+
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
         """Returns [h, -h*h/2], whose natural parameters are [mu/v, 1/v]."""
         return torch.cat([rows, -0.5 * rows * rows], dim=1)
@@ -70,7 +82,7 @@ class DiagonalGmm(OnlineMixture):
         """Returns [h, h*h]."""
         return torch.cat([rows, rows * rows], dim=1)
 
-    def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k F"], Float[Tensor, " k"]]:
+    def natural_parameters(self, chunk: Components) -> tuple[Float[Tensor, "k F"], Float[Tensor, " k"]]:
         """Returns ([mu/v, 1/v], -1/2 sum_d [mu^2/v + log 2 pi v]) with mu shifted by m."""
         variances = self.shrunk_variances(chunk)
         means = self.means[chunk] - self.reference()
@@ -82,7 +94,7 @@ class DiagonalGmm(OnlineMixture):
         log_determinant = variances.log().sum(1) * (self.dim / width) + self.dim * _LOG_2PI
         return theta, -0.5 * (torch.linalg.vecdot(means, linear) + log_determinant)
 
-    def shrunk_variances(self, chunk: slice) -> Float[Tensor, "k P"]:
+    def shrunk_variances(self, chunk: Components) -> Float[Tensor, "k P"]:
         """Returns v = (n var + k0 gvar) / (n + k0), k0 = shrinkage * M: MAP with the rows' variance gvar."""
         prior = self.gmm.variance.shrinkage * self.memory
         if prior == 0:
@@ -91,7 +103,7 @@ class DiagonalGmm(OnlineMixture):
         return torch.lerp(self.variances[chunk], self.prior_variance(), weight)
 
     def centre_statistics_(
-        self, chunk: slice, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k F"]
+        self, chunk: Components, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k F"]
     ) -> None:
         """Replaces S1 by T1 = S1 - w mu and S2 by T2 = S2 - mu (2 T1 + w mu), mu shifted by m, in place."""
         means = self.means[chunk] - self.reference()
@@ -102,30 +114,34 @@ class DiagonalGmm(OnlineMixture):
 
     def m_step(
         self,
-        chunk: slice,
+        chunk: Components,
         rate: Float[Tensor, " k"],
         mass: Float[Tensor, " k"],
         statistics: Float[Tensor, "k F"],
+        out: dict[str, Tensor],
     ) -> None:
         """Moves means and variances by the rate rho_k, exactly as S/S0 and S2/S0 - mu^2 would.
 
         mu  <- mu + rho T1/w;    var <- (1 - rho) var + rho T2/w - rho^2 (T1/w)^2,   floored
         """
         first, second = statistics.split(self.dim, dim=1)
-        move = self.move_means(chunk, rate, mass, first)
+        move = self.move_means(chunk, rate, mass, first, out)
         scale = self.divide_by_mass(rate, mass)[:, None]
-        old, new = self.variances[chunk], self._candidate["variances"][chunk]
+        old, new = self.variances[chunk], out["variances"]
         torch.addcmul(old, old, rate[:, None], value=-1, out=new)
-        self.write_variances(chunk, rate, new.addcmul_(second, scale).addcmul_(move, move, value=-1))
+        self.write_variances(chunk, rate, new.addcmul_(second, scale).addcmul_(move, move, value=-1), out)
 
     def write_variances(
-        self, chunk: slice, rate: Float[Tensor, " k"], variances: Float[Tensor, "k V"]
+        self,
+        chunk: Components,
+        rate: Float[Tensor, " k"],
+        variances: Float[Tensor, "k V"],
+        out: dict[str, Tensor],
     ) -> None:
-        """Writes floored variances to the candidate; where the rate is 0 they stay bitwise."""
+        """Writes floored variances to `out`; where the rate is 0 they stay bitwise."""
         floored = variances.clamp_min_(self.gmm.variance.floor * self.prior_variance())
         # A component without mass keeps its variance, also when the floor has moved past it.
-        new = self._candidate["variances"][chunk]
-        torch.where(rate[:, None] > 0, floored, self.variances[chunk], out=new)
+        torch.where(rate[:, None] > 0, floored, self.variances[chunk], out=out["variances"])
 
     def metrics(self) -> dict[str, float]:
         """Adds the share of variances at the floor."""

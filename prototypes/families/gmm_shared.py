@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..mixture.model import Components
 from ..mixture.moments import compute_moments_rate
-from ..statistics import FlatStatistics
+from ..mixture.touched import StepStatistics
 from .gmm_diag import DiagonalGmm
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ class SphericalGmm(DiagonalGmm):
         """Returns `variances` [K, 1]."""
         return {"variances": torch.ones(self.num_prototypes, 1)}
 
-    def prior_variance(self) -> Float[Tensor, " 1"]:
-        """Returns the rows' mean variance over dimensions."""
-        return self.row_variance.mean(0, keepdim=True)
+    def average_dimensions(self, variance: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch 1"]:
+        """Returns the mean over dimensions."""
+        return variance.mean(-1, keepdim=True)
 
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
         """Returns [h, -|h|^2/2]."""
@@ -42,7 +43,7 @@ class SphericalGmm(DiagonalGmm):
         return torch.cat([rows, rows.square().sum(1, keepdim=True)], dim=1)
 
     def centre_statistics_(
-        self, chunk: slice, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k M"]
+        self, chunk: Components, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k M"]
     ) -> None:
         """Replaces S1 by T1 and sum_d S2 by sum_d T2, in place."""
         means = self.means[chunk] - self.reference()
@@ -53,18 +54,19 @@ class SphericalGmm(DiagonalGmm):
 
     def m_step(
         self,
-        chunk: slice,
+        chunk: Components,
         rate: Float[Tensor, " k"],
         mass: Float[Tensor, " k"],
         statistics: Float[Tensor, "k M"],
+        out: dict[str, Tensor],
     ) -> None:
         """As the diagonal mixture, with every term of the variance averaged over dimensions."""
         first, second = statistics.split([self.dim, 1], dim=1)
-        move = self.move_means(chunk, rate, mass, first)
+        move = self.move_means(chunk, rate, mass, first, out)
         scale = self.divide_by_mass(rate, mass)[:, None]
         variances = torch.lerp(self.variances[chunk], torch.zeros(()).to(scale), rate[:, None])
         variances += (scale * second - move.square().sum(1, keepdim=True)) / self.dim
-        self.write_variances(chunk, rate, variances)
+        self.write_variances(chunk, rate, variances, out)
 
 
 class TiedDiagonalGmm(DiagonalGmm):
@@ -75,6 +77,12 @@ class TiedDiagonalGmm(DiagonalGmm):
     """
 
     name = "gmm_tied_diag"
+    row_tables = ("means",)
+
+    @property
+    def moves_together(self) -> bool:
+        """The variance that all components share moves with every step."""
+        return True
 
     @property
     def num_statistics(self) -> int:
@@ -85,7 +93,7 @@ class TiedDiagonalGmm(DiagonalGmm):
         """Returns `variances` [1, P]."""
         return {"variances": torch.ones(1, self.dim)}
 
-    def shrunk_variances(self, chunk: slice) -> Float[Tensor, "1 P"]:
+    def shrunk_variances(self, chunk: Components) -> Float[Tensor, "1 P"]:
         """Returns the shared variance; pooled over all rows it needs no prior."""
         del chunk
         return self.variances
@@ -103,29 +111,30 @@ class TiedDiagonalGmm(DiagonalGmm):
         return self.variances.expand(self.num_prototypes, self.dim)
 
     def centre_statistics_(
-        self, chunk: slice, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k M"]
+        self, chunk: Components, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k M"]
     ) -> None:
         """Replaces S1 by T1 = S1 - w mu, in place."""
         statistics.sub_(mass[:, None] * (self.means[chunk] - self.reference()))
 
     def m_step(
         self,
-        chunk: slice,
+        chunk: Components,
         rate: Float[Tensor, " k"],
         mass: Float[Tensor, " k"],
         statistics: Float[Tensor, "k M"],
+        out: dict[str, Tensor],
     ) -> None:
         """Moves the means; `finish_m_step` moves the shared variance."""
-        self.move_means(chunk, rate, mass, statistics)
+        self.move_means(chunk, rate, mass, statistics, out)
 
-    def finish_m_step(self, statistics: FlatStatistics) -> None:
+    def finish_m_step(self, statistics: StepStatistics, out: dict[str, Tensor]) -> None:
         """Moves the variance towards the batch's scatter around the means that it has just moved.
 
         sum_ik gamma (h - mu'_k)^2 = sum_i h^2 - sum_k [mu (2 T1 + w mu) + d (2 T1 - w d)], with d = mu' - mu and
-        everything shifted by m.
+        everything shifted by the rows' mean.
         """
-        means = self.means - self.reference()
-        move = self._candidate["means"] - self.means
+        old = self.means[statistics.components]
+        means, move = old - self.row_mean, out["means"] - old
         mass = statistics.mass[:, None]
         explained = means * (2 * statistics.moments + mass * means)
         explained += move * (2 * statistics.moments - mass * move)
@@ -137,10 +146,6 @@ class TiedDiagonalGmm(DiagonalGmm):
         has_mass = (number > 0) & (statistics.mass.sum() > 0)
         self._candidate["variances"].copy_(torch.where(has_mass, moved.clamp_min(floor), self.variances))
 
-    def average_dimensions(self, spread: Float[Tensor, "1 P"]) -> Float[Tensor, "1 V"]:
-        """Returns the spread as the family keeps it: here per dimension."""
-        return spread
-
 
 class TiedSphericalGmm(TiedDiagonalGmm):
     """One variance for everything: k-means with soft assignments and mixing weights."""
@@ -151,14 +156,10 @@ class TiedSphericalGmm(TiedDiagonalGmm):
         """Returns `variances` [1, 1]."""
         return {"variances": torch.ones(1, 1)}
 
-    def prior_variance(self) -> Float[Tensor, " 1"]:
-        """Returns the rows' mean variance over dimensions."""
-        return self.row_variance.mean(0, keepdim=True)
+    def average_dimensions(self, variance: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch 1"]:
+        """Returns the mean over dimensions."""
+        return variance.mean(-1, keepdim=True)
 
     def row_features(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "N F"]:
         """Returns [h, -|h|^2/2]."""
         return torch.cat([rows, -0.5 * rows.square().sum(1, keepdim=True)], dim=1)
-
-    def average_dimensions(self, spread: Float[Tensor, "1 P"]) -> Float[Tensor, "1 1"]:
-        """Returns the mean over dimensions."""
-        return spread.mean(1, keepdim=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mixture.assignments import assign_hard_
+from ..mixture.model import Components
 from ..statistics import Collectives
 from .vmf import VonMisesFisherMixture
 
@@ -35,11 +36,21 @@ class SphericalKMeans(VonMisesFisherMixture):
         """Returns the variance of all rows: centroids track no spread of their own."""
         return self.row_variance.expand(self.num_prototypes, self.dim)
 
-    def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k P"], Float[Tensor, " k"]]:
+    def natural_parameters(self, chunk: Components) -> tuple[Float[Tensor, "k P"], Float[Tensor, " k"]]:
         """Returns (c / tau, 0)."""
-        return self.means[chunk] / self.gmm.kmeans_temperature, self.means.new_zeros(len(self.means[chunk]))
+        return self.means[chunk] / self.gmm.kmeans_temperature, torch.zeros_like(self.mixing_weights[chunk])
 
-    def log_mixing_weights(self, chunk: slice) -> Float[Tensor, " k"]:
+    @property
+    def moves_together(self) -> bool:
+        """A centroid is all that its density depends on."""
+        return False
+
+    @property
+    def assigns_hard(self) -> bool:
+        """Whether the nearest centroid alone is assigned."""
+        return self.gmm.kmeans_hard
+
+    def log_mixing_weights(self, chunk: Components) -> Float[Tensor, " k"]:
         """Returns zeros: k-means has no mixing weights."""
         return torch.zeros_like(self.mixing_weights[chunk])
 
@@ -56,12 +67,13 @@ class SphericalKMeans(VonMisesFisherMixture):
 
     def m_step(
         self,
-        chunk: slice,
+        chunk: Components,
         rate: Float[Tensor, " k"],
         mass: Float[Tensor, " k"],
         statistics: Float[Tensor, "k M"],
+        out: dict[str, Tensor],
     ) -> None:
         """Moves the centroids and puts those that moved back on the sphere."""
-        self.move_means(chunk, rate, mass, statistics)
-        means = self._candidate["means"][chunk]
+        self.move_means(chunk, rate, mass, statistics, out)
+        means = out["means"]
         torch.where(rate[:, None] > 0, nn.functional.normalize(means, dim=1), means, out=means)

@@ -6,12 +6,13 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from ..mixture.model import Components
 from .gmm_diag import DiagonalGmm
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
 
 
 class VariationalGmm(DiagonalGmm):
@@ -30,7 +31,16 @@ class VariationalGmm(DiagonalGmm):
 
     name = "vb_gmm"
 
-    def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k F"], Float[Tensor, " k"]]:
+    def reference(self) -> Float[Tensor, " P"]:
+        """Returns the running mean itself, which the prior's mean is."""
+        return self.row_mean
+
+    @property
+    def moves_together(self) -> bool:
+        """The prior is the rows' mean and variance, which move with every step."""
+        return True
+
+    def natural_parameters(self, chunk: Components) -> tuple[Float[Tensor, "k F"], Float[Tensor, " k"]]:
         """Returns theta and bias of the expected log density."""
         config = self.gmm.variational
         counts = self.counts[chunk, None]
@@ -48,7 +58,7 @@ class VariationalGmm(DiagonalGmm):
         bias = 0.5 * (expected_log - constant - torch.linalg.vecdot(linear, means))
         return torch.cat([linear, precision], dim=1), bias
 
-    def log_mixing_weights(self, chunk: slice) -> Float[Tensor, " k"]:
+    def log_mixing_weights(self, chunk: Components) -> Float[Tensor, " k"]:
         """Returns E[log pi] under the Dirichlet posterior."""
         evidence = self.memory * self.num_prototypes
         prior = self.gmm.variational.weight_concentration

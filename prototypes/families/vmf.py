@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..mixture.model import Components
 from ..mixture.online_em import OnlineMixture
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ class VonMisesFisherMixture(OnlineMixture):
     def num_statistics(self) -> int:
         """First moments only."""
         return self.dim
+
+    @property
+    def moves_together(self) -> bool:
+        """The largest concentration is that of the rows' variance, which moves with every step."""
+        return True
 
     def reference(self) -> Float[Tensor, " P"]:
         """Returns zero: lengths are measured from the origin."""
@@ -64,7 +70,7 @@ class VonMisesFisherMixture(OnlineMixture):
         """Returns h."""
         return rows
 
-    def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k P"], Float[Tensor, " k"]]:
+    def natural_parameters(self, chunk: Components) -> tuple[Float[Tensor, "k P"], Float[Tensor, " k"]]:
         """Returns (kappa mu, log C_P(kappa))."""
         lengths = torch.linalg.vector_norm(self.means[chunk], dim=1)
         largest = self.dim / (self.gmm.variance.floor * self.row_variance.sum())
@@ -90,20 +96,21 @@ class VonMisesFisherMixture(OnlineMixture):
         return (self.mixing_weights * torch.linalg.vector_norm(self.means, dim=1)).sum()
 
     def centre_statistics_(
-        self, chunk: slice, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k M"]
+        self, chunk: Components, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k M"]
     ) -> None:
         """Replaces S1 by T1 = S1 - w mu, in place."""
         statistics.sub_(mass[:, None] * self.means[chunk])
 
     def m_step(
         self,
-        chunk: slice,
+        chunk: Components,
         rate: Float[Tensor, " k"],
         mass: Float[Tensor, " k"],
         statistics: Float[Tensor, "k M"],
+        out: dict[str, Tensor],
     ) -> None:
         """Moves the mean resultant vectors by rho T1 / w."""
-        self.move_means(chunk, rate, mass, statistics)
+        self.move_means(chunk, rate, mass, statistics, out)
 
 
 def compute_concentration(lengths: Float[Tensor, " k"], dim: int) -> Float[Tensor, " k"]:

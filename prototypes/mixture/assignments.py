@@ -12,11 +12,12 @@ import torch
 from ..statistics import Collectives
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int64
     from torch import Tensor
 
 
 _SOFTMAX_ELEMENTS = 2**19
+_BLOCK = 512
 _LOG_NOTHING = -80.0
 """exp of it is lost beside 1, and still no subnormal number, with which a CPU is fifty times slower."""
 
@@ -47,7 +48,7 @@ def normalise_responsibilities_(
         log_joint.sub_(_row_max(log_joint, across)).exp_()
         return log_joint.div_(_row_sum(log_joint, across))
     # A few rows at a time: the temporary stays in the cache and nothing of size [N, K] is allocated.
-    for rows in log_joint.split(max(1, _SOFTMAX_ELEMENTS // log_joint.shape[1])):
+    for rows in log_joint.split(tile_rows(log_joint)):
         rows.copy_(torch.softmax(rows, dim=1))
     return log_joint
 
@@ -74,11 +75,37 @@ def count_winners_(
 
     Where K is this rank's range only, a row counts on the rank that holds its winner: collective, waited for.
     """
-    largest, winner = responsibilities.max(dim=1)
+    largest, winner = find_winners(responsibilities)
     counted = weight > 0
     if across is not None:
         counted &= across.start_gather(largest).wait().argmax(dim=0) == across.rank
     hits.scatter_add_(0, winner, counted.to(hits.dtype))
+
+
+def find_winners(values: Float[Tensor, "N K"]) -> tuple[Float[Tensor, " N"], Int64[Tensor, " N"]]:
+    """Returns maximum and argmax of each row.
+
+    In two stages on a CPU, where a maximum with its index is several times as slow as one without: the largest block
+    by its maximum alone, then the place in it.
+    """
+    width = values.shape[1]
+    if values.device.type != "cpu" or width <= _BLOCK:
+        return values.max(dim=1)
+    num_blocks = width // _BLOCK
+    best = values[:, : num_blocks * _BLOCK].unflatten(1, (num_blocks, _BLOCK)).amax(2)
+    if width % _BLOCK:
+        best = torch.cat([best, values[:, num_blocks * _BLOCK :].amax(1, keepdim=True)], dim=1)
+    largest, block = best.max(dim=1)
+    start = (block * _BLOCK).clamp_max(width - _BLOCK)[:, None]
+    inside = values.gather(1, start + torch.arange(_BLOCK)).argmax(1)
+    return largest, start.squeeze(1) + inside
+
+
+def tile_rows(values: Float[Tensor, "N K"], across: Collectives | None = None) -> int:
+    """Returns how many rows to make responsibilities of at a time: on a CPU what stays in its cache."""
+    if across is not None or values.device.type != "cpu":
+        return max(1, len(values))
+    return max(1, _SOFTMAX_ELEMENTS // values.shape[1])
 
 
 class AssignmentProbe(NamedTuple):

@@ -25,6 +25,10 @@ class CandidateTables:
         if not self.tables:
             self.tables = {name: torch.empty_like(getattr(module, name)) for name in names}
 
+    def clear(self) -> None:
+        """Gives the spare tensors back."""
+        self.tables = {}
+
     def write(self, values: dict[str, Tensor]) -> None:
         """Copies values into the spare tensors of their names."""
         for name, value in values.items():

@@ -98,13 +98,25 @@ class InitialisationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """What a step leaves out: responsibilities that are too small to move anything."""
+
+    threshold: Annotated[float, "[0, 1e-3]"] = 1e-7
+    """Responsibilities at or below it are left out, and the others of the row renormalised; 0 leaves nothing out. A
+    step that would leave out more than a thousandth of its rows' mass is taken with all of them, and so is every
+    step of uniform forgetting.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class SynchronizationConfig:
     """How ranks share one step's observations."""
 
-    method: Literal["all_reduce", "all_gather", "sharded", "auto"] = "all_reduce"
+    method: Literal["all_reduce", "all_gather", "sharded", "sparse", "auto"] = "all_reduce"
     """"all_reduce" (sum the statistics; the default at every K), "all_gather" (gather the rows, every rank
     computes everything), "sharded" (gather the rows, each rank computes the statistics of its range of
-    prototypes) or "auto" (the cost rule decides once; the checkpoint keeps the choice).
+    prototypes), "sparse" (gather the rows and their responsibilities above `sparse.threshold`) or "auto" (the
+    cost rule decides once; the checkpoint keeps the choice).
     """
     reduction: Literal["fp32", "fp64", "fixed_order"] = "fp32"
     """"fp32", "fp64" (sums in double precision) or "fixed_order" (bitwise independent of the number of ranks:
@@ -209,5 +221,14 @@ class GmmConfig:
     kmeans_hard: bool = False
     """Whether `sph_kmeans` assigns to the nearest centroid alone."""
     variational: VariationalConfig = field(default_factory=VariationalConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
     synchronization: SynchronizationConfig = field(default_factory=SynchronizationConfig)
     revival: RevivalConfig = field(default_factory=RevivalConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.sparse.threshold > 0 or self.synchronization.method != "sparse",
+            "prototypes.gmm.sparse.threshold",
+            self.sparse.threshold,
+            "more than 0 with synchronization.method=sparse",
+        )

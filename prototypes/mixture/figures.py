@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .exchange import PROBE_SUMS
 from .revival import find_starved
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from .model import Mixture
 
-STEP_SUMS = ("num_bad", "num_probed", "log_likelihood", "log_perplexity")
+STEP_SUMS = (*PROBE_SUMS, "dropped", "sum_weight")
 _TRACED_COMPONENTS = 1024
 _VANISHED_LENGTH = 1e-3
 
@@ -42,6 +43,7 @@ def describe_step(sums: Mapping[str, Tensor]) -> dict[str, float]:
     probed = max(last["num_probed"], 1.0)
     return {
         "gmm/bad_rows": last["num_bad"],
+        "gmm/dropped_mass": last["dropped"] / max(last["sum_weight"], 1.0e-12),
         "gmm/log_likelihood": last["log_likelihood"] / probed,
         "gmm/responsibility_perplexity": float(torch.tensor(last["log_perplexity"] / probed).exp()),
     }

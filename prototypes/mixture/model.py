@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch import Tensor
 from ..config import PrototypesConfig
 from ..estimator import EstimatorContext, LogitKind, PrototypeEstimator, Role
 from ..random_numbers import draw_unit_vectors
-from ..statistics import Collectives, FlatStatistics, full_precision
+from ..statistics import Collectives, full_precision
 from . import moments
 from .annealing import Annealing
 from .assignments import normalise_responsibilities_
 from .forgetting import derive_memory
+from .touched import Components, StepStatistics
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -39,10 +40,20 @@ class Mixture(PrototypeEstimator):
     Tables, fp32, identical on all ranks: `means` [K, P] and the family's own, `counts` n_k (they saturate at
     the memory M), `mixing_weights` pi_k (tracked on their own), `usage` (running share of responsibility),
     and the running moments of the inputs and of the rows.
+
+    Rows and means are shifted by a reference vector near the rows' mean. With sparse steps it is a copy of the running
+    mean, taken every step at first and every `moments.REFERENCE_STEPS` later, and a part of the state: in between, the
+    natural parameters of a component that no row touches stay as they are. Any vector gives the same mixture.
+
+    Attributes:
+        table_names: everything that a step writes.
+        row_tables: those of them of which a step writes the rows of the components it touches, [K, ...].
+        is_sparse: whether steps may leave out negligible responsibilities.
     """
 
     has_components = True
     table_names: tuple[str, ...]
+    row_tables: tuple[str, ...] = ("means",)
     means: Tensor
     counts: Tensor
     mixing_weights: Tensor
@@ -52,6 +63,7 @@ class Mixture(PrototypeEstimator):
     row_mean: Tensor
     row_covariance: Tensor
     is_initialised: bool
+    reference_vector: Tensor
 
     def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
         super().__init__(config)
@@ -63,6 +75,9 @@ class Mixture(PrototypeEstimator):
         self.table_names = tuple(tables)
         for name, tensor in tables.items():
             self.register_buffer(name, tensor)
+        self.is_sparse = self.gmm.sparse.threshold > 0 and self.gmm.forgetting == "responsibility"
+        self.register_buffer("reference_vector", self.row_mean.clone())
+        self._has_reference = False
 
     # ---------------------------------------------------------------- what a family defines
 
@@ -75,24 +90,25 @@ class Mixture(PrototypeEstimator):
         return rows
 
     @abstractmethod
-    def natural_parameters(self, chunk: slice) -> tuple[Float[Tensor, "k F"], Float[Tensor, " k"]]:
-        """Returns (theta, b) of a range of components, without the mixing weights."""
+    def natural_parameters(self, chunk: Components) -> tuple[Float[Tensor, "k F"], Float[Tensor, " k"]]:
+        """Returns (theta, b) of components, without the mixing weights; a function of the state."""
 
     @abstractmethod
     def centre_statistics_(
-        self, chunk: slice, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k M"]
+        self, chunk: Components, mass: Float[Tensor, " k"], statistics: Float[Tensor, "k M"]
     ) -> None:
-        """Moves the statistics of a range of components from the reference to the current means, in place."""
+        """Moves the statistics of components from the reference to the current means, in place."""
 
     @abstractmethod
     def m_step(
         self,
-        chunk: slice,
+        chunk: Components,
         rate: Float[Tensor, " k"],
         mass: Float[Tensor, " k"],
         statistics: Float[Tensor, "k M"],
+        out: dict[str, Tensor],
     ) -> None:
-        """Writes the candidate's parameters of a range of components, from centred statistics."""
+        """Writes new rows of `row_tables` to `out`, from centred statistics; where the rate is 0 the old ones."""
 
     @property
     @abstractmethod
@@ -106,9 +122,14 @@ class Mixture(PrototypeEstimator):
     def reset_components(self) -> None:
         """Sets the family's parameters once the rows' moments are known."""
 
-    def finish_m_step(self, statistics: FlatStatistics) -> None:
-        """Writes what all components share, after `m_step` has run over all of them."""
-        del statistics
+    def finish_m_step(self, statistics: StepStatistics, out: dict[str, Tensor]) -> None:
+        """Writes what all components share, after `m_step` has written `out` of all that have mass."""
+        del statistics, out
+
+    @property
+    def moves_together(self) -> bool:
+        """Whether every step changes the natural parameters of all components, beyond the reference."""
+        return False
 
     @property
     def row_variance(self) -> Float[Tensor, " P"]:
@@ -145,7 +166,17 @@ class Mixture(PrototypeEstimator):
 
     def reference(self) -> Float[Tensor, " P"]:
         """Returns the vector that rows and means are shifted by; equal on all ranks."""
-        return self.row_mean
+        return self.reference_vector if self.keeps_reference else self.row_mean
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the reference is a copy of the running mean, and not the running mean itself."""
+        return self.is_sparse and self._has_reference
+
+    def move_reference(self) -> None:
+        """Sets the reference to the running mean."""
+        self.reference_vector.copy_(self.row_mean)
+        self._has_reference = True
 
     def log_mixing_weights(self, chunk: slice) -> Float[Tensor, " k"]:
         """Returns log pi of a range of components."""
@@ -272,6 +303,17 @@ class Mixture(PrototypeEstimator):
             **moments.initial_moments(self.dim),
             **self.family_tables(),
         }
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores what the base class does; a reference there is after the first step."""
+        super().set_extra_state(state)
+        self._has_reference = self.step > 0
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state; one from before the reference was kept gets its running mean."""
+        if "reference_vector" not in state_dict and "row_mean" in state_dict:
+            state_dict = {**state_dict, "reference_vector": state_dict["row_mean"].clone()}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _moments(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in moments.MOMENT_TABLES}

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _LAST_RATE = 0.01
 """Weight of one step in the running moments once a hundred were seen."""
 
+REFERENCE_STEPS = 100
+"""Steps between two copies of the running mean to the reference vector, once it moves slowly; see `model.Mixture`."""
+
 MOMENT_TABLES = ("input_mean", "input_variance", "row_mean", "row_covariance")
 
 
@@ -27,6 +30,11 @@ def compute_moments_rate(step: int) -> float:
     features of an untrained encoder move fastest.
     """
     return max(_LAST_RATE, 1.0 / (step + 1))
+
+
+def is_reference_step(step: int) -> bool:
+    """Returns whether the reference moves after `step` updates: always while the running mean moves by 1 / (t + 1)."""
+    return compute_moments_rate(step) > _LAST_RATE or step % REFERENCE_STEPS == 0
 
 
 def initial_moments(dim: int) -> dict[str, Tensor]:

@@ -16,32 +16,32 @@ from ..config import PrototypesConfig
 from ..coupling import couple
 from ..estimator import Assignment, EstimatorContext, Observation, Role
 from ..learned import LearnedPrototypes, require_learned
-from ..statistics import Collectives, FlatStatistics, drop_non_finite, full_precision
-from . import initialisation, moments
+from ..statistics import Collectives, FlatStatistics, Handle, drop_non_finite, full_precision
+from . import initialisation, moments, sparse
 from .annealing import CRITICAL_REFRESH_STEPS, Annealing, compute_critical_beta
-from .assignments import count_winners_, probe_assignments
-from .candidate import CandidateTables
-from .exchange import Exchange, choose_method
-from .figures import STEP_SUMS, describe_step, describe_tables, find_vanished, traced
-from .forgetting import forget
+from .exchange import PROBE_SUMS, Entries
+from .expectation import Batch
+from .figures import STEP_SUMS, describe_step, describe_tables, traced
 from .initialisation import Collected
-from .mixing import compute_rates, update_mixing_weights, update_usage
-from .model import Mixture, iterate_chunks
+from .maximisation import UpdatingMixture
+from .publication import Publication
 from .revival import revive_
+from .touched import StepStatistics
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
-LOGITS_BYTES = 256 * 2**20
-_PROBED_ROWS = 16
-_SHORTEST_DIRECTION = 1e-12
+MAX_DROPPED = 1e-3
+"""Share of the rows' mass that a sparse step may leave out."""
+_SPARSE_AGAIN = 0.5
+"""Share of it below which steps are sparse again: at the border they would change places with every batch."""
 
 
-class OnlineMixture(Mixture):
+class OnlineMixture(UpdatingMixture):
     """A mixture that follows the features, step by step.
 
-    A second set of the tables holds the candidate; `accept` swaps the two, `discard` leaves them. The
-    statistics, the logits and the published prototypes are buffers allocated once.
+    A sparse step keeps aside the rows that it will write; `accept` writes them, `discard` drops them. A dense one,
+    of all components, has a second set of the tables for its candidate, and `accept` swaps the two.
     """
 
     traced_means: Tensor
@@ -51,28 +51,20 @@ class OnlineMixture(Mixture):
         self.is_initialised = False
         self.collected = Collected()
         self.register_buffer("traced_means", traced(self.means).clone())
-        self._use_method(
-            choose_method(
-                self.gmm.synchronization,
-                num_prototypes=self.num_prototypes,
-                dim=self.dim,
-                rows_per_rank=context.rows_per_rank,
-                world_size=context.collectives.world_size,
-            )
-        )
-        self._candidate = CandidateTables()
         self._next_scalars: dict[str, Any] | None = None
         self._held: list[tuple[Tensor, Tensor]] = []
         self._num_bad = 0
         self._moments_known = False
-        self._statistics: FlatStatistics | None = None
-        self._logits: Tensor | None = None
-        self._published: Tensor | None = None
-        self._vanished: Tensor | None = None
-        self._is_published = False
-        self._hits: Tensor | None = None
+        self._is_dense = True
+        self._unread_share: Tensor | None = None
+        self._batch: Batch | None = None
+        self._table: FlatStatistics | None = None
+        self._totals: FlatStatistics | None = None
+        self._found: StepStatistics | None = None
+        self._publication = Publication()
         self._before_revival: dict[str, Tensor] | None = None
         self._last: dict[str, Tensor] = {}
+        self._last_mass: Tensor | None = None
         self._last_rows: Tensor | None = None
 
     # ---------------------------------------------------------------- one step
@@ -92,7 +84,7 @@ class OnlineMixture(Mixture):
         responsibilities, which are per row.
         """
         del group
-        rows, kept_weight, num_bad = drop_non_finite(projections.detach().float(), weight)
+        rows, kept_weight, num_bad = drop_non_finite(projections.detach().float(), weight, self._read)
         self._held.append((rows, rows.new_ones(len(rows)) if kept_weight is None else kept_weight.float()))
         self._num_bad += num_bad
         if not is_last:
@@ -106,64 +98,156 @@ class OnlineMixture(Mixture):
         inputs, weight = self.exchange.share_rows(inputs, weight)
         if not self.is_initialised:
             self._initialise_moments(inputs, weight)
-        rows = self.preprocess(inputs)
-        statistics = self._make_room(len(rows))
-        assert self._hits is not None
-        self._hits.zero_()
+        batch = self._batch = Batch(inputs, self.preprocess(inputs), weight)
         self._before_revival = None
         init = self.gmm.init
         is_standing = initialisation.is_standing(init, self.num_prototypes, self.collected)
         is_collecting = is_standing and initialisation.is_collecting(
             init, self.step, self.context.total_steps
         )
+        handle: Handle
+        if is_standing or self._is_dense or not self.may_be_sparse():
+            handle = self._start_dense(batch, is_standing)
+        else:
+            handle = self._start_sparse(batch)
+        self._last_rows = batch.rows if self.gmm.revival.method == "reseed" else None
+        return Observation(handle, self._gather_if_local(batch.rows) if is_collecting else None)
+
+    def _start_dense(self, batch: Batch, is_standing: bool) -> Handle:
+        """Starts the exchange of all components' statistics. Collective."""
+        self._found, self._natural, self._natural_is_current = None, None, False
+        statistics = self._make_table()
         if is_standing:
+            self.begin_batch(0)
             statistics.flat.zero_()
         else:
-            self._accumulate(rows, weight, statistics)
-        statistics.sums["sum_weight"].copy_(weight.sum())
-        moments.accumulate_moments_(statistics.sums, inputs, rows, weight, self._moments())
-        handle = self.exchange.start(statistics, self._num_bad)
-        self._last_rows = rows if self.gmm.revival.method == "reseed" else None
-        return Observation(handle, self._gather_if_local(rows) if is_collecting else None)
+            self.sum_all_(batch, statistics)
+        self._sum_moments(batch, statistics)
+        return self.exchange.start(statistics, self._num_bad)
+
+    def _start_sparse(self, batch: Batch) -> Handle:
+        """Starts the exchange of the statistics of the components that the batch touches. Collective."""
+        self._candidate_rows.clear()
+        if not self.exchange.needs_table:
+            self._table = None
+        if self._totals is None:
+            self._totals = FlatStatistics(0, self.num_statistics, self.dim, self.means.device)
+        statistics = self._make_table() if self.exchange.needs_table else self._totals
+        responsibilities = self.find_responsibilities(batch, statistics.sums)
+        if self.exchange.method == "sparse":
+            return self.exchange.start_entries(
+                batch.inputs, batch.weight, responsibilities, statistics.sums, self._num_bad
+            )
+        self._found = found = self.sum_found(
+            responsibilities.component, responsibilities.gamma, batch, statistics.sums
+        )
+        if self.exchange.needs_table:
+            statistics.mass.copy_(found.all_masses)
+            statistics.moments.zero_()
+            statistics.moments[found.components] = found.moments
+        self._sum_moments(batch, statistics)
+        return self.exchange.start(statistics, self._num_bad)
+
+    def _sum_moments(self, batch: Batch, statistics: FlatStatistics) -> None:
+        statistics.sums["sum_weight"].copy_(batch.weight.sum())
+        moments.accumulate_moments_(statistics.sums, batch.inputs, batch.rows, batch.weight, self._moments())
 
     @torch.no_grad()
     def commit(self, observation: Observation) -> None:
-        """Waits for the statistics, writes the M-step into the candidate, publishes its prototypes."""
-        if observation.handle is None or self._statistics is None:
+        """Waits for the statistics, writes the M-step into the candidate, publishes its prototypes; see `_receive`."""
+        if observation.handle is None or self._batch is None:
             raise ValueError(
                 "observation has no reduction; expected that of the call with is_last=True; pass it"
             )
         with full_precision(self.means.device):
-            observation.handle.wait()
-            self._candidate.allocate(self, self.table_names)
+            statistics = self._receive(observation.handle)
+            is_dense = isinstance(statistics.components, slice)
             self._next_scalars = {"is_initialised": self.is_initialised or self._moments_known}
-            sums = self._statistics.sums
-            rate = moments.compute_moments_rate(self.step)
-            self._candidate.write(moments.update_moments(self._moments(), sums, sums["sum_weight"], rate))
-            self._update_components(self._statistics)
+            if self.may_be_sparse():
+                self._next_scalars["_is_dense"] = is_dense
+                self._next_scalars["_unread_share"] = statistics.dropped_share
+            self.update_components(statistics)
             if observation.rows is not None:
                 self._place(observation.rows)
-            self._publish(self._candidate["means"])
+            self._publish_candidate()
+        sums = statistics.sums
         self._last = {name: sums[name].clone() for name in STEP_SUMS}
+        if is_dense:
+            self._last["dropped"].zero_()
+        self._last_mass, self._batch = statistics.all_masses, None
+
+    def _read(self, num_bad: Tensor) -> int:
+        """Returns a number of rows, and learns at once what the step before has left out. Waits for the device."""
+        if self._unread_share is None:
+            return int(num_bad)
+        number, share = torch.stack([num_bad.to(self._unread_share.dtype), self._unread_share]).tolist()
+        self._decide(share)
+        return int(number)
+
+    def _decide(self, share: float) -> None:
+        """Makes the next step dense or sparse by what the last one has left out, or would have."""
+        self._is_dense = not share <= MAX_DROPPED * (_SPARSE_AGAIN if self._is_dense else 1.0)
+        self._unread_share = None
+
+    def _receive(self, handle: Handle) -> StepStatistics:
+        """Returns the statistics of all ranks. Collective.
+
+        On a CPU a sparse step that would leave out too much is taken again with all components. A GPU would have to
+        be waited for: there the step after it is dense, and all ranks know it from the same sum.
+        """
+        assert self._batch is not None
+        gathered = handle.wait()
+        if isinstance(handle, Entries):
+            statistics = self._receive_entries(handle, gathered)
+        elif self._found is None or self.exchange.needs_table:
+            table = self._make_table()
+            is_dense = self._found is None
+            components = slice(0, self.num_prototypes) if is_dense else table.mass.nonzero().squeeze(1)
+            statistics = StepStatistics(
+                components, table.mass[components], table.moments[components], table.mass, table.sums
+            )
+        else:
+            statistics = self._found
+        is_sparse = isinstance(statistics.components, Tensor)
+        if is_sparse and sparse.may_wait(self.means.device) and not statistics.dropped_share <= MAX_DROPPED:
+            return self._receive(self._start_dense(self._batch, is_standing=False))
+        return statistics
+
+    def _receive_entries(self, handle: Entries, gathered: Float[Tensor, "M F"]) -> StepStatistics:
+        assert self._totals is not None
+        inputs, weight, dropped, index, gamma = handle.unpack(gathered)
+        batch = Batch(inputs, self.preprocess(inputs), weight)
+        sums = self._totals.sums
+        for name, value in zip(PROBE_SUMS, handle.sums, strict=True):
+            sums[name].copy_(value)
+        sums["dropped"].copy_(weight @ dropped)
+        self._sum_moments(batch, self._totals)
+        return self.sum_found(index, gamma, batch, sums)
 
     def accept(self) -> None:
-        """Swaps candidate and state, and advances beta."""
+        """Makes the candidate the state, and advances beta."""
         assert self._next_scalars is not None, "accept() without commit()"
-        self._candidate.swap(self)
+        self.accept_candidate()
+        self._publication.settle()
         for name, value in self._next_scalars.items():
             setattr(self, name, value)
         if "collected" in self._next_scalars:
             self._begin_from_rows()
-        self._forget_observations()
         self.step += 1
+        if not self._has_reference or moments.is_reference_step(self.step):
+            self.move_reference()
+            self._natural_is_current = False
+        elif self._touched_rows is not None:
+            self.refresh_natural_(self._touched_rows.components)
+        self._forget_observations()
         if self.step % CRITICAL_REFRESH_STEPS == 0 and self.is_initialised:
             self.annealing.beta_critical = compute_critical_beta(self.row_covariance)
         self.annealing.advance(self.step)
 
     def discard(self) -> None:
         """Leaves the state; the published prototypes are the state's again."""
+        self._publication.take_back()
         self._forget_observations()
-        self._is_published = False
         if not self.is_initialised:
             self._reset_tables()
 
@@ -181,24 +265,21 @@ class OnlineMixture(Mixture):
         After `commit` those of the candidate, C^t; before, those of the state. The tensor is overwritten by
         the next `commit`. With a coupling, the means mixed with `learned`; see `coupling.py`.
         """
-        if not self._is_published:
-            self._publish(self.means)
-        assert self._published is not None
+        published = self._publication.read(self)
         if self.config.coupling.strength == 0:
-            return self._published
-        mixed = couple(require_learned(learned), self._published, self.config.coupling.strength)
+            return published
+        mixed = couple(require_learned(learned), published, self.config.coupling.strength)
         return mixed.detach() if role == "teacher" else mixed
 
     def assignment(self) -> Assignment | None:
         """Returns rows won and mass of the last E-step; see the base class."""
-        assert self._hits is not None and self._statistics is not None, "assignment() without observe()"
+        assert self._hits is not None and self._last_mass is not None, "assignment() without commit()"
         is_first = self.context.collectives.rank == 0
-        return Assignment(self._hits * self.exchange.counts_rows, self._statistics.mass * is_first)
+        return Assignment(self._hits * self.exchange.counts_rows, self._last_mass * is_first)
 
     def find_vanished(self) -> Bool[Tensor, " K"]:
-        """Returns which published means have shrunk away; see `mixture_figures.find_vanished`."""
-        assert self._vanished is not None, "find_vanished() without prototypes()"
-        return self._vanished
+        """Returns which published means have shrunk away; see `figures.find_vanished`."""
+        return self._publication.find_vanished(self)
 
     @torch.no_grad()
     def reseed(self, step: int) -> int:
@@ -211,7 +292,7 @@ class OnlineMixture(Mixture):
             return 0
         rows = None if self._last_rows is None else self._gather_if_local(self._last_rows)
         self._before_revival = describe_tables(self, self.traced_means)
-        self._is_published = False
+        self.forget_derived()
         return revive_(self, rows, config, seed=self.context.seed, step=step)
 
     def metrics(self) -> dict[str, float]:
@@ -225,13 +306,16 @@ class OnlineMixture(Mixture):
     # ---------------------------------------------------------------- state
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Returns the base class's entries and the scalars of schedule, start and exchange."""
+        """Returns the base class's entries and the scalars of schedule, start and exchange; waits for the device."""
+        if self._unread_share is not None:
+            self._decide(float(self._unread_share))
         return {
             **super().get_extra_state(),
             **self.annealing.state(),
             "is_initialised": self.is_initialised,
             "num_seen": self.collected.seen,
             "num_placed": self.collected.placed,
+            "is_dense": self._is_dense,
             "synchronization": self.exchange.method,
         }
 
@@ -242,77 +326,30 @@ class OnlineMixture(Mixture):
         self.is_initialised = bool(state["is_initialised"])
         self.collected = Collected(int(state["num_seen"]), int(state["num_placed"]))
         if self.gmm.synchronization.method == "auto":
-            self._use_method(str(state["synchronization"]))
+            self.exchange = self.choose_exchange(str(state["synchronization"]))
+        self._is_dense, self._unread_share = bool(state.get("is_dense", True)), None
         self._forget_observations()
-        self._is_published = False
+        self.forget_derived()
 
-    def _use_method(self, method: str) -> None:
-        self.exchange = Exchange(
-            self.gmm.synchronization, self.context.collectives, self.num_prototypes, method
-        )
+    def forget_derived(self) -> None:
+        """Marks what is computed from the tables as out of date, after somebody has written to them."""
+        self._natural_is_current = False
+        self._publication.is_current = False
 
-    def _make_room(self, num_rows: int) -> FlatStatistics:
-        """Returns the statistics' buffer, allocated once, and makes room for the logits."""
-        own = self.exchange.own.stop - self.exchange.own.start
-        rows_per_chunk = max(1, min(num_rows, LOGITS_BYTES // (4 * own)))
-        if self._logits is None or self._logits.shape != (rows_per_chunk, own):
-            self._logits = torch.empty(rows_per_chunk, own, device=self.means.device)
-        if self._statistics is None:
-            self._statistics = FlatStatistics(
+    def _make_table(self) -> FlatStatistics:
+        """Returns the statistics' buffer of all components, allocated once."""
+        if self._table is None:
+            self._table = FlatStatistics(
                 self.num_prototypes, self.num_statistics, self.dim, self.means.device
             )
-            self._hits = torch.zeros(self.num_prototypes, device=self.means.device)
-        return self._statistics
-
-    # ---------------------------------------------------------------- E-step
-
-    def _accumulate(
-        self, rows: Float[Tensor, "N P"], weight: Float[Tensor, " N"], statistics: FlatStatistics
-    ) -> None:
-        """E-step and statistics w_k = sum_i gamma_ik, S_k = sum_i gamma_ik s(h_i - m), then centred."""
-        assert self._logits is not None and self._hits is not None
-        own, across = self.exchange.own, self.exchange.reduce_over_prototypes()
-        mass, sums = statistics.mass[own].zero_(), statistics.moments[own]
-        statistics.tail.zero_()
-        if len(rows) == 0:
-            sums.zero_()
-        shifted = rows - self.reference()
-        features = self.row_features(shifted)
-        observed = self.row_statistics(shifted) * weight[:, None]
-        penalty = self._balance_penalty()
-        for start in range(0, len(rows), len(self._logits)):
-            part = features[start : start + len(self._logits)]
-            log_joint = self._log_joint(part, own, out=self._logits[: len(part)])
-            if start == 0:
-                self._probe(log_joint[:_PROBED_ROWS], statistics, penalty, across)
-            gamma = self.assign_(log_joint, penalty, across)
-            own_rows = slice(start, start + len(part))
-            count_winners_(self._hits[own], gamma, weight[own_rows], across)
-            mass.addmv_(gamma.T, weight[own_rows])
-            torch.addmm(sums, gamma.T, observed[own_rows], beta=0 if start == 0 else 1, out=sums)
-        for chunk in iterate_chunks(own, self.means.device):
-            self.centre_statistics_(chunk, statistics.mass[chunk], statistics.moments[chunk])
-
-    def _probe(
-        self,
-        log_joint: Float[Tensor, "N K"],
-        statistics: FlatStatistics,
-        penalty: Float[Tensor, " K"] | None,
-        across: Collectives | None,
-    ) -> None:
-        probe = probe_assignments(log_joint, self.annealing.beta, penalty, across)
-        statistics.sums["num_probed"].fill_(float(len(log_joint)))
-        statistics.sums["log_likelihood"].copy_(probe.log_likelihood)
-        statistics.sums["log_perplexity"].copy_(probe.log_perplexity)
+        return self._table
 
     def _gather_if_local(self, rows: Float[Tensor, "N P"]) -> Float[Tensor, "M P"]:
-        is_local = self.exchange.method == "all_reduce"
-        return self.context.collectives.gather_rows(rows) if is_local else rows
+        return self.context.collectives.gather_rows(rows) if self.exchange.is_local else rows
 
     def _initialise_moments(self, inputs: Float[Tensor, "N P"], weight: Float[Tensor, " N"]) -> None:
         """Sets the running moments from the first global batch: its E-step needs them already."""
-        is_local = self.exchange.method == "all_reduce"
-        collectives = self.context.collectives if is_local else Collectives()
+        collectives = self.context.collectives if self.exchange.is_local else Collectives()
         number = collectives.start_sum(weight.sum()).wait()
         self._moments_known = bool(number > 0)
         if not self._moments_known:
@@ -330,45 +367,14 @@ class OnlineMixture(Mixture):
             setattr(self, name, tensor.to(self.means.device))
         self.annealing = Annealing(self.gmm.beta, self.context.total_steps)
         self._moments_known = False
+        self.forget_derived()
 
-    # ---------------------------------------------------------------- M-step
-
-    def _update_components(self, statistics: FlatStatistics) -> None:
-        # While the means wait for rows there is no mass: nothing is forgotten either.
-        num_rows = torch.where(statistics.mass.sum() > 0, statistics.sums["sum_weight"], 0.0)
-        forgetting = forget(self.gmm, self.memory, self.counts, statistics.mass, num_rows)
-        weight_rate, usage_rate = compute_rates(statistics.mass, self.context.num_observations_per_epoch)
-        usage = update_usage(self.usage, statistics.mass, usage_rate)
-        weights = update_mixing_weights(
-            self.gmm.mixing_weights, self.mixing_weights, statistics.mass, weight_rate
-        )
-        self._candidate.write({"counts": forgetting.counts, "usage": usage, "mixing_weights": weights})
-        for chunk in iterate_chunks(slice(0, self.num_prototypes), self.means.device):
-            self.m_step(chunk, forgetting.rate[chunk], statistics.mass[chunk], statistics.moments[chunk])
-        if forgetting.shrink is not None:
-            self._candidate["means"].mul_(forgetting.shrink[:, None])
-        self.finish_m_step(statistics)
-
-    def divide_by_mass(self, rate: Float[Tensor, " k"], mass: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        """Returns rho / w, exactly 0 where the rate is 0."""
-        return torch.where(rate > 0, rate / mass.clamp_min(1e-30), 0.0)
-
-    def move_means(
-        self,
-        chunk: slice,
-        rate: Float[Tensor, " k"],
-        mass: Float[Tensor, " k"],
-        first: Float[Tensor, "k P"],
-    ) -> Float[Tensor, "k P"]:
-        """Writes mu + rho T1 / w to the candidate and returns the move rho T1 / w."""
-        move = first * self.divide_by_mass(rate, mass)[:, None]
-        torch.add(self.means[chunk], move, out=self._candidate["means"][chunk])
-        return move
+    # ---------------------------------------------------------------- after the step
 
     def _place(self, rows: Float[Tensor, "N P"]) -> None:
         assert self._next_scalars is not None
         self._next_scalars["collected"] = initialisation.place_rows_(
-            self._candidate["means"], rows, self.gmm.init, self.collected
+            self._candidate_rows["means"], rows, self.gmm.init, self.collected
         )
 
     def _begin_from_rows(self) -> None:
@@ -377,17 +383,14 @@ class OnlineMixture(Mixture):
         if self.collected.seen == self.num_prototypes:
             self.reset_components()
 
-    def _publish(self, means: Float[Tensor, "K P"]) -> None:
-        if self._published is None:
-            self._published = torch.empty_like(self.means)
-        norms = torch.linalg.vector_norm(means, dim=1)
-        self._vanished = find_vanished(norms, self)
-        # A row that is too short for a direction is published as zeros: it is no unit row.
-        lengths = torch.where(norms >= _SHORTEST_DIRECTION, norms, torch.inf)
-        torch.div(means, lengths[:, None], out=self._published)
-        self._is_published = True
-
-    # ---------------------------------------------------------------- after the step
+    def _publish_candidate(self) -> None:
+        if self._touched_rows is None:
+            self._publication.publish(self._candidate_rows["means"])
+        else:
+            self._publication.publish_rows(
+                self, self._touched_rows.components, self._touched_rows.rows["means"]
+            )
 
     def _forget_observations(self) -> None:
         self._held, self._num_bad, self._next_scalars = [], 0, None
+        self._batch, self._touched_rows = None, None

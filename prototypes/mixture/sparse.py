@@ -66,6 +66,15 @@ class SparseResponsibilities(NamedTuple):
     log_normaliser: Tensor
 
 
+def may_wait(device: torch.device) -> bool:
+    """Returns whether a program may read on the way what it has just computed: where that takes no time, on a CPU.
+
+    On a GPU sizes are fixed beforehand and scalars are read with those of the next step. Tests run that program on
+    a CPU too.
+    """
+    return device.type == "cpu"
+
+
 def make_logit_blocks(num_rows: int, num_components: int, device: torch.device) -> Float[Tensor, "N C B"]:
     """Returns room for logits [N, K], in blocks of components; the places beyond K hold -inf and stay untouched."""
     size = min(_BLOCK, num_components)
@@ -83,11 +92,11 @@ def find_top_logits(
         blocks: from `make_logit_blocks`, filled.
         threshold: of the responsibility; 0 keeps the largest, however small.
         largest: most places of a row.
-        fixed: always `largest` places and one top-k, so that no size is waited for; None: where the blocks are not
-            on the CPU. Otherwise only blocks of components whose maximum is near the row's are looked at, and there
-            are as many places as the fullest row needs.
+        fixed: always `largest` places and one top-k, so that no size is waited for; None: on a GPU. Otherwise only
+            blocks of components whose maximum is near the row's are looked at, and there are as many places as the
+            fullest row needs.
     """
-    if blocks.device.type != "cpu" if fixed is None else fixed:
+    if not may_wait(blocks.device) if fixed is None else fixed:
         logits = blocks.flatten(1)
         logit, index = logits.topk(min(largest, logits.shape[1]), dim=1)
         row_max = logit[:, 0]

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from prototypes.build import build_estimator
-from prototypes.mixture.config import InitialisationConfig, RevivalConfig, SynchronizationConfig
+from prototypes.mixture.config import (
+    InitialisationConfig,
+    RevivalConfig,
+    SynchronizationConfig,
+    VarianceConfig,
+)
 from tests.helpers.ranks import run_ranks
 from tests.unit.prototypes.building import MIXTURES, clustered_rows, make_config, take_step
 
@@ -35,6 +40,9 @@ def make_cases(world_size):
         "all_gather_by_sums": (sync(base, method="all_gather"), uneven, False),
         "sharded": (sync(base, method="sharded"), even, True),
         "sharded_empty": (sync(base, method="sharded"), empty, False),
+        "sparse": (sync(base, method="sparse"), even, True),
+        "sparse_uneven": (sync(base, method="sparse"), uneven, False),
+        "sparse_empty": (sync(base, method="sparse"), empty, True),
         "auto": (sync(base, method="auto"), even, True),
         "fp64": (sync(base, reduction="fp64"), uneven, True),
         "fixed_order": (sync(base, method="all_gather", reduction="fixed_order"), uneven, True),
@@ -111,3 +119,44 @@ def test_ranks_equal_one_rank_on_the_concatenation(world_size, tmp_path, record_
                 msg=lambda text, name=name, key=key: f"{name}.{key}: {text}",
             )
         record_property(f"{name}, error", worst)
+
+
+@pytest.mark.learned
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gathered_responsibilities_are_the_sum_of_statistics(world_size, tmp_path, record_property):
+    """Fifty steps, empty ranks included: equal to the all-reduce within 1e-5, replicas equal bit for bit."""
+    num_steps, sharp = 50, VarianceConfig(floor=0.05, shrinkage=0.0)
+    steps = [clustered_rows(BATCH, 8, num_clusters=20, seed=seed) for seed in range(num_steps)]
+    splits = [
+        [BATCH, *([0] * (world_size - 1))] if step % 3 == 0 else [BATCH // world_size] * world_size
+        for step in range(num_steps)
+    ]
+    cases = {
+        method: make_config(
+            64, 8, size=4, variance=sharp, synchronization=SynchronizationConfig(method=method)
+        )
+        for method in ("all_reduce", "sparse")
+    }
+    recorded = {
+        name: {"config": config, "steps": steps, "splits": splits, "gather": True}
+        for name, config in cases.items()
+    }
+    torch.save(recorded, tmp_path / "stream.pt")
+    run_ranks(
+        "tests.distributed.estimator_ranks",
+        [str(tmp_path / "stream.pt"), str(tmp_path)],
+        world_size,
+        log_dir=tmp_path / "logs",
+    )
+    ranks = [torch.load(tmp_path / f"state-{rank}.pt", weights_only=False) for rank in range(world_size)]
+    worst = 0.0
+    for key, value in ranks[0]["sparse"].items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        for other in ranks[1:]:
+            assert torch.equal(value, other["sparse"][key]), key
+        expected = ranks[0]["all_reduce"][key]
+        worst = max(worst, float(((value - expected).abs() / (1 + expected.abs())).max()))
+    record_property("error", worst)
+    assert worst <= 1e-5
+    assert not ranks[0]["sparse"]["_extra_state"]["is_dense"]

@@ -69,7 +69,7 @@ def set_state(estimator, **tables):
     for name, value in tables.items():
         getattr(estimator, name).copy_(torch.as_tensor(value, dtype=torch.float32))
     estimator.is_initialised = True
-    estimator._is_published = False
+    estimator.forget_derived()
     return estimator
 
 

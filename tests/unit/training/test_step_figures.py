@@ -95,7 +95,7 @@ def test_uniqueness_usage_and_starvation_are_counted_before_the_revival(method):
         assert training_step.usage.by_assignment.sum() == ROWS
         if winners is not None:
             assert torch.equal(training_step.usage.by_assignment, winners.double())
-            torch.testing.assert_close(training_step.usage.mass, expected._statistics.mass.double())
+            torch.testing.assert_close(training_step.usage.mass, expected.assignment().mass.double())
         training_step.usage.reset()
         assert estimator.metrics() == expected.metrics()
         starved = float(find_starved(expected.usage).float().mean())

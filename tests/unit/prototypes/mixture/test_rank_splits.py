@@ -10,7 +10,7 @@ from prototypes.mixture.config import SynchronizationConfig
 from tests.unit.prototypes.building import MIXTURES, build, clustered_rows, make_config, take_step, tensors
 from tests.unit.prototypes.lockstep import Lockstep
 
-METHODS = ("all_reduce", "all_gather", "sharded")
+METHODS = ("all_reduce", "all_gather", "sharded", "sparse")
 NUM_STEPS = 3
 
 
