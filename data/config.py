@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 RecipeName = Literal["dino", "carp", "grayscale-small", "none"]
 SamplerName = Literal["uniform", "class_balanced", "square_root"]
@@ -11,6 +11,9 @@ SamplerName = Literal["uniform", "class_balanced", "square_root"]
 _Probability = Annotated[float, "[0, 1]"]
 _Share = Annotated[float, "(0, 1]"]
 _Sigma = Annotated[float, "[0.01, 100]"]
+# A masked crop keeps a patch.
+_Part = Annotated[float, "[0, 0.99]"]
+_Aspect = Annotated[float, "[0.01, 100]"]
 
 # Pillow's own warning level for decompression bombs: a quarter of a gigabyte of RGB.
 MAX_IMAGE_PIXELS = 89_478_485
@@ -117,6 +120,78 @@ class AugmentationConfig:
             _require(values is None or bool(values), f"augmentation.{name}", "empty", "a probability or more")
 
 
+MaskKind = Literal["none", "block", "inverse_block"]
+
+
+class _UsualMasks(NamedTuple):
+    """What nulls of `MaskConfig` stand for."""
+
+    crops: float
+    ratio: tuple[float, float]
+    aspect: tuple[float, float]
+    predicted: float
+
+
+_USUAL_MASKS: dict[str, _UsualMasks] = {
+    # DINOv2 (Oquab et al. 2023): official code's defaults.
+    "block": _UsualMasks(0.5, (0.1, 0.5), (0.3, 1 / 0.3), 1.0),
+    # CAPI (Darcet et al. 2025): official code's defaults.
+    "inverse_block": _UsualMasks(1.0, (0.65, 0.65), (0.5, 2.0), 0.05),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which patches of a global crop the student does not see, for objectives that predict them; null: the kind's."""
+
+    kind: MaskKind = "none"
+    """`block`: a union of rectangles (iBOT, DINOv2); `inverse_block`: all but a rectangle that may go over the borders
+    (CAPI).
+    """
+    patch_size: Annotated[int, "[1, 1e4]"] = 16
+    """Side of a patch in pixels: the model's."""
+    crops: _Probability | None = None
+    """Probability that a global crop is masked. Null: .5 for blocks, 1 for inverse blocks."""
+    ratio: tuple[_Part, _Part] | None = None
+    """Smallest and largest share of a masked crop's patches that is hidden. Null: .1 .. .5 for blocks, .65 for inverse
+    blocks. Blocks hide a few patches fewer; inverse blocks need one number, twice.
+    """
+    aspect: tuple[_Aspect, _Aspect] | None = None
+    """Smallest and largest height by width of a rectangle. Null: .3 .. 3.33 for blocks, .5 .. 2 for inverse blocks."""
+    min_patches: Annotated[int, "[1, 1e6]"] = 4
+    """Smallest area of a rectangle of `block`, in patches; iBOT takes the square of a third of the grid's side."""
+    predicted: _Share | None = None
+    """Share of the hidden patches that is predicted. Null: 1 for blocks, .05 for inverse blocks."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, one line, for ranges in the wrong order."""
+        for name in ("ratio", "aspect"):
+            pair = getattr(self, name)
+            _require(pair is None or pair[0] <= pair[1], f"masks.{name}", pair, "smallest <= largest")
+        same = self.kind != "inverse_block" or self.ratio is None or self.ratio[0] == self.ratio[1]
+        _require(same, "masks.ratio", self.ratio, "one number, twice, with inverse_block")
+
+    @property
+    def resolved_crops(self) -> float:
+        """Probability that a global crop is masked."""
+        return _USUAL_MASKS[self.kind].crops if self.crops is None else self.crops
+
+    @property
+    def resolved_ratio(self) -> tuple[float, float]:
+        """Smallest and largest hidden share of a masked crop."""
+        return _USUAL_MASKS[self.kind].ratio if self.ratio is None else self.ratio
+
+    @property
+    def resolved_aspect(self) -> tuple[float, float]:
+        """Smallest and largest height by width of a rectangle."""
+        return _USUAL_MASKS[self.kind].aspect if self.aspect is None else self.aspect
+
+    @property
+    def resolved_predicted(self) -> float:
+        """Share of the hidden patches that is predicted."""
+        return _USUAL_MASKS[self.kind].predicted if self.predicted is None else self.predicted
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The training images and what is cut from them."""
@@ -144,6 +219,7 @@ class DataConfig:
     alone). A preset of `data.augmentation`, whose options replace its values one by one.
     """
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
     channels: Literal[1, 3] = 3
     """3 decodes every image to RGB, 1 to grey values (cheaper where the images are grey)."""
     num_global_crops: Annotated[int, "[1, 100]"] = 2
@@ -191,6 +267,10 @@ class DataConfig:
             values = getattr(self, name)
             rule = f"one number or {self.channels}, as data.channels is {self.channels}"
             _require(len(values) in (1, self.channels), name, values, rule)
+        patch = self.masks.patch_size
+        fits = self.masks.kind == "none" or self.global_crop_size % patch == 0
+        rule = f"a multiple of data.masks.patch_size ({patch})"
+        _require(fits, "global_crop_size", self.global_crop_size, rule)
         _require(bool(self.shards), "shards", repr(self.shards), "a folder of shards")
         _require(bool(self.split), "split", repr(self.split), "the name of a split")
 

@@ -20,6 +20,7 @@ from data.stream.workers import measure_rss_mib
 from data.views.collate import BatchPart, SharedCrops
 from data.views.cropping import Cropper
 from data.views.decoding import BadImageError, decode_image, find_image
+from data.views.masking import draw_masks
 
 # Decoded images wait together for their crops, whose boxes are drawn in one go; this many bytes of pixels at most.
 _GROUP_BYTES = 32 * 1024 * 1024
@@ -120,6 +121,7 @@ class LaneDataset(IterableDataset):
             used={lane: reader.used for lane, reader in lanes.items()},
             skipped=skipped,
             rss_mib=self._check_memory(),
+            masks=draw_masks(self.config, seeds),
         )
 
     def _next_good(self, lane: LaneReader, skipped: list[str]) -> tuple[Element, str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.views.cropping import allocate_crops
+from data.views.masking import Masks, join_masks
 
 
 @dataclass
@@ -28,6 +29,8 @@ class CropBatch:
         position: where this rank stands after this batch; see `data.stream.pipeline.merge_positions`.
         skipped: names of the samples that were passed over for this batch, with the reason.
         worker_rss_mib: largest resident memory of the processes that loaded this batch.
+        masks: which patches of the global crops are hidden and predicted, where `data.masks` asks for some; they stay
+            on the CPU, where hidden patches are counted without waiting for a device.
     """
 
     global_crops: Tensor
@@ -38,6 +41,7 @@ class CropBatch:
     position: dict[str, Any]
     skipped: list[str] = field(default_factory=list)
     worker_rss_mib: float = 0.0
+    masks: Masks | None = None
 
     def to(self, device: torch.device | str) -> CropBatch:
         """Returns the batch with its crops on a device, copied without waiting where memory is pinned."""
@@ -61,6 +65,7 @@ class BatchPart:
         skipped: names and reasons.
         rss_mib: the worker's resident memory.
         error: a message that ends the run, instead of samples.
+        masks: of its samples, if any are asked for.
     """
 
     rows: list[int]
@@ -71,6 +76,7 @@ class BatchPart:
     skipped: list[str]
     rss_mib: float
     error: str = ""
+    masks: Masks | None = None
 
 
 class SharedCrops:
@@ -126,4 +132,5 @@ def collate_parts(
             keys[row] = key
     skipped = [name for part in parts for name in part.skipped]
     rss = max(part.rss_mib for part in parts)
-    return CropBatch(*crops, seeds, keys, sample_ids, position, skipped, rss)
+    masks = join_masks([part.masks for part in parts], [part.rows for part in parts])
+    return CropBatch(*crops, seeds, keys, sample_ids, position, skipped, rss, masks)

@@ -11,7 +11,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data.config import DataConfig
+from data.config import DataConfig, MaskConfig
 from data.verify_shards import write_manifests
 
 MakeSet = Callable[..., str]
@@ -70,6 +70,7 @@ def make_config() -> MakeConfig:
             "num_workers": 0,
             "num_lanes": 4,
             "shuffle_window": 3,
+            "masks": MaskConfig(kind="block", patch_size=2, crops=0.8, predicted=0.5),
         }
         return DataConfig(**{**values, **changes})
 

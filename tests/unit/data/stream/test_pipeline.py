@@ -19,7 +19,7 @@ UNEVEN = [7, 3, 7, 3, 7, 3, 7, 3]
 
 
 def read_steps(config, *, steps, world_size=1, batch=8, micro=None, position=None, seed=0):
-    """Returns what every step showed (sample id, key, seed, pixels), by slot, and the merged position."""
+    """Returns what every step showed (sample id, key, seed, pixels, masks), by slot, and the merged position."""
     micro = micro or batch // world_size
     by_step = [[None] * batch for _ in range(steps)]
     parts = []
@@ -38,13 +38,19 @@ def read_steps(config, *, steps, world_size=1, batch=8, micro=None, position=Non
             rows = []
             for _ in range(batch // (micro * world_size)):
                 last = next(batches)
-                crops = last.global_crops.flatten(2).sum(-1).T.tolist()
-                ids, seeds = last.sample_ids.tolist(), last.seeds.tolist()
-                rows += zip(ids, last.keys, seeds, map(tuple, crops), strict=True)
+                rows += list_samples(last)
             by_step[step][rank::world_size] = rows
         stream.close()
         parts.append(last.position)
     return by_step, json.loads(json.dumps(merge_positions(parts)))
+
+
+def list_samples(batch):
+    """Returns a tuple for each sample of a batch: id, key, seed, sums over pixels, masks."""
+    crops = batch.global_crops.flatten(2).sum(-1).T.tolist()
+    masks = torch.stack([batch.masks.hidden, batch.masks.predicted]).transpose(0, 2).tolist()
+    ids, seeds = batch.sample_ids.tolist(), batch.seeds.tolist()
+    return list(zip(ids, batch.keys, seeds, map(tuple, crops), masks, strict=True))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -79,9 +85,7 @@ def test_processes_that_run_ahead_leave_the_micro_batch_being_taken_alone(make_s
     stream._start = receive_slowly
     for _ in range(6):
         batch = next(batches)
-        crops = batch.global_crops.flatten(2).sum(-1).T.tolist()
-        ids, seeds = batch.sample_ids.tolist(), batch.seeds.tolist()
-        found.append(list(zip(ids, batch.keys, seeds, map(tuple, crops), strict=True)))
+        found.append(list_samples(batch))
         time.sleep(0.1)
     stream.close()
     assert found == inline
