@@ -8,7 +8,7 @@ FASHION := $(DATASETS)/fashion-mnist
 DEMO := configs/pretrain_vit-mini_fashion-mnist_full.yaml
 FAST := not slow and not slurm and not browser
 
-.PHONY: help demo test test-isa test-all audit audit-all slow-tools lint format bench options clean
+.PHONY: help demo test test-isa test-all audit audit-all slow-tools lint format bench gpu-check options clean
 
 help:
 	@echo "make demo      install, fetch Fashion-MNIST, pretrain a small ViT, evaluate, write the report"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint      ruff and mypy;   make format    ruff format"
 	@echo "make audit     the collapse audit: six arms, three seeds;  make audit-all  ablations, estimators, long tails"
 	@echo "make bench     speed ratios beside their peers"
+	@echo "make gpu-check all that is measured on a GPU, in parts that are never repeated"
 	@echo "make options   write docs/options.md from the options' own texts"
 	@echo "make clean     remove caches (not datasets, not outputs)"
 
@@ -85,6 +86,10 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.report gmm unique loss comm loader --out $(OUTPUTS)/benchmarks
+
+# Stopped and started again, it goes on where it was.
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu_check --out $(OUTPUTS)/gpu_check
 
 options: $(VENV)/.installed
 	$(BIN)/python -m runtime.options_page training.config:PretrainConfig=pretrain.py evaluation.config:EvaluationConfig=evaluate.py \

@@ -55,13 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> dict:
     """Returns every contestant's figures; medians over the rounds."""
-    from benchmarks.loader_contestants import CONTESTANTS
+    from benchmarks.loader_contestants import BATCH_SIZE, CONTESTANTS
     from benchmarks.loader_endurance import measure_resumption
 
     work = Path(options.work)
     images, source = Path(options.images), f"those in {options.images}"
     if not options.images:
         images, source = make_photographs(work, options.num_images)
+    paths = list(images.rglob("*.jpg"))
+    if len(paths) < BATCH_SIZE:  # a contestant that drops the last batch would look for a whole one for ever
+        raise ValueError(
+            f"images are {len(paths)}; expected at least {BATCH_SIZE}, one batch; set --num-images"
+        )
     shards = make_shards(images, work)
     rounds: dict[str, list[dict]] = {name: [] for name in CONTESTANTS}
     for number in range(options.rounds):
@@ -69,7 +74,6 @@ def compare(options: argparse.Namespace) -> dict:
             measured = _run_child(name, str(images), str(shards), options)
             rounds[name].append(measured)
             print(f"round {number + 1}: {measured['per_cpu_s']:6.1f} img/s/core, {name}", file=sys.stderr)
-    paths = list(images.rglob("*.jpg"))
     return {
         "images": len(paths),
         "source": source,

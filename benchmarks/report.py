@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ def run(
         timer = threading.Timer(timeout_s or threading.TIMEOUT_MAX, end)
         timer.daemon = True
         timer.start()
+        # `timeout` and schedulers stop a program by SIGTERM, which would leave this one's children behind.
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -93,6 +96,7 @@ def run(
             raise
         finally:
             timer.cancel()
+            signal.signal(signal.SIGTERM, previous)
     result = {
         "name": name,
         "command": f"python -m {arguments}",
@@ -101,10 +105,20 @@ def run(
         "seconds": round(time.time() - started, 1),
         "load_before": load,
         "lines": lines,
+        **read_error(out / f"{name}.log", process.returncode),
         **describe_machine(device),
     }
     replace_file(out / f"{name}.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def read_error(log: Path, exit_code: int) -> dict[str, Any]:
+    """Returns the last line of a failed program's stderr, and whether the GPU's memory was too small for it."""
+    if exit_code == 0:
+        return {"error": None, "out_of_memory": False}
+    text = log.read_text(errors="replace")
+    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    return {"error": last[:300], "out_of_memory": "OutOfMemoryError" in text}
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -138,12 +152,16 @@ def write_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def describe_verdict(result: dict[str, Any], line: str) -> str:
+def describe_verdict(result: Mapping[str, Any], line: str) -> str:
     """Returns the verdict on a line of a benchmark: its own words, or how the program ended."""
     if result["timed_out"]:
         return "timed out"
-    if "FAIL" in line or result["exit_code"] not in (0, 1):
-        return "FAIL" if result["exit_code"] in (0, 1) else f"FAIL, exit code {result['exit_code']}"
+    if result["out_of_memory"]:
+        return "out of memory"
+    if "FAIL" in line:
+        return "FAIL"
+    if result["exit_code"] and not any("FAIL" in line for line in result["lines"]):
+        return f"FAIL, exit code {result['exit_code']}"
     if "NO BAR" in line:
         return "no bar"
     return "pass" if "PASS" in line else "-"

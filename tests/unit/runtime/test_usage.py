@@ -39,6 +39,8 @@ PROGRAMS = {
             "runtime.options_page",
             "benchmarks.report",
             "benchmarks.gmm",
+            "benchmarks._ceiling",
+            "benchmarks.gpu_check",
             "benchmarks.loss",
             "benchmarks.unique",
             "benchmarks.comm",
