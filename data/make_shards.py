@@ -214,18 +214,18 @@ def _source(listed: Listing, options: argparse.Namespace) -> FileSource:
 
 
 def _make_fashion_mnist(options: argparse.Namespace) -> None:
-    from data.writing.fashion_mnist import SPLITS, FashionMnistSource, fetch
+    from data.writing.fashion_mnist import SPLITS, fetch, open_fashion_mnist
 
     folder = fetch(options.cache)
     for split in SPLITS:
-        _write(FashionMnistSource(folder, split), split, options)
+        _write(open_fashion_mnist(folder, split), split, options)
 
 
 def _make_digits(options: argparse.Namespace) -> None:
-    from data.writing.digits import DigitsSource
+    from data.writing.digits import open_digits
 
     for split in ("train", "test"):
-        _write(DigitsSource(split), split, options)
+        _write(open_digits(split), split, options)
 
 
 def _make_cifar(options: argparse.Namespace) -> None:

@@ -26,11 +26,13 @@ class Collapse(NamedTuple):
         terms: names of the scalars.
         num_choices: of which a target chooses one: the sum lies between 0 and ln `num_choices`.
         value: what the sum becomes; None: ln `num_choices`.
+        remedy: what this objective has against it.
     """
 
     terms: tuple[str, ...]
     num_choices: int
     value: float | None = None
+    remedy: str = "BatchNorm in the head"
 
 
 def find_alarms(metrics: Metrics, *, step: int, collapses: Sequence[Collapse] = ()) -> list[Alarm]:
@@ -44,7 +46,10 @@ def find_alarms(metrics: Metrics, *, step: int, collapses: Sequence[Collapse] = 
         step: optimizer steps done.
         collapses: how the objective's scalars show a collapsed run (`Objective.collapses`).
     """
-    found = [("uniform_collapse", _uniform_collapse(metrics, c)) for c in collapses if step >= _GRACE_STEPS]
+    found: list[tuple[str, str | None]] = []
+    if step >= _GRACE_STEPS:
+        found += [("uniform_collapse", _uniform_collapse(metrics, collapse)) for collapse in collapses]
+        found.append(("feature_collapse", _feature_collapse(metrics, collapses)))
     for name, (keys, first_step, describe) in _RULES.items():
         if step < first_step or not all(key in metrics for key in keys):
             continue
@@ -64,11 +69,11 @@ def _uniform_collapse(metrics: Metrics, collapse: Collapse) -> str | None:
     if collapse.value is None:
         return (
             f"uniform collapse: {what}, within 1 % of ln {collapse.num_choices} = {scale:.3f}, which a constant "
-            "network reaches; try BatchNorm in the head or a lower learning rate"
+            f"network reaches; try {collapse.remedy}, or a lower learning rate"
         )
     return (
         f"constant targets: {what}, within 1 % of ln {collapse.num_choices} of {collapsed:.3f}, which a constant "
-        "network reaches; try other targets, a lower teacher temperature or a lower learning rate"
+        f"network reaches; try {collapse.remedy}, or a lower learning rate"
     )
 
 
@@ -114,13 +119,16 @@ def _frozen_codebook(metrics: Metrics) -> str | None:
     )
 
 
-def _feature_collapse(metrics: Metrics) -> str | None:
-    cosine, rank = metrics["features/mean_cosine"], metrics["features/effective_rank"]
+def _feature_collapse(metrics: Metrics, collapses: Sequence[Collapse]) -> str | None:
+    # Where they are not measured they are taken for healthy.
+    cosine = metrics.get("features/mean_cosine", 0.0)
+    rank = metrics.get("features/effective_rank", math.inf)
     if cosine < 0.99 and rank > 2:
         return None
+    remedies = dict.fromkeys(collapse.remedy for collapse in collapses)
     return (
         f"feature collapse: two teacher features have cosine {cosine:.4f} on average, effective rank {rank:.1f}; "
-        "try objective.instance.entropy_weight >= 1 or a lower learning rate"
+        f"try {', '.join([*remedies, ''])}a lower learning rate"
     )
 
 
@@ -149,11 +157,6 @@ _RULES: dict[str, tuple[tuple[str, ...], int, Callable[[Metrics], str | None]]] 
     "underflow": (("gmm/count_min",), 0, _underflow),
     "vanished_means": (("gmm/zero_norm",), 0, _vanished_means),
     "frozen_codebook": (("gmm/displacement",), _FROZEN_STEPS, _frozen_codebook),
-    "feature_collapse": (
-        ("features/mean_cosine", "features/effective_rank"),
-        _GRACE_STEPS,
-        _feature_collapse,
-    ),
     "outrun": (("gmm/drift_per_revisit", "gmm/spacing"), _GRACE_STEPS, _outrun),
     "beta_below_critical": (("gmm/beta", "gmm/beta_critical"), 0, _beta_below_critical),
 }

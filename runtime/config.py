@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -126,7 +127,7 @@ def without_former(config_class: type, values: Mapping[str, Any], prefix: str = 
             rule = f"no such option, which former versions had, or {_shown(neutral)}"
             raise ConfigError(f"{prefix}{name} is {_shown(values[name])}; expected {rule}; {remedy}")
         logger.warning("%s%s is an option of former versions; its value changes nothing", prefix, name)
-    for name, hint in typing.get_type_hints(config_class).items():
+    for name, hint in type_hints(config_class).items():
         if section_class(hint) is not None and isinstance(kept.get(name), Mapping):
             kept[name] = without_former(hint, kept[name], f"{prefix}{name}.")
     return kept
@@ -150,13 +151,19 @@ def config_hash(config: Any) -> str:
 
 def iterate_keys(config_class: type, prefix: str = "") -> Iterator[str]:
     """Yields every dotted leaf key of a configuration class."""
-    hints = typing.get_type_hints(config_class, include_extras=True)
+    hints = type_hints(config_class)
     for field in dataclasses.fields(config_class):
         section = section_class(hints[field.name])
         if section is None:
             yield prefix + field.name
         else:
             yield from iterate_keys(section, f"{prefix}{field.name}.")
+
+
+@functools.cache
+def type_hints(config_class: type) -> dict[str, Any]:
+    """Returns the fields' types, their ranges included."""
+    return typing.get_type_hints(config_class, include_extras=True)
 
 
 def section_class(annotation: Any) -> type | None:
@@ -187,7 +194,7 @@ def _build_section(config_class: type, values: Any, prefix: str, known_keys: set
         raise ConfigError(
             f"{where} is {_shown(values)}; expected a section of key: value lines; set {prefix}<key>"
         )
-    hints = typing.get_type_hints(config_class, include_extras=True)
+    hints = type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for name in values:
         if name not in fields:

@@ -7,12 +7,11 @@ import dataclasses
 import functools
 import inspect
 import textwrap
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.config import describe_type, section_class
+from runtime.config import describe_type, section_class, type_hints
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def iterate_options(config_class: type) -> Iterator[Option]:
 
 def iterate_sections(config_class: type, prefix: str = "") -> Iterator[tuple[str, type, list[Option]]]:
     """Yields prefix, class and own options of a configuration class, then of every section inside it."""
-    hints = typing.get_type_hints(config_class, include_extras=True)
+    hints = type_hints(config_class)
     texts = _read_texts(config_class)
     own, sections = [], []
     for field in dataclasses.fields(config_class):

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data.shards import DataError
 from data.writing.downloads import Archive, fetch_archive
-from data.writing.sources import ImageSource, SourceSample
+from data.writing.sources import ArraySource
 
 _SIDE = 32
 _PIXEL_BYTES = 3 * _SIDE * _SIDE
@@ -76,39 +75,17 @@ CIFAR_SETS = {
 }
 
 
-class CifarSource(ImageSource):
-    """One split's images as lossless PNG.
-
-    Args:
-        pixels: uint8 [n, 3072], a row's three planes of 32 x 32 one after another.
-        labels: class index of each.
-        classes: names in index order.
-        split: begins the samples' keys.
-    """
-
-    def __init__(
-        self, pixels: NDArray[np.uint8], labels: NDArray[np.int64], classes: tuple[str, ...], split: str
-    ) -> None:
-        self._images = pixels.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
-        self._labels = labels
-        self._split = split
-        self.classes = classes
-        self.fingerprint = f"cifar {split} {_hash_of(pixels)} {_hash_of(labels)}"
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def size(self, index: int) -> int:
-        """Returns the uncompressed size, which the PNG hardly ever exceeds."""
-        return _PIXEL_BYTES
-
-    def load(self, index: int) -> SourceSample:
-        """Returns one image and its label."""
-        encoded = io.BytesIO()
-        Image.fromarray(self._images[index]).save(encoded, format="PNG")
-        return SourceSample(
-            f"{self._split}-{index:05d}", {"png": encoded.getvalue()}, int(self._labels[index])
-        )
+def build_source(
+    pixels: NDArray[np.uint8], labels: NDArray[np.int64], classes: tuple[str, ...], split: str
+) -> ArraySource:
+    """Returns images of rows [n, 3072], each three planes of 32 x 32 one after another."""
+    return ArraySource(
+        pixels.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1),
+        labels,
+        classes=classes,
+        split=split,
+        fingerprint=f"cifar {split} {_hash_of(pixels)} {_hash_of(labels)}",
+    )
 
 
 def _hash_of(array: NDArray[Any]) -> str:
@@ -116,7 +93,7 @@ def _hash_of(array: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
 
 
-def open_cifar(name: str, archive: str, cache_dir: str) -> dict[str, CifarSource]:
+def open_cifar(name: str, archive: str, cache_dir: str) -> dict[str, ArraySource]:
     """Returns the splits `train` and `test` of `cifar10` or `cifar100`.
 
     Args:
@@ -140,7 +117,7 @@ def open_cifar(name: str, archive: str, cache_dir: str) -> dict[str, CifarSource
     for split, names in layout.files.items():
         parts = [_read_batch(files, f"{batch}.bin" if binary else batch, layout, binary) for batch in names]
         labels = np.concatenate([part[1] for part in parts])
-        splits[split] = CifarSource(np.concatenate([part[0] for part in parts]), labels, classes, split)
+        splits[split] = build_source(np.concatenate([part[0] for part in parts]), labels, classes, split)
     return splits
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import logging
 import shutil
 import subprocess
@@ -16,11 +15,9 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from data.shards import DataError
-from data.writing.sources import ImageSource, Rejected, SourceSample
+from data.writing.sources import ArraySource
 
 logger = logging.getLogger(__name__)
 
@@ -92,40 +89,17 @@ def fetch(cache_dir: str, *, installed_root: str = "/") -> Path:
     )
 
 
-class FashionMnistSource(ImageSource):
-    """One split's images as lossless PNG.
-
-    Args:
-        folder: what `fetch` returned.
-        split: `train` or `test`.
-    """
-
-    classes = CLASSES
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.split = split
-        prefix = SPLITS[split]
-        pixels = gzip.decompress((folder / f"{prefix}-images-idx3-ubyte.gz").read_bytes())
-        labels = gzip.decompress((folder / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())
-        self.labels: NDArray[np.uint8] = np.frombuffer(labels, np.uint8, offset=_LABEL_HEADER_BYTES)
-        self.images: NDArray[np.uint8] = np.frombuffer(pixels, np.uint8, offset=_IMAGE_HEADER_BYTES).reshape(
-            len(self.labels), 28, 28
-        )
-        self.fingerprint = _SHA256[f"{prefix}-images-idx3-ubyte.gz"]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def size(self, index: int) -> int:
-        """Returns the uncompressed size, which the PNG hardly ever exceeds."""
-        return 28 * 28
-
-    def load(self, index: int) -> SourceSample | Rejected:
-        """Returns one image and its label."""
-        encoded = io.BytesIO()
-        Image.fromarray(self.images[index]).save(encoded, format="PNG")
-        label = int(self.labels[index])
-        return SourceSample(f"{self.split}-{index:05d}", {"png": encoded.getvalue()}, label)
+def open_fashion_mnist(folder: Path, split: str) -> ArraySource:
+    """Returns the images of the split `train` or `test`; `folder` is what `fetch` returned."""
+    names = [f"{SPLITS[split]}-{what}-ubyte.gz" for what in ("images-idx3", "labels-idx1")]
+    pixels, labels = (gzip.decompress((folder / name).read_bytes()) for name in names)
+    return ArraySource(
+        np.frombuffer(pixels, np.uint8, offset=_IMAGE_HEADER_BYTES).reshape(-1, 28, 28),
+        np.frombuffer(labels, np.uint8, offset=_LABEL_HEADER_BYTES),
+        classes=CLASSES,
+        split=split,
+        fingerprint=_SHA256[names[0]],
+    )
 
 
 def _fetch_package(scratch: Path) -> Path:

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 NUM_DECODED = 16
 # `train-000007`, `imagenet1k-train-0007`, `00007`, and the hub's `train-00007-of-00042`.
 _SHARD_STEM = re.compile(r"^(?:(?P<split>.*?)[-_.]?)(?P<number>\d+)(?:-of-(?P<total>\d+))?$")
+# What browsers and file managers put behind the name of a second download or a copy.
+_COPY = re.compile(r"( - Copy( \(\d+\))?| copy( \d+)?| \(\d+\))$")
 _NUM_NAMED = 3
 
 
@@ -51,11 +53,12 @@ def list_splits(directory: str) -> dict[str, list[ShardFile]]:
     """Returns the tars of a folder by split, in the order of their names.
 
     `train-000007.tar` and `train-00007-of-00042.tar` belong to the split `train`, tars that are numbered only to
-    `train`, others to a split of their own name. Where no tar lies in the folder itself, those one level down are
-    taken, and numbered ones belong to the split of their folder's name.
+    `train`, others to a split of their own name; a second download, `train-000007 (1).tar`, to that of the first.
+    Where no tar lies in the folder itself, those one level down are taken, and numbered ones belong to the split of
+    their folder's name.
 
     Raises:
-        DataError: no folder, or no tar in it.
+        DataError: no folder, no tar in it, or a tar beside its own copy.
     """
     base = Path(directory)
     if not base.is_dir():
@@ -70,8 +73,15 @@ def list_splits(directory: str) -> dict[str, list[ShardFile]]:
     splits: dict[str, list[ShardFile]] = {}
     for path in paths:
         folder = "" if path.parent == base else path.parent.name
-        match = _SHARD_STEM.match(path.stem)
-        split = (match["split"] if match else path.stem) or folder or "train"
+        stem = _COPY.sub("", path.stem)
+        original = path.with_name(stem + path.suffix)
+        if original != path and original in paths:
+            raise DataError(
+                f"{path.name} lies beside {original.name}, whose copy its name says it is; expected each shard once; "
+                "remove one of them, or rename it where it holds other samples"
+            )
+        match = _SHARD_STEM.match(stem)
+        split = (match["split"] if match else stem) or folder or "train"
         total = int(match["total"] or 0) if match else 0
         splits.setdefault(split, []).append(ShardFile(path.relative_to(base).as_posix(), total))
     return splits

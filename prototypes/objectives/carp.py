@@ -72,7 +72,8 @@ class CarpTerm(Term):
     @property
     def collapses(self) -> tuple[Collapse, ...]:
         """Whatever the entropy's weight, consistency and entropy of constant networks add up to log S."""
-        return (Collapse(("consistency", "entropy"), self._partition.size),)
+        remedy = "its entropy_weight >= 1, BatchNorm in the head"
+        return (Collapse(("consistency", "entropy"), self._partition.size, remedy=remedy),)
 
 
 class CarpLoss(NamedTuple):

@@ -72,7 +72,8 @@ class TargetTerm(Term):
     @property
     def collapses(self) -> tuple[Collapse, ...]:
         """Targets of constant networks say nothing about an image, be they uniform or one-hot."""
-        return (Collapse(("target_information",), self._num_prototypes, 0.0),)
+        remedy = "other targets, a lower teacher temperature"
+        return (Collapse(("target_information",), self._num_prototypes, 0.0, remedy),)
 
     @torch.no_grad()
     def _compute_offsets(

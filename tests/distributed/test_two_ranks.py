@@ -4,16 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers import starts
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
 from tests.helpers.ranks import run_ranks
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -88,28 +86,23 @@ def test_torchrun_trains_zero_1_and_half_the_ranks_continue_with_twice_the_micro
         # A start on the data takes rows in the order in which ranks hold them.
         "prototypes.gmm.init.method=sphere",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-    def start(launcher, name, *overrides, **extra):
-        program = ["-m", "tests.faults.injection"] if extra else ["pretrain.py"]
-        return subprocess.run(
-            [*launcher, *program, DEMO, *options, f"run.name={name}", *overrides],
-            cwd=ROOT,
-            env=environment | extra,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-
-    stopped = start(torchrun, "elastic", FAULT="raise@1:4:forward")
+    stopped = subprocess.run(
+        [*torchrun, "-m", "tests.faults.injection", DEMO, *options, "run.name=elastic"],
+        cwd=starts.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": "raise@1:4:forward"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert stopped.returncode == 1, stopped.stderr[-3000:]
     assert (tmp_path / "elastic/checkpoints/step-00000003/COMMIT").exists()
-    result = start([sys.executable], "elastic", "batch.gradient_accumulation_steps=2")
+    halved = [DEMO, *options, "run.name=elastic", "batch.gradient_accumulation_steps=2"]
+    result = starts.run("pretrain", halved)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "3 steps done" in result.stderr
     assert (tmp_path / "elastic/checkpoints/step-00000006/COMMIT").exists()
-    whole = start([sys.executable], "whole")
+    whole = starts.run("pretrain", [DEMO, *options, "run.name=whole"])
     assert whole.returncode == 0, whole.stderr[-3000:]
     expected, found = (read_figures(tmp_path / name) for name in ("whole", "elastic"))
     assert sorted(found) == sorted(expected) == list(range(1, 7))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,22 +18,19 @@ from safetensors.torch import load_file, save_file
 from evaluation.encoders.exported import find_exported_folder
 from runtime.distributed import Process
 from runtime.program import UserError
+from tests.helpers import starts
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
 from training.checkpoints.exported_encoder import EXPORTED_NAMES
 from training.checkpoints.files import CheckpointError, list_committed
 from training.checkpoints.saved_run import read_saved_run
 from training.export import export_from_run
 
-ROOT = Path(__file__).resolve().parents[2]
 ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 STEPS, EVERY = 6, 3
 
 
-def command(shards: str, run_dir: Path, *overrides: str, module: str = "pretrain") -> list[str]:
+def arguments_of(shards: str, run_dir: Path, *overrides: str) -> list[str]:
     return [
-        sys.executable,
-        "-m",
-        module,
         DEMO,
         *TINY,
         f"data.shards={shards}",
@@ -50,14 +44,8 @@ def command(shards: str, run_dir: Path, *overrides: str, module: str = "pretrain
 
 def run(shards: str, run_dir: Path, *overrides: str, expect: int = 0, fault: str = "") -> str:
     """Runs pretrain.py, under a fault if one is planned, and returns what it said on stderr."""
-    done = subprocess.run(
-        command(shards, run_dir, *overrides, module="tests.faults.injection" if fault else "pretrain"),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    module = "tests.faults.injection" if fault else "pretrain"
+    done = starts.run(module, arguments_of(shards, run_dir, *overrides), environment={"FAULT": fault})
     assert done.returncode == expect, done.stderr[-3000:]
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stderr
@@ -215,12 +203,7 @@ def test_a_second_start_is_refused_and_names_the_holder_and_a_dead_holder_is_fol
 ) -> None:
     run_dir = tmp_path / "run"
     options = ("optim.steps=100000", f"checkpoint.every_steps={EVERY}")
-    first = subprocess.Popen(
-        command(shards, run_dir, *options),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
+    first = starts.start("pretrain", arguments_of(shards, run_dir, *options))
     try:
         wait_until(lambda: len(list_committed(run_dir / "checkpoints")) == 2)
         refused = run(shards, run_dir, *options, expect=2)

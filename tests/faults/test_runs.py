@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import starts
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
 from tests.helpers.ranks import start_ranks, wait_for_ranks
 from training.checkpoints.files import list_committed, load_manifest
@@ -37,7 +38,7 @@ def start(
     world_size: int = 2,
     label: str = "logs",
     **env: str,
-) -> list[subprocess.Popen]:
+) -> list[starts.Started | subprocess.Popen]:
     arguments = [
         DEMO,
         *TINY,

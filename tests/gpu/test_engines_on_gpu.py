@@ -35,7 +35,7 @@ def pretrain(out: Path, shards: str, *overrides: str, world_size: int = 1) -> di
         "run.name=run",
     ]
     arguments += ["model.head.use_bn=false", "optim.steps=8", "checkpoint.every_steps=4", *overrides]
-    run_ranks("pretrain", arguments, world_size, log_dir=out / "logs", timeout_s=280)
+    run_ranks("pretrain", arguments, world_size, log_dir=out / "logs", timeout_s=280, forked=False)
     lines = map(json.loads, (out / "run" / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
 

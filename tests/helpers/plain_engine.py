@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.student_teacher import update_ema_
-from training.engines.interface import Engine, NetworkOutput, TrainedNetwork
+from benchmarks._replica_engine import ReplicaEngine
+from training.engines.interface import NetworkOutput, TrainedNetwork
 from training.schedules import StepSchedule
 
 
-class PlainEngine(Engine):
+class PlainEngine(ReplicaEngine):
     """Plain gradient descent, so that a gradient's rounding stays as small in the weights. Keeps each step's gradients.
 
     Attributes:
@@ -23,19 +24,13 @@ class PlainEngine(Engine):
 
     def __init__(self, student: TrainedNetwork, teacher: TrainedNetwork) -> None:
         self.student, self.teacher = student.train(), teacher.train()
+        self._parallel, self._autocast = self.student, nullcontext()  # type: ignore[assignment]
         self.gradients: dict[str, Tensor] = {}
         self.num_passes = 0
 
     def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
         self.num_passes += 1
-        return NetworkOutput(*self.student(crops))
-
-    @torch.no_grad()
-    def forward_teacher(self, crops: Sequence[Tensor]) -> NetworkOutput:
-        return NetworkOutput(*self.teacher(crops))
-
-    def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
-        loss.backward()
+        return super().forward_student(crops)
 
     def gradients_are_finite(self) -> Tensor:
         self.gradients = {
@@ -54,9 +49,6 @@ class PlainEngine(Engine):
 
     def skip(self) -> None:
         self.student.zero_grad(set_to_none=True)
-
-    def update_teacher(self, ema_momentum: float) -> None:
-        update_ema_(self.teacher.parameters(), self.student.parameters(), ema_momentum)
 
     def iterate_state(self) -> Any:
         return iter(self.student.state_dict().items())

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 from runtime.rendezvous import free_port
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.helpers import starts
 
 
 def start_ranks(
@@ -20,11 +19,14 @@ def start_ranks(
     *,
     environment: dict[str, str] | None = None,
     log_dir: Path,
-) -> list[subprocess.Popen]:
-    """Starts `python -m module arguments` as ranks 0 .. world_size - 1; output goes to log_dir/rank-N.log."""
+    forked: bool = True,
+) -> list[starts.Started | subprocess.Popen]:
+    """Starts `python -m module arguments` as ranks 0 .. world_size - 1; output goes to log_dir/rank-N.log.
+
+    With `forked` the ranks come with their libraries loaded, see `tests.helpers.starts`; not where they use a GPU.
+    """
     log_dir.mkdir(parents=True, exist_ok=True)
     shared = {
-        **os.environ,
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -32,22 +34,20 @@ def start_ranks(
         "TORCH_EXTENSIONS_DIR": str(log_dir / "torch_extensions"),
         **(environment or {}),
     }
-    processes = []
+    processes: list[starts.Started | subprocess.Popen] = []
     for rank in range(world_size):
         with (log_dir / f"rank-{rank}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", module, *arguments],
-                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    cwd=REPOSITORY,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            if forked:
+                processes.append(starts.start(module, arguments, environment=own, stdout=log, stderr=log))
+                continue
+            command = [sys.executable, "-m", module, *arguments]
+            own = {**os.environ, **own}
+            processes.append(subprocess.Popen(command, env=own, cwd=starts.ROOT, stdout=log, stderr=log))
     return processes
 
 
-def wait_for_ranks(processes: list[subprocess.Popen], timeout_s: float) -> list[int]:
+def wait_for_ranks(processes: list[starts.Started | subprocess.Popen], timeout_s: float) -> list[int]:
     """Returns the exit codes; a rank that is still running at the deadline is killed and counts as -9."""
     deadline = time.monotonic() + timeout_s
     try:
@@ -68,9 +68,12 @@ def run_ranks(
     log_dir: Path,
     environment: dict[str, str] | None = None,
     timeout_s: float = 180.0,
+    forked: bool = True,
 ) -> None:
     """Runs a module on all ranks and fails with the logs' ends unless every rank exits with 0."""
-    processes = start_ranks(module, arguments, world_size, environment=environment, log_dir=log_dir)
+    processes = start_ranks(
+        module, arguments, world_size, environment=environment, log_dir=log_dir, forked=forked
+    )
     codes = wait_for_ranks(processes, timeout_s)
     if any(codes):
         logs = [

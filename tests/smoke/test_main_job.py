@@ -6,20 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import starts
 from tests.helpers.digits import DEMO, TINY
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def command(shards, out, name, *overrides):
+def arguments_of(shards, out, name, *overrides):
     return [
-        sys.executable,
-        "pretrain.py",
         DEMO,
         *TINY,
         f"data.shards={shards}",
@@ -29,16 +25,20 @@ def command(shards, out, name, *overrides):
     ]
 
 
-def run(shards, out, name, *overrides, environment=None, expect=0):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    result = subprocess.run(
-        command(shards, out, name, *overrides),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def run(shards, out, name, *overrides, expect=0, in_an_interpreter_of_its_own=False):
+    """Runs the program; an own interpreter is what a user starts, and decides anew in which order sets are walked."""
+    arguments = arguments_of(shards, out, name, *overrides)
+    if in_an_interpreter_of_its_own:
+        result = subprocess.run(
+            [sys.executable, "pretrain.py", *arguments],
+            cwd=starts.ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    else:
+        result = starts.run("pretrain", arguments)
     assert result.returncode == expect, result.stderr[-3000:]
     return result
 
@@ -67,13 +67,7 @@ def test_kill_9_and_again_equals_an_uninterrupted_run_bit_for_bit(digit_shards, 
     options = ("optim.steps=20", "checkpoint.every_steps=4", "model.drop_path_rate=0.1", "data.num_workers=1")
     run(digit_shards, tmp_path, "whole", *options)
     # The first run dies at step 10, two updates after its newest checkpoint, without a chance to say goodbye.
-    victim = subprocess.Popen(
-        command(digit_shards, tmp_path, "killed", *options),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    victim = starts.start("pretrain", arguments_of(digit_shards, tmp_path, "killed", *options))
     record = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and victim.poll() is None:
@@ -83,7 +77,7 @@ def test_kill_9_and_again_equals_an_uninterrupted_run_bit_for_bit(digit_shards, 
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL, "the run ended before it was killed"
     assert max(read_losses(tmp_path / "killed")) < 20
-    run(digit_shards, tmp_path, "killed", *options)
+    run(digit_shards, tmp_path, "killed", *options, in_an_interpreter_of_its_own=True)
     assert "continuing from" in (tmp_path / "killed" / "console.log").read_text()
     whole, resumed = read_losses(tmp_path / "whole"), read_losses(tmp_path / "killed")
     assert resumed == whole
@@ -93,13 +87,7 @@ def test_kill_9_and_again_equals_an_uninterrupted_run_bit_for_bit(digit_shards, 
 
 
 def test_preemption_signal_saves_and_asks_for_a_requeue(digit_shards, tmp_path):
-    process = subprocess.Popen(
-        command(digit_shards, tmp_path, "warned", "optim.steps=100000"),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = starts.start("pretrain", arguments_of(digit_shards, tmp_path, "warned", "optim.steps=100000"))
     record = tmp_path / "warned" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:

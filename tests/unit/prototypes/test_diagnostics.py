@@ -196,6 +196,18 @@ def test_the_objective_says_how_its_own_scalars_collapse():
     assert find_alarms(metrics, step=199, collapses=[own]) == find_alarms(metrics, step=200) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "says", "not_this"),
+    [("carp", "entropy_weight >= 1", "targets"), ("dino", "teacher temp", "entropy")],
+)
+def test_an_alarm_names_the_options_of_the_objective_that_runs(name, says, not_this):
+    """The advice against collapsed features was an option of CARP, whatever was trained."""
+    config = ObjectiveConfig(instance=InstanceConfig(name=name))
+    collapses = build_objective(config, PrototypesConfig(), seed=0).collapses
+    (alarm,) = find_alarms({**HEALTHY, "features/effective_rank": 1.2}, step=200, collapses=collapses)
+    assert alarm.name == "feature_collapse" and says in alarm.message and not_this not in alarm.message
+
+
 def test_targets_that_say_nothing_raise_an_alarm_whichever_way_they_are_constant():
     (collapse,) = build_objective(
         ObjectiveConfig(instance=InstanceConfig(name="dino")), PrototypesConfig(num_prototypes=512), seed=0

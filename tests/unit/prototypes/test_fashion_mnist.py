@@ -37,10 +37,10 @@ ARMS = {
 def features():
     pytest.importorskip("data.writing.fashion_mnist", reason="needs data/writing/fashion_mnist.py")
     from data.datasets import DataError
-    from data.writing.fashion_mnist import FashionMnistSource, fetch
+    from data.writing.fashion_mnist import fetch, open_fashion_mnist
 
     try:
-        images = FashionMnistSource(fetch("datasets/downloads/fashion-mnist"), "train").images
+        images = open_fashion_mnist(fetch("datasets/downloads/fashion-mnist"), "train").images
     except DataError as error:
         pytest.skip(f"needs Fashion-MNIST: {error}")
     pixels = torch.tensor(images.reshape(len(images), -1) / np.float32(255), dtype=torch.float32)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from models.student_teacher import SelfSupervisedNetwork
 from prototypes.build import build_estimator
 from runtime.config import load_config
 from runtime.distributed import Process
+from tests.helpers import starts
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
 from training.checkpoints.files import list_committed
 from training.checkpoints.state_files import ConsolidatedState, load_tree
@@ -35,22 +34,8 @@ SHORT = (
 
 
 def pretrain(out, shards, name, *overrides):
-    command = [
-        sys.executable,
-        "pretrain.py",
-        DEMO,
-        *TINY,
-        *SHORT,
-        f"data.shards={shards}",
-        f"run.name={name}",
-    ]
-    ended = subprocess.run(
-        [*command, f"run.output_dir={out}", *overrides],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    place = (f"data.shards={shards}", f"run.name={name}", f"run.output_dir={out}")
+    ended = starts.run("pretrain", [DEMO, *TINY, *SHORT, *place, *overrides])
     assert ended.returncode == 0, ended.stderr[-3000:]
     return out / name
 

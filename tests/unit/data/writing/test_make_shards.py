@@ -252,7 +252,7 @@ def small_fashion(tmp_path, monkeypatch) -> Path:
 
 def test_the_installed_package_is_used_where_it_is(small_fashion, tmp_path):
     folder = fashion_mnist.fetch(str(tmp_path / "cache"), installed_root=str(small_fashion))
-    source = fashion_mnist.FashionMnistSource(folder, "test")
+    source = fashion_mnist.open_fashion_mnist(folder, "test")
     assert len(source) == 3 and source.load(2).label == 2
     assert source.load(1).key == "test-00001"
 

@@ -166,3 +166,20 @@ def test_a_suffix_in_capitals_is_a_shard_too(tmp_path):
     for name in ("train-0.tar", "train-1.TAR"):
         _write_tar(tmp_path / name, (f"{name[6]}.png", _png(1)))
     assert [file.name for file in list_splits(str(tmp_path))["train"]] == ["train-0.tar", "train-1.TAR"]
+
+
+@pytest.mark.parametrize(
+    "name", ["train-000001 (1)", "train-000001 copy", "train-000001 copy 2", "train-000001 - Copy"]
+)
+def test_a_second_download_is_no_split_of_its_own(tmp_path, name):
+    for stem in ("train-000000", name):
+        (tmp_path / f"{stem}.tar").touch()
+    assert [file.name for file in list_splits(str(tmp_path))["train"]] == ["train-000000.tar", f"{name}.tar"]
+    (tmp_path / "train-000001.tar").touch()
+    with pytest.raises(DataError, match=r"lies beside train-000001\.tar, whose copy its name says it is"):
+        list_splits(str(tmp_path))
+    # Numbers behind a space are names like any other.
+    (tmp_path / "other").mkdir()
+    for stem in ("photos", "photos 2"):
+        (tmp_path / "other" / f"{stem}.tar").touch()
+    assert len(list_splits(str(tmp_path / "other"))) == 2

@@ -291,7 +291,7 @@ def test_the_pixels_are_not_those_of_a_transposed_image():
     """Planes of rows: red first, and the first 32 bytes are the first row."""
     pixels = np.zeros((1, 3072), dtype=np.uint8)
     pixels[0, :32] = 255
-    source = cifar.CifarSource(pixels, np.array([0]), ("a",), "train")
+    source = cifar.build_source(pixels, np.array([0]), ("a",), "train")
     image = decode_image(source.load(0).members["png"], channels=3, max_pixels=10_000)
     assert image.shape == (3, 32, 32) and (image[0, 0] == 255).all() and int(image.sum()) == 32 * 255
     assert io.BytesIO(source.load(0).members["png"]).read(4) == b"\x89PNG"

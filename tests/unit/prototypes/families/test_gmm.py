@@ -296,10 +296,11 @@ def test_e_step_against_naive_float64(cosine, floor, record_property):
     estimator = build(make_config(num_prototypes, dim, variance=VarianceConfig(floor=0.05, shrinkage=0.0)))
     mean = rows.mean(0)
     covariance = (rows - mean).T @ (rows - mean) / len(rows)
-    tables = {"means": rows[:num_prototypes], "row_mean": mean, "row_covariance": covariance}
+    # So close, beside their width, that many components compete for each row, and rows between two of them.
+    means = mean + 0.1 * math.sqrt(floor) * (rows[:num_prototypes] - mean)
+    tables = {"means": means, "row_mean": mean, "row_covariance": covariance}
     set_state(estimator, **tables, variances=(floor * covariance.diagonal()).expand(num_prototypes, dim))
-    # Rows between the means, so that several components compete for each.
-    h = torch.nn.functional.normalize((rows[:number] + rows[300 : 300 + number]) / 2, dim=1)
+    h = (means[:number] + means[number : 2 * number]) / 2
     features = estimator.row_features(estimator.preprocess(h) - estimator.reference())
     log_rho = estimator._log_joint(features).double().numpy()
     exact = oracle.log_joint(
@@ -314,6 +315,7 @@ def test_e_step_against_naive_float64(cosine, floor, record_property):
     near = exact > exact.max(1, keepdims=True) - 20
     gamma = oracle.responsibilities(exact)
     l1 = np.abs(estimator.responsibilities(h).numpy() - gamma).sum(1).max()
+    assert near.sum(1).mean() > 10, "one component alone has no error beside itself"
     record_property("log joint", np.abs(error[near]).max())
     record_property("l1", l1)
     assert np.abs(error[near]).max() <= limit
