@@ -38,6 +38,10 @@ class BadImageError(ValueError):
     """The sample holds no image that can be decoded; the message says why."""
 
 
+class LabelMapError(DataError):
+    """The sample's label map is damaged, or not one of its image; the message is one line."""
+
+
 def find_image(sample: EncodedSample, image_key: str = "") -> bytes:
     """Returns the bytes of a sample's image member; see `data.members.choose_image`.
 
@@ -103,21 +107,21 @@ def decode_label_map(data: bytes, size: tuple[int, int], num_classes: int, key: 
         key: of the sample, for the message.
 
     Raises:
-        DataError: it is damaged, or not an 8-bit grey image of that size and those classes.
+        LabelMapError: it is damaged, or not an 8-bit grey image of that size and those classes.
     """
     try:
         found = Image.open(io.BytesIO(data))
-        _require_size(*found.size, size[0] * size[1])
-        found.load()
+        if found.size == size:  # of another one, the header is enough
+            found.load()
     except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise_if_local(error, f"the label map of {key}")
-        raise DataError(
+        raise LabelMapError(
             f"the label map of {key} cannot be decoded ({type(error).__name__}); expected a PNG of its image's size; "
             "make the shards again"
         ) from error
-    counts = found.histogram()[:VOID_INDEX] if found.mode == "L" else []
-    if found.mode != "L" or found.size != size or any(counts[num_classes:]):
-        raise DataError(
+    fits = found.mode == "L" and found.size == size
+    if not fits or any(found.histogram()[num_classes:VOID_INDEX]):
+        raise LabelMapError(
             f"the label map of {key} is {found.mode}, {found.width} x {found.height}; expected L (8-bit grey), "
             f"{size[0]} x {size[1]}, with values below {num_classes} or {VOID_INDEX}; make the shards with "
             "python -m data.make_shards segmentation"

@@ -19,6 +19,7 @@ from data.config import MAX_IMAGE_PIXELS
 from data.local_errors import raise_if_local
 from data.members import (
     LABEL_MAP_SUFFIX,
+    VOID_INDEX,
     EncodedSample,
     NoImageError,
     choose_image,
@@ -150,16 +151,23 @@ def _take_in(scan: ShardScan, ordinal: int, sample: EncodedSample, image_key: st
         scan.find(ordinal, "holds several labels", str(error))
     scan.labels.append(label)
     # Here, so that the programs that inspect answer --help without torch.
-    from data.views.decoding import BadImageError, decode_image
+    from data.views.decoding import BadImageError, LabelMapError, decode_image, decode_label_map
 
     images = image_members(sample.members)
     if len(images) > 1 and not image_key:
         scan.find(ordinal, "holds several images", describe_several(sample.key, images))
         return
     try:
-        image = sample.members[choose_image(sample.key, sample.members, image_key)]
+        chosen = choose_image(sample.key, sample.members, image_key)
         if decode:
-            decode_image(image, channels=3, max_pixels=MAX_IMAGE_PIXELS)
+            height, width = decode_image(
+                sample.members[chosen], channels=3, max_pixels=MAX_IMAGE_PIXELS
+            ).shape[-2:]
+            if LABEL_MAP_SUFFIX in sample.members and chosen != LABEL_MAP_SUFFIX:
+                label_map = sample.members[LABEL_MAP_SUFFIX]
+                decode_label_map(label_map, (width, height), VOID_INDEX, sample.key)
+    except LabelMapError as error:
+        scan.find(ordinal, "has no usable label map", str(error))
     except NoImageError as error:
         scan.find(ordinal, "has no image", str(error))
     except BadImageError as error:

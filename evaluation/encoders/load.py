@@ -20,6 +20,7 @@ from evaluation.encoders.pixels import PATCH_SIZE, build_pixels, load_pixels
 from evaluation.encoders.preprocessing import Preprocessing
 from evaluation.encoders.timm_models import (
     build_random_init,
+    build_untrained,
     load_exported,
     load_local_dir,
     load_random_init,
@@ -69,7 +70,7 @@ def load_controls(
     """Returns the control encoders that stand beside `encoder`, with its own preprocessing.
 
     Args:
-        encoder: one of ours (an exported folder) for `random-init`; any for `raw-pixels`.
+        encoder: one of ours (an exported folder) or one that timm releases for `random-init`; any for `raw-pixels`.
         names: `random-init`, `raw-pixels`.
         seeds: how many fresh initialisations.
         transform: overrides of the preprocessing, as `encoder` had them.
@@ -84,9 +85,14 @@ def load_controls(
         if name == "raw-pixels":
             controls.append(_pixels_beside(encoder, options))
             continue
+        named = parse_weights_spec(encoder.spec, "encoder", LOADERS)
+        if named.kind == "timm":
+            controls += [build_untrained(encoder, named.name, seed, options) for seed in range(seeds)]
+            continue
         if encoder.folder is None:
             raise EncoderError(
-                f"controls hold 'random-init' beside {encoder.spec}; expected a run or an exported folder; set controls"
+                f"controls hold 'random-init' beside {encoder.spec}; expected a run, an exported folder or timm:NAME; "
+                "set controls"
             )
         folder = ExportedFolder(encoder.folder, encoder.run_dir)
         controls += [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import timm
 import torch
 from timm.data import resolve_data_config
@@ -17,7 +20,7 @@ from evaluation.encoders.exported import (
     read_json,
     require_folder,
 )
-from evaluation.encoders.preprocessing import from_timm_config
+from evaluation.encoders.preprocessing import Preprocessing, from_timm_config
 from evaluation.tensor_files import checksum
 from models.config import WeightsSpec
 
@@ -57,21 +60,40 @@ def load_random_init(spec: WeightsSpec, options: LoadOptions) -> Encoder:
 def build_random_init(text: str, folder: ExportedFolder, seed: int, options: LoadOptions) -> Encoder:
     """Returns the architecture of an exported folder with the weights that `seed` draws; `text` is its name."""
     config = read_json(folder.path / "config.json")
+    declared = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], args={})
+    transform = from_timm_config(declared, options.transform)
+    arguments = config.get("model_args", {})
+    return _build_fresh(text, config["architecture"], arguments, transform, seed, options, folder.run_dir)
+
+
+def build_untrained(encoder: Encoder, name: str, seed: int, options: LoadOptions) -> Encoder:
+    """Returns the architecture of the released `encoder` with the weights that `seed` draws; `name` is timm's."""
+    text = f"random-init:{encoder.spec}:{seed}"
+    assert isinstance(encoder.transform, Preprocessing)
+    return _build_fresh(text, name, {}, encoder.transform, seed, options)
+
+
+def _build_fresh(
+    text: str,
+    name: str,
+    arguments: dict[str, Any],
+    transform: Preprocessing,
+    seed: int,
+    options: LoadOptions,
+    run_dir: Path | None = None,
+) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = timm.create_model(
-            config["architecture"], pretrained=False, num_classes=0, **config.get("model_args", {})
-        )
-    declared = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], args={})
+        model = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
     return freeze(
         Encoder(
             spec=text,
             label=f"random-init-seed{seed}",
             role="control",
             module=TimmFeatures(model, options.num_blocks),
-            transform=from_timm_config(declared, options.transform),
+            transform=transform,
             weights_sha256=checksum(model.state_dict()),
-            run_dir=folder.run_dir,
+            run_dir=run_dir,
         )
     )
 

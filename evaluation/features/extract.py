@@ -331,10 +331,11 @@ def _check_merged(merged: dict[str, Tensor], manifest: Manifest, limit: int | No
         finite = merged[name].flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
             first = int(merged["sample_ids"][int((~finite).nonzero()[0])])
+            key = "patch_precision" if merged[name].dtype == torch.float16 else "precision"
             raise NonFiniteFeatureError(
                 f"feature {name!r} of {encoder} holds NaN or infinity for {int((~finite).sum())} of {found} images, "
                 f"the first {_locate(manifest, first)}; expected finite features; look at the encoder's weights, or "
-                "set features.precision=fp32"
+                f"set features.{key}=fp32"
             )
 
 

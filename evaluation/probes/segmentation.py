@@ -116,6 +116,9 @@ def _describe(
 
 def _cut(bank: FeatureBank, side: int, num_classes: int) -> _Patches:
     histograms = patch_histograms(bank.labels, side, num_classes)
+    if not histograms[..., :-1].any():
+        where = f"{bank.manifest.directory}:{bank.manifest.split}"
+        raise ValueError(f"every pixel of {where} is void; expected some of a class; look at the label maps")
     # Of equal numbers the first class, and void last.
     return _Patches(bank.tensors["patch_tokens"], histograms, histograms.argmax(dim=2))
 

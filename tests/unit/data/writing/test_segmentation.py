@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,20 @@ def test_shards_of_label_maps_stay_so_without_a_manifest_and_reshuffled(tmp_path
     (out / "classes.txt").write_text("sky\nroad\n")
     assert not write_manifests(str(out))
     assert load_manifest(str(out), "train").classes == ("sky", "road")
+
+
+def test_verifying_decodes_label_maps_too(tmp_path):
+    write_image(tmp_path / "0.jpg", 0)
+    write_label(tmp_path / "0.png", 1)
+    write_label(tmp_path / "wide.png", np.ones((8, 13)))
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "train-000000.tar", "w") as tar:
+        for key, label in (("a", "0.png"), ("b", "wide.png"), ("c", "0.jpg")):
+            tar.add(tmp_path / "0.jpg", f"{key}.jpg")
+            tar.add(tmp_path / label, f"{key}.seg.png")
+    (finding,) = write_manifests(str(tmp_path / "shards"), num_decoded=None)
+    assert finding.count == 2 and finding.message == "has no usable label map"
+    assert "is L, 13 x 8; expected L (8-bit grey), 12 x 8" in finding.detail and "(b)" in finding.sample
 
 
 @pytest.mark.parametrize(

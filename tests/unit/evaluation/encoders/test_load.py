@@ -98,8 +98,34 @@ def test_controls_share_shape_and_preprocessing_and_not_weights(run_dir):
     assert all(control.transform == encoder.transform for control in controls)
     pixels = controls[-1].module(encoder.transform(GREY)[None])["embedding"]
     assert torch.allclose(pixels, torch.full((1, 784), 128 / 255), atol=1e-6)
+    assert controls[-1].module.patch_tokens(encoder.transform(GREY)[None]).shape == (1, 16, 49), (
+        "its patches of 7 x 7"
+    )
     again = load_encoder(f"random-init:{run_dir}:1")
     assert again.weights_sha256 == controls[1].weights_sha256
+
+
+def test_a_released_encoder_stands_beside_its_untrained_architecture(monkeypatch):
+    build = timm.create_model
+
+    def release(name, pretrained=False, **options):
+        """Without a network: weights that a seed of their own draws stand for the released ones."""
+        if pretrained:
+            torch.manual_seed(99)
+        return build(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", release)
+    encoder = load_encoder("timm:test_vit")
+    controls = load_controls(encoder, ("random-init", "raw-pixels"), seeds=2)
+    assert [c.spec for c in controls] == [
+        "random-init:timm:test_vit:0",
+        "random-init:timm:test_vit:1",
+        "raw-pixels",
+    ]
+    assert len({control.weights_sha256 for control in [encoder, *controls]}) == 4
+    assert all(control.transform == encoder.transform for control in controls)
+    tokens = [c.module.patch_tokens(encoder.transform(COLOUR)[None]) for c in (encoder, *controls)]
+    assert len({found.shape[1] for found in tokens}) == 1 and tokens[0].shape == tokens[1].shape
 
 
 @pytest.mark.parametrize(
