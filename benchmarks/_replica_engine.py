@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,16 +29,20 @@ class ReplicaEngine(Engine):
         device = next(student.parameters()).device.type
         self._autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
-    def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
+    def forward_student(
+        self, crops: Sequence[Tensor], patches: Mapping[str, Tensor] | None = None
+    ) -> NetworkOutput:
         """See `Engine`."""
         with self._autocast:
-            return NetworkOutput(*self._parallel(crops))
+            return NetworkOutput(*self._parallel(crops, patches))
 
     @torch.no_grad()
-    def forward_teacher(self, crops: Sequence[Tensor]) -> NetworkOutput:
+    def forward_teacher(
+        self, crops: Sequence[Tensor], patches: Mapping[str, Tensor] | None = None
+    ) -> NetworkOutput:
         """See `Engine`."""
         with self._autocast:
-            return NetworkOutput(*self.teacher(crops))
+            return NetworkOutput(*self.teacher(crops, patches))
 
     def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
         """See `Engine`."""
@@ -62,7 +66,9 @@ class ReplicaEngine(Engine):
 
     def update_teacher(self, ema_momentum: float) -> None:
         """See `Engine`."""
-        update_ema_(self.teacher.parameters(), self.student.parameters(), ema_momentum)
+        students = dict(self.student.named_parameters())
+        teachers = dict(self.teacher.named_parameters())
+        update_ema_(teachers.values(), [students[name] for name in teachers], ema_momentum)
 
     def iterate_state(self) -> Any:
         """Not part of the race."""

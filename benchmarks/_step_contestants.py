@@ -37,6 +37,7 @@ from training.engines.interface import Engine, TrainedNetwork
 from training.engines.synchronization import Synchronization
 from training.feed import Feed
 from training.guards import LossSpikeGuard
+from training.prototype_sets import PrototypeSet
 from training.schedules import StepSchedule
 from training.step import TrainingStep
 
@@ -189,9 +190,10 @@ class Contestant:
             gather=self.clock.collective(synchronization.gather, "exchange"),
             device=process.device,
         )
+        usage = UsageCounter(config.prototypes.num_prototypes, device=process.device)
         self._step = TrainingStep(
             engine=build_engine(name, config, estimator, process),
-            estimator=estimator,
+            sets=[PrototypeSet("prototypes", ["instance"], estimator, usage)],
             objective=build_objective(
                 config.objective,
                 config.prototypes,
@@ -200,7 +202,6 @@ class Contestant:
             ).to(process.device),
             batch=config.batch,
             synchronization=synchronization,
-            usage=UsageCounter(config.prototypes.num_prototypes, device=process.device),
             spike_guard=LossSpikeGuard(config.optim.spike_factor),
         )
         augmentation = DeviceAugmentation(config.data).to(process.device)

@@ -117,8 +117,14 @@ class HeadConfig:
 class OutputsConfig:
     """What the objective asks of the networks; no option, it follows from those of the objective."""
 
+    projections: bool = True
+    """Projections of all crops, for a term on views."""
     embeddings: bool = False
     """The embeddings of the first group of crops, for what regularises features."""
+    patches: Literal["none", "hidden"] = "none"
+    """Projections of patches of the first group, for a term on patches, which are hidden from the student behind a mask
+    token (iBOT).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +164,8 @@ class ModelConfig:
     init_head: bool = False
     """Take the projection head and the prototypes of the run that `init` names as well."""
     head: HeadConfig = field(default_factory=HeadConfig)
+    patch_head: HeadConfig | None = None
+    """A head of its own for the term on patches, with the options of `head`; null: `head` projects both."""
 
     def __post_init__(self) -> None:
         """Refuses an origin of weights that is none."""

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+UNIT_LENGTH = "unit_length"
+"""In a file with a head's tensors: its projections have unit length, which no tensor of its own tells."""
+
+
 class ProjectionHead(nn.Module):
     """The MLP head of CARP and DINO: (Linear, [BatchNorm,] GELU) x (layers - 1), Linear, [unit length]. No temperature.
 

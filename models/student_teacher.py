@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,40 +11,77 @@ from torch import Tensor, nn
 from models import vit
 from models.config import ModelConfig, OutputsConfig
 from models.heads import ProjectionHead
+from models.patches import give_patches
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
 class SelfSupervisedNetwork(nn.Module):
-    """Backbone and projection head; crops of several sizes in, projections out.
+    """Backbone and projection heads; crops of several sizes in, projections of crops and of patches out.
 
     Args:
         config: what to build.
-        role: `student` (with drop path) or `teacher` (without; no parameter requires a gradient).
-        outputs: what `forward` returns beside projections.
+        role: `student` (with drop path) or `teacher` (without; no parameter requires a gradient). What stands for
+            patches that are not seen, the mask token, the student has alone.
+        outputs: what `forward` returns.
     """
 
     def __init__(self, config: ModelConfig, role: str, outputs: OutputsConfig | None = None) -> None:
         super().__init__()
         self.outputs = outputs or OutputsConfig()
         self.backbone = vit.build_backbone(config, drop_path_rate=None if role == "student" else 0.0)
-        self.projection_head = ProjectionHead(vit.measure_embed_dim(config, config.image_size), config.head)
+        embed_dim = vit.measure_embed_dim(config, config.image_size)
+        self.projection_head = ProjectionHead(embed_dim, config.head)
+        self.patch_head: ProjectionHead | None = None
+        if self.outputs.patches != "none":
+            give_patches(self.backbone)
+            if config.patch_head is not None:
+                self.patch_head = ProjectionHead(embed_dim, config.patch_head)
+            if role == "student":
+                self.mask_token = nn.Parameter(torch.zeros(embed_dim))
         if role == "teacher":
             self.requires_grad_(False)
 
     def forward(
-        self, crops: Sequence[Float[Tensor, "_ C _ _"]]
-    ) -> tuple[Float[Tensor, "N P"], Float[Tensor, "M D"] | None]:
-        """Returns the projections of all crops, in order, and the embeddings of the first group or None; fp32.
+        self, crops: Sequence[Float[Tensor, "_ C _ _"]], patches: Mapping[str, Tensor] | None = None
+    ) -> tuple[Float[Tensor, "N P"] | None, Float[Tensor, "M D"] | None, Float[Tensor, "R P"] | None]:
+        """Returns projections of all crops in order, embeddings of the first group, and projections of patches; fp32.
+
+        What `outputs` does not ask for is None.
 
         Args:
             crops: one tensor per resolution, each [images of that size, channels, height, width]. One backbone
-                pass per resolution, the head once on all embeddings (its BatchNorm, if any, sees them together).
+                pass per resolution, a head once on all that it projects (its BatchNorm, if any, sees it together).
+            patches: of the first group of N crops with n patches each: `rows` int64 [R], flat numbers of the patches
+                to project; of the student also `hidden` bool [N, n].
         """
-        embeddings = [self.backbone(group) for group in crops]
-        projections = self.projection_head(torch.cat(embeddings)).float()
-        return projections, embeddings[0].float() if self.outputs.embeddings else None
+        first, tokens = self._see(crops[0], patches)
+        embeddings = torch.cat([first, *(self.backbone(group) for group in crops[1:])])
+        given = [embeddings] if self.outputs.projections else []
+        if tokens is not None and self.patch_head is None:
+            given.append(tokens)
+        projected = self.projection_head(torch.cat(given) if given[1:] else given[0]).float()
+        of_patches = None
+        if tokens is not None and self.patch_head is None:
+            projected, of_patches = projected.tensor_split([len(projected) - len(tokens)])
+        elif tokens is not None and self.patch_head is not None:
+            of_patches = self.patch_head(tokens).float()
+        return (
+            projected if self.outputs.projections else None,
+            first.float() if self.outputs.embeddings else None,
+            of_patches,
+        )
+
+    def _see(
+        self, crops: Float[Tensor, "N C H W"], patches: Mapping[str, Tensor] | None
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "R D"] | None]:
+        """Returns the crops' embeddings, and the tokens of the patches that are projected."""
+        if self.outputs.patches == "none" or patches is None:
+            return self.backbone(crops), None
+        hiding = {"hidden": patches["hidden"], "mask_token": self.mask_token} if "hidden" in patches else {}
+        embedding, seen = self.backbone(crops, tokens=True, **hiding)
+        return embedding, seen.flatten(0, 1).index_select(0, patches["rows"])
 
 
 @torch.no_grad()

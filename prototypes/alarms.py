@@ -35,7 +35,9 @@ class Collapse(NamedTuple):
     remedy: str = "BatchNorm in the head"
 
 
-def find_alarms(metrics: Metrics, *, step: int, collapses: Sequence[Collapse] = ()) -> list[Alarm]:
+def find_alarms(
+    metrics: Metrics, *, step: int, collapses: Sequence[Collapse] = (), prefixes: Sequence[str] = ("",)
+) -> list[Alarm]:
     """Returns the alarms that a line of metrics raises; none on a healthy run.
 
     Looks at the keys that are there and stays silent about the others, so a line of any kind will do. An
@@ -45,15 +47,19 @@ def find_alarms(metrics: Metrics, *, step: int, collapses: Sequence[Collapse] = 
         metrics: names as in the metrics file: `loss/...`, `prototypes/used`, `gmm/...`, `features/...`.
         step: optimizer steps done.
         collapses: how the objective's scalars show a collapsed run (`Objective.collapses`).
+        prefixes: what the names of each set of prototypes begin with: `patch_` for the patches' own.
     """
     found: list[tuple[str, str | None]] = []
     if step >= _GRACE_STEPS:
         found += [("uniform_collapse", _uniform_collapse(metrics, collapse)) for collapse in collapses]
-        found.append(("feature_collapse", _feature_collapse(metrics, collapses)))
-    for name, (keys, first_step, describe) in _RULES.items():
-        if step < first_step or not all(key in metrics for key in keys):
-            continue
-        found.append((name, describe(metrics)))
+    for prefix in prefixes:
+        own = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+        of_set = [("feature_collapse", _feature_collapse(own, collapses))] if step >= _GRACE_STEPS else []
+        for name, (keys, first_step, describe) in _RULES.items():
+            if step >= first_step and all(key in own for key in keys):
+                of_set.append((name, describe(own)))
+        named = f"{prefix}prototypes: " if prefix else ""
+        found += [(prefix + name, message and named + message) for name, message in of_set]
     return [Alarm(name, message) for name, message in found if message is not None]
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import clustering, learned
-from .config import ObjectiveConfig, PrototypesConfig
+from .config import Level, ObjectiveConfig, PrototypesConfig
 from .estimator import EstimatorContext, PrototypeEstimator
 from .families import gmm_diag, gmm_shared, spherical_kmeans, vb_gmm, vmf
 from .objectives.carp import CarpTerm
 from .objectives.interface import MeanOverRanks, Objective, Term
-from .objectives.terms import DinoTerm
+from .objectives.terms import DinoTerm, PatchTerm
 from .statistics import Collectives, Gather, ReduceSum
 
 FAMILIES: tuple[type[PrototypeEstimator], ...] = (
@@ -84,6 +86,7 @@ def _build_family(config: PrototypesConfig, context: EstimatorContext) -> Protot
 def build_objective(
     config: ObjectiveConfig,
     prototypes: PrototypesConfig,
+    patch_prototypes: PrototypesConfig | None = None,
     *,
     seed: int,
     steps_per_epoch: int = 1,
@@ -95,27 +98,24 @@ def build_objective(
     Args:
         config: the objective's options.
         prototypes: those that the term on views compares rows with.
+        patch_prototypes: those of the term on patches; None: the same.
         seed: the run's seed.
         steps_per_epoch: by which schedules count.
         collectives: the exchange between ranks; None in a single process.
         mean_over_ranks: differentiable mean over ranks; None in a single process.
     """
-    instance = config.instance
-    term: Term
-    if instance.name == "carp":
-        term = CarpTerm(
-            instance,
-            prototypes.partition,
-            seed=seed,
-            steps_per_epoch=steps_per_epoch,
-            mean_over_ranks=mean_over_ranks,
+    shared: dict[str, Any] = {"steps_per_epoch": steps_per_epoch, "mean_over_ranks": mean_over_ranks}
+    terms: dict[Level, Term] = {}
+    if config.instance.name == "carp":
+        terms["instance"] = CarpTerm(config.instance, prototypes.partition, seed=seed, **shared)
+    elif config.instance.name == "dino":
+        terms["instance"] = DinoTerm(
+            config.instance, num_prototypes=prototypes.num_prototypes, collectives=collectives, **shared
         )
-    else:
-        term = DinoTerm(
-            instance,
-            num_prototypes=prototypes.num_prototypes,
-            steps_per_epoch=steps_per_epoch,
-            collectives=collectives,
-            mean_over_ranks=mean_over_ranks,
+    if config.patch.name != "none":
+        num_prototypes = (patch_prototypes or prototypes).num_prototypes
+        terms["patch"] = PatchTerm(
+            config.patch, num_prototypes=num_prototypes, collectives=collectives, **shared
         )
-    return Objective({"instance": term}, {"instance": instance.weight}, config.koleo_weight)
+    weights: dict[Level, float] = {"instance": config.instance.weight, "patch": config.patch.weight}
+    return Objective(terms, weights, config.koleo_weight)

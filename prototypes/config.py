@@ -84,6 +84,10 @@ class PrototypesConfig:
     coupling: CouplingConfig = field(default_factory=CouplingConfig)
     koleo_weight: Annotated[float, "[0, 1e6]"] = 0.1
     """Weight of KoLeo in the mode `joint_kp`."""
+    max_rows_per_rank: Annotated[int, "[1, 1e9]"] | None = None
+    """Rows that are observed on each rank and step, at most: of more (patches are many) as many are drawn, each with
+    the weight of those that it stands for. Null: all.
+    """
 
     def __post_init__(self) -> None:
         require(
@@ -120,6 +124,7 @@ class PrototypesConfig:
 
 Logits = Literal["dot", "cosine", "posterior"]
 Targets = Literal["entropy", "centre", "sinkhorn", "posterior"]
+Level = Literal["instance", "patch"]
 _Temperature = Annotated[float, "[1e-3, 100]"]
 
 
@@ -137,6 +142,7 @@ class TermSettings(NamedTuple):
 _USUAL: dict[str, TermSettings] = {
     "carp": TermSettings("dot", "entropy", 0.1, 0.1),
     "dino": TermSettings("cosine", "centre", 0.1, 0.04),
+    "ibot": TermSettings("cosine", "centre", 0.1, 0.07),
 }
 
 
@@ -200,19 +206,27 @@ class TermConfig:
 class InstanceConfig(TermConfig):
     """The term that compares views of an image."""
 
-    name: Literal["carp", "dino"] = "carp"
+    name: Literal["carp", "dino", "none"] = "carp"
     """`carp`: -log<p, q> inside random partitions, plus the entropy of the mean probabilities. `dino`: cross-entropy
-    with the teacher's targets over all prototypes.
+    with the teacher's targets over all prototypes. `none`: the term on patches alone.
     """
 
     def __post_init__(self) -> None:
         """Refuses targets that CARP does not have."""
         require(
-            self.name != "carp" or self.resolved.targets == "entropy",
+            self.name != "carp" or self.targets in (None, "entropy"),
             "objective.instance.targets",
             self.targets,
             "entropy with objective.instance.name carp",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchConfig(TermConfig):
+    """The term that compares patches which the student did not see with what the teacher makes of them."""
+
+    name: Literal["none", "ibot"] = "none"
+    """`ibot`: hidden behind a mask token (`data.masks.kind` block); cross-entropy with the teacher's targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,5 +242,14 @@ class ObjectiveConfig:
     }
 
     instance: InstanceConfig = field(default_factory=InstanceConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
     koleo_weight: Annotated[float, "[0, 1e6]"] = 0.0
     """Weight of KoLeo, which pushes the embeddings of a rank's images apart, in each global view (DINOv2: .1)."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.instance.name != "none" or self.patch.name != "none",
+            "objective.patch.name",
+            self.patch.name,
+            "a term, as objective.instance.name is none",
+        )

@@ -128,8 +128,9 @@ def without_former(config_class: type, values: Mapping[str, Any], prefix: str = 
             raise ConfigError(f"{prefix}{name} is {_shown(values[name])}; expected {rule}; {remedy}")
         logger.warning("%s%s is an option of former versions; its value changes nothing", prefix, name)
     for name, hint in type_hints(config_class).items():
-        if section_class(hint) is not None and isinstance(kept.get(name), Mapping):
-            kept[name] = without_former(hint, kept[name], f"{prefix}{name}.")
+        section = section_class(hint) or section_class(_without_none(hint))
+        if section is not None and isinstance(kept.get(name), Mapping):
+            kept[name] = without_former(section, kept[name], f"{prefix}{name}.")
     return kept
 
 
@@ -167,8 +168,14 @@ def type_hints(config_class: type) -> dict[str, Any]:
 
 
 def section_class(annotation: Any) -> type | None:
-    """Returns the dataclass of a field that is a section; None for an option."""
+    """Returns the dataclass of a field that is a section; None for an option, which a section or null is."""
     return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
+
+
+def _without_none(annotation: Any) -> Any:
+    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
+        return annotation
+    return next(a for a in typing.get_args(annotation) if a is not types.NoneType)
 
 
 def describe_type(annotation: Any) -> str:
@@ -177,7 +184,7 @@ def describe_type(annotation: Any) -> str:
     if origin is typing.Annotated:
         return f"{describe_type(arguments[0])} in {arguments[1]}"
     if origin in (types.UnionType, typing.Union):
-        return f"{describe_type(next(a for a in arguments if a is not types.NoneType))}, or null"
+        return f"{describe_type(_without_none(annotation))}, or null"
     if origin is typing.Literal:
         return " or ".join(map(str, arguments)) if len(arguments) < 3 else ", ".join(map(str, arguments))
     if origin is tuple:
@@ -185,6 +192,8 @@ def describe_type(annotation: Any) -> str:
         return f"list of{count} {describe_type(arguments[0])}"
     if origin is dict:
         return f"mapping of names to {describe_type(arguments[1])}"
+    if section_class(annotation) is not None:
+        return "section"
     return annotation.__name__
 
 
@@ -231,6 +240,8 @@ def _unknown_key_message(key: str, siblings: list[str], prefix: str, known_keys:
 def _convert(annotation: Any, value: Any, key: str) -> Any:
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
+    if (section := section_class(annotation)) is not None:
+        return _build_section(section, value, f"{key}.", set())
     if origin is typing.Annotated:
         number, allowed = _convert(arguments[0], value, key), parse_range(arguments[1])
         if number in allowed:
@@ -240,7 +251,7 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, key)
+        return _convert(_without_none(annotation), value, key)
     if origin is typing.Literal:
         if value is False and "off" in arguments:  # YAML 1.1 reads the word off as a boolean
             return "off"

@@ -30,7 +30,7 @@ MAY_IMPORT = {
 # room -> its floors from the top: a file imports from its own floor and from those below. A name is a file or a
 # sub-room; config files stand below everything, wherever they lie.
 FLOORS = {
-    "models": (("student_teacher",), ("released_weights", "vit", "heads")),
+    "models": (("student_teacher",), ("released_weights", "vit", "heads", "patches")),
     "prototypes": (
         ("build",),
         ("families",),
@@ -58,7 +58,9 @@ FLOORS = {
         ("checkpoints",),
         ("step",),
         ("accumulation", "drift"),
-        ("engines",),
+        ("figures",),
+        ("prototype_sets",),
+        ("engines", "patches"),
         ("guards", "metrics", "feed", "throughput", "schedules", "run_length", "config_difference"),
     ),
     "evaluation": (

@@ -72,7 +72,10 @@ def test_full_and_joint_differ_in_their_prototypes_alone(full):
     joint = full.with_name(full.name.replace("_full", "_joint"))
     first, second = (load_config(PretrainConfig, str(path)) for path in (full, joint))
     assert (first.prototypes.mode, second.prototypes.mode) == ("full", "joint")
-    assert first == dataclasses.replace(second, run=first.run, prototypes=first.prototypes)
+    of_patches = [config.patch_prototypes and config.patch_prototypes.mode for config in (first, second)]
+    assert of_patches in ([None, None], ["full", "joint"])
+    own = {name: getattr(first, name) for name in ("run", "prototypes", "patch_prototypes")}
+    assert first == dataclasses.replace(second, **own)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)

@@ -7,53 +7,80 @@ micro-batch by micro-batch (the gradient cache of Gao et al. 2021, arXiv 2101.06
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from training.engines.interface import Engine, NetworkOutput
+from training.patches import MaskedPatches, join_ragged, split_ragged
 
 # From the student's rows to named scalars; `total` is what is minimised.
 RowLoss = Callable[[NetworkOutput], dict[str, Tensor]]
+# The fields of an output with as many rows of every image.
+_ROWS = ("projections", "embeddings")
 
 
-def join(outputs: Sequence[NetworkOutput], num_images: int) -> NetworkOutput:
+class MicroBatch(NamedTuple):
+    """What the student is given of one micro-batch.
+
+    Attributes:
+        crops: one tensor per resolution.
+        num_images: B.
+        patches: which patches are hidden and projected; None where none are.
+    """
+
+    crops: Sequence[Tensor]
+    num_images: int
+    patches: MaskedPatches | None = None
+
+
+def join(
+    outputs: Sequence[NetworkOutput], num_images: int, patch_counts: Sequence[Sequence[int]] = ()
+) -> NetworkOutput:
     """Returns what one forward pass over the images of all micro-batches gives: rows by view, then by image.
 
     Args:
         outputs: of equally large micro-batches, from the same weights, so that their prototypes are the same.
         num_images: images of one micro-batch, B; each output has [V * B, P] projections.
+        patch_counts: of each micro-batch, rows of patches of each view.
     """
     if len(outputs) == 1:
         return outputs[0]
-    patches = [output.patch_projections for output in outputs if output.patch_projections is not None]
-    embeddings = [output.embeddings for output in outputs if output.embeddings is not None]
-    return NetworkOutput(
-        _join_rows([output.projections for output in outputs], num_images),
-        outputs[0].learned_prototypes,
-        _join_rows(patches, num_images) if patches else None,
-        _join_rows(embeddings, num_images) if embeddings else None,
-    )
+    first = outputs[0]
+    fields: dict[str, Tensor | None] = {}
+    for name in _ROWS:
+        parts = [getattr(output, name) for output in outputs]
+        fields[name] = None if parts[0] is None else _join_rows(parts, num_images)
+    if first.patch_projections is not None:
+        patches = [output.patch_projections for output in outputs if output.patch_projections is not None]
+        fields["patch_projections"] = join_ragged(patches, patch_counts)
+    return first._replace(**fields)
 
 
-def split(gradient: NetworkOutput, num_parts: int, num_images: int) -> Iterator[NetworkOutput]:
+def split(
+    gradient: NetworkOutput, num_parts: int, num_images: int, patch_counts: Sequence[Sequence[int]] = ()
+) -> Iterator[NetworkOutput]:
     """Yields each micro-batch's gradient, the inverse of `join`.
 
     All micro-batches share the prototypes: each carries an equal part of their gradient, whose sum counts once, and no
     engine meets a parameter without a gradient.
     """
-    prototypes = gradient.learned_prototypes
-    rows = (gradient.projections, gradient.patch_projections, gradient.embeddings)
-    parts = [
-        [None] * num_parts if part is None else _split_rows(part, num_parts, num_images) for part in rows
-    ]
-    for projections, patches, embeddings in zip(*parts, strict=True):
-        assert projections is not None
-        yield NetworkOutput(
-            projections, None if prototypes is None else prototypes / num_parts, patches, embeddings
-        )
+    parts: dict[str, Sequence[Tensor]] = {}
+    for name, value in gradient._asdict().items():
+        if value is None:
+            continue
+        if name in _ROWS:
+            parts[name] = _split_rows(value, num_parts, num_images)
+        elif name == "patch_projections":
+            parts[name] = split_ragged(value, patch_counts) if num_parts > 1 else [value]
+        else:
+            parts[name] = [value / num_parts] * num_parts
+    for index in range(num_parts):
+        own: dict[str, Any] = {name: values[index] for name, values in parts.items()}
+        yield NetworkOutput(**({"projections": None} | own))
 
 
 def _join_rows(parts: Sequence[Tensor], num_images: int) -> Tensor:
@@ -89,27 +116,27 @@ class StudentPass:
 
     Args:
         engine: whose student runs.
-        micro_batches: the crops of each micro-batch, one tensor per resolution.
-        num_images: images of one micro-batch.
+        micro_batches: equally large.
 
     Attributes:
         output: rows of all micro-batches, as of one batch.
     """
 
-    def __init__(self, engine: Engine, micro_batches: Sequence[Sequence[Tensor]], num_images: int) -> None:
+    def __init__(self, engine: Engine, micro_batches: Sequence[MicroBatch]) -> None:
         self._engine = engine
         self._micro_batches = micro_batches
-        self._num_images = num_images
+        self._num_images = micro_batches[0].num_images
+        self._patch_counts = [micro.patches.student_counts for micro in micro_batches if micro.patches]
         self._replays: list[_RandomState] = []
         self._with_graph: NetworkOutput | None = None
         if len(micro_batches) == 1:
-            self._with_graph = self.output = engine.forward_student(micro_batches[0])
+            self._with_graph = self.output = engine.forward_student(*_given(micro_batches[0]))
             return
         outputs = []
-        for crops in micro_batches:
-            self._replays.append(_RandomState(crops[0].device))
-            outputs.append(engine.forward_student_without_graph(crops))
-        self.output = join(outputs, num_images)
+        for micro in micro_batches:
+            self._replays.append(_RandomState(micro.crops[0].device))
+            outputs.append(engine.forward_student_without_graph(*_given(micro)))
+        self.output = join(outputs, self._num_images, self._patch_counts)
 
     def backward(self, gradient: NetworkOutput, *, weight: float = 1.0, is_last: bool = True) -> None:
         """Adds `weight` times the gradient to the student's parameters, through every micro-batch's graph. Collective.
@@ -120,7 +147,8 @@ class StudentPass:
             is_last: whether this ends the step's accumulation.
         """
         num_parts = len(self._micro_batches)
-        for index, part in enumerate(split(gradient, num_parts, self._num_images)):
+        parts = split(gradient, num_parts, self._num_images, self._patch_counts)
+        for index, part in enumerate(parts):
             output = self._take(index)
             # Its derivative at the output is the part, bit for bit: engines want a scalar to begin from.
             products = [
@@ -137,7 +165,11 @@ class StudentPass:
             output, self._with_graph = self._with_graph, None
             return output
         with self._replays[index].replayed():
-            return self._engine.forward_student(self._micro_batches[index])
+            return self._engine.forward_student(*_given(self._micro_batches[index]))
+
+
+def _given(micro: MicroBatch) -> tuple[Sequence[Tensor], Mapping[str, Tensor] | None]:
+    return micro.crops, None if micro.patches is None else micro.patches.student
 
 
 class _RandomState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from training.initialisation import (
     initialise_estimator,
     initialise_network,
 )
+from training.prototype_sets import SECTIONS, PrototypeSet
 from training.run_directory import RunDirectory
 from training.run_length import check_length, report_extension, steps_per_epoch
 from training.step import TrainingStep
@@ -170,14 +171,42 @@ def _build_training_step(
 ) -> TrainingStep:
     check_crop_sizes(config)
     synchronization = Synchronization(process.world_size, process.timeout_s, process.device)
-    estimator = _build_estimator(config, num_samples, process, synchronization)
-    engine = _build_engine(config, process, estimator, initialise=initialise)
+    sets = build_sets(config, num_samples, process, synchronization)
+    engine = _build_engine(config, process, sets, initialise=initialise)
+    return assemble_step(config, num_samples, process, synchronization, sets, engine)
+
+
+def build_sets(
+    config: PretrainConfig, num_samples: int, process: Process, synchronization: Synchronization
+) -> list[PrototypeSet]:
+    """Returns the sets of prototypes that the objective's terms compare rows with; `num_samples` are an epoch."""
+    return [
+        PrototypeSet(
+            section,
+            [level for level, of_level in config.levels.items() if of_level == section],
+            _build_estimator(config, section, num_samples, process, synchronization),
+            UsageCounter(config.prototypes_of(section).num_prototypes, device=process.device),
+        )
+        for section in dict.fromkeys(config.levels.values())
+    ]
+
+
+def assemble_step(
+    config: PretrainConfig,
+    num_samples: int,
+    process: Process,
+    synchronization: Synchronization,
+    sets: Sequence[PrototypeSet],
+    engine: Engine,
+) -> TrainingStep:
+    """Returns the training step of an engine and the sets that its networks were built with."""
     return TrainingStep(
         engine=engine,
-        estimator=estimator,
+        sets=sets,
         objective=build_objective(
             config.objective,
             config.prototypes,
+            config.patch_prototypes,
             seed=config.run.seed,
             steps_per_epoch=steps_per_epoch(config, num_samples),
             collectives=Collectives(
@@ -187,30 +216,47 @@ def _build_training_step(
         ).to(process.device),
         batch=config.batch,
         synchronization=synchronization,
-        usage=UsageCounter(config.prototypes.num_prototypes, device=process.device),
         spike_guard=LossSpikeGuard(config.optim.spike_factor),
-        drift=DriftGauge(
-            engine,
-            estimator,
-            rows_per_step=config.data.num_global_crops * config.batch.global_batch_size,
-            every_steps=config.logging.every_steps,
-            mean_over_ranks=synchronization.mean_over_ranks,
-        ),
+        patches=config.outputs.patches,
+        drift=_build_drift_gauge(config, synchronization, sets, engine),
+    )
+
+
+def _build_drift_gauge(
+    config: PretrainConfig, synchronization: Synchronization, sets: Sequence[PrototypeSet], engine: Engine
+) -> DriftGauge | None:
+    """Returns the gauge of the mixture that follows views; None without a term on views."""
+    of_views = [one for one in sets if "instance" in one.levels]
+    if not of_views:
+        return None
+    return DriftGauge(
+        engine,
+        of_views[0].estimator,
+        rows_per_step=round(config.rows_per_image(of_views[0].section) * config.batch.global_batch_size),
+        every_steps=config.logging.every_steps,
+        mean_over_ranks=synchronization.mean_over_ranks,
     )
 
 
 def _build_estimator(
-    config: PretrainConfig, num_samples: int, process: Process, synchronization: Synchronization
+    config: PretrainConfig,
+    section: str,
+    num_samples: int,
+    process: Process,
+    synchronization: Synchronization,
 ) -> PrototypeEstimator:
-    num_views = config.data.num_global_crops
+    options = config.prototypes_of(section)
+    rows_per_image = config.rows_per_image(section)
+    rows_per_rank = round(rows_per_image * config.batch.global_batch_size / process.world_size)
     return build_estimator(
-        config.prototypes,
-        seed=config.run.seed,
-        num_observations_per_epoch=num_views * num_samples,
+        options,
+        # Prototypes of their own are others, also where there are as many.
+        seed=config.run.seed + SECTIONS.index(section),
+        num_observations_per_epoch=round(rows_per_image * num_samples),
         total_steps=config.num_steps(num_samples),
         rank=process.rank,
         world_size=process.world_size,
-        rows_per_rank=num_views * config.batch.global_batch_size // process.world_size,
+        rows_per_rank=min(rows_per_rank, options.max_rows_per_rank or rows_per_rank),
         reduce_sum=synchronization.reduce_sum,
         gather=synchronization.gather,
         device=process.device,
@@ -218,18 +264,19 @@ def _build_estimator(
 
 
 def _build_engine(
-    config: PretrainConfig, process: Process, estimator: PrototypeEstimator, *, initialise: bool
+    config: PretrainConfig, process: Process, sets: Sequence[PrototypeSet], *, initialise: bool
 ) -> Engine:
     """Builds student, teacher and engine; `initialise`: from `model.init` (not where a resume follows)."""
     # The same numbers on every rank: student and teacher start equal everywhere without a broadcast.
     seed_everything(config.run.seed, "initialisation")
-    student = _build_network(config, "student", estimator.build_learned())
-    teacher = _build_network(config, "teacher", estimator.build_learned())
+    student = build_trained_network(config, "student", sets=sets)
+    teacher = build_trained_network(config, "teacher", sets=sets)
     if initialise:
         source = find_source_checkpoint(config.model, process)
         initialise_network(config.model, source, student)
-        initialise_estimator(config.model, source, estimator)
-    teacher.load_state_dict(student.state_dict())
+        for one in sets:
+            initialise_estimator(config.model, source, one.estimator, f"{one.prefix}estimator")
+    teacher.begin_as(student)
     teacher.requires_grad_(False)
     _synchronise_batch_norm(student, teacher, process)
     if config.model.compile_blocks:
@@ -250,8 +297,13 @@ def _build_engine(
     return DeepSpeedEngine(**arguments, batch=config.batch, deepspeed_config=config.engine.deepspeed_config)
 
 
-def _build_network(config: PretrainConfig, role: str, learned: nn.Module | None) -> TrainedNetwork:
-    return TrainedNetwork(SelfSupervisedNetwork(config.model, role, config.outputs), learned)
+def build_trained_network(
+    config: PretrainConfig, role: str, *, sets: Sequence[PrototypeSet]
+) -> TrainedNetwork:
+    """Returns the network of a role with the prototypes that the loss trains, fresh."""
+    learned = {one.section: one.estimator.build_learned() for one in sets}
+    network = SelfSupervisedNetwork(config.model, role, config.outputs)
+    return TrainedNetwork(network, *(learned.get(section) for section in SECTIONS))
 
 
 def _synchronise_batch_norm(student: TrainedNetwork, teacher: TrainedNetwork, process: Process) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from data.config import DataConfig
 from models.config import ModelConfig, OutputsConfig
-from prototypes.config import ObjectiveConfig, PrototypesConfig
+from prototypes.config import Level, ObjectiveConfig, PrototypesConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +220,8 @@ class PretrainConfig:
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     prototypes: PrototypesConfig = field(default_factory=PrototypesConfig)
+    patch_prototypes: PrototypesConfig | None = None
+    """Prototypes of its own for the term on patches, with the options of `prototypes`; null: it takes `prototypes`."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -229,18 +231,9 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Refuses sections that contradict each other."""
-        if self.model.head.projection_dim != self.prototypes.dim:
-            raise ValueError(
-                f"prototypes.dim is {self.prototypes.dim}; expected model.head.projection_dim "
-                f"{self.model.head.projection_dim}; set prototypes.dim"
-            )
-        mixture = self.prototypes.mode == "full" and self.prototypes.estimator != "sinkhorn"
-        if self.objective.instance.needs_mixture and not (mixture and self.prototypes.coupling.strength == 0):
-            what = "logits" if self.objective.instance.logits == "posterior" else "targets"
-            raise ValueError(
-                f"objective.instance.{what} is posterior; expected prototypes.mode full with a mixture and "
-                f"prototypes.coupling.strength 0; set objective.instance.{what}"
-            )
+        self._check_levels()
+        if self.objective.patch.name != "none":
+            self._check_patches()
         every = self.evaluation.knn_every_steps
         if self.evaluation.runs_as == "slurm_job" and every % self.checkpoint.every_steps:
             raise ValueError(
@@ -261,7 +254,93 @@ class PretrainConfig:
     @property
     def outputs(self) -> OutputsConfig:
         """What the objective asks of the networks."""
-        return OutputsConfig(embeddings=self.objective.koleo_weight > 0)
+        return OutputsConfig(
+            projections=self.objective.instance.name != "none",
+            embeddings=self.objective.koleo_weight > 0,
+            patches="none" if self.objective.patch.name == "none" else "hidden",
+        )
+
+    @property
+    def levels(self) -> dict[Level, str]:
+        """The levels at which the objective has a term, and which section's prototypes each compares rows with."""
+        sections: dict[Level, str] = {}
+        if self.objective.instance.name != "none":
+            sections["instance"] = "prototypes"
+        if self.objective.patch.name != "none":
+            sections["patch"] = "prototypes" if self.patch_prototypes is None else "patch_prototypes"
+        return sections
+
+    def prototypes_of(self, section: str) -> PrototypesConfig:
+        """Returns the options of a section of prototypes."""
+        return getattr(self, section)
+
+    def rows_per_image(self, section: str) -> float:
+        """Returns how many of the teacher's rows a section's prototypes are shown of an image, on average."""
+        of_level = {"instance": self.data.num_global_crops, "patch": self.patch_rows_per_image}
+        return sum(of_level[level] for level, own in self.levels.items() if own == section)
+
+    @property
+    def patch_rows_per_image(self) -> float:
+        """Patches of an image that the teacher projects, on average."""
+        masks = self.data.masks
+        if masks.kind == "none":
+            return 0.0
+        share = sum(masks.resolved_ratio) / 2 * masks.resolved_predicted * masks.resolved_crops
+        num_patches = (self.data.global_crop_size // masks.patch_size) ** 2
+        return self.data.num_global_crops * num_patches * share
+
+    def _check_levels(self) -> None:
+        """Refuses heads and prototypes of different widths, and terms that ask for a mixture that is not there."""
+        if self.patch_prototypes is not None and set(self.levels.values()) != {
+            "prototypes",
+            "patch_prototypes",
+        }:
+            raise ValueError(
+                "patch_prototypes is a section; expected null unless objective has a term on views and one on patches; "
+                "set patch_prototypes=null"
+            )
+        for level, section in self.levels.items():
+            term = self.objective.instance if level == "instance" else self.objective.patch
+            prototypes = self.prototypes_of(section)
+            own_head = level == "patch" and self.model.patch_head is not None
+            head = self.model.patch_head if own_head else self.model.head
+            assert head is not None
+            if head.projection_dim != prototypes.dim:
+                name = "patch_head" if own_head else "head"
+                raise ValueError(
+                    f"{section}.dim is {prototypes.dim}; expected model.{name}.projection_dim {head.projection_dim}; "
+                    f"set {section}.dim"
+                )
+            mixture = prototypes.mode == "full" and prototypes.estimator != "sinkhorn"
+            if term.needs_mixture and not (mixture and prototypes.coupling.strength == 0):
+                what = "logits" if term.logits == "posterior" else "targets"
+                raise ValueError(
+                    f"objective.{level}.{what} is posterior; expected {section}.mode full with a mixture and "
+                    f"{section}.coupling.strength 0; set objective.{level}.{what}"
+                )
+
+    def _check_patches(self) -> None:
+        """Refuses a term on patches without the masks that it needs."""
+        masks, name = self.data.masks, self.objective.patch.name
+        if masks.kind == "none":
+            raise ValueError(
+                f"data.masks.kind is none; expected masks with objective.patch.name {name}; set data.masks.kind=block"
+            )
+        if self.model.patch_size not in (None, masks.patch_size):
+            raise ValueError(
+                f"data.masks.patch_size is {masks.patch_size}; expected model.patch_size {self.model.patch_size}; "
+                "set data.masks.patch_size"
+            )
+        if self.objective.instance.name == "none" and self.data.num_local_crops:
+            raise ValueError(
+                f"data.num_local_crops is {self.data.num_local_crops}; expected 0, as no term of the objective "
+                "sees local crops; set data.num_local_crops=0"
+            )
+        if self.objective.instance.name == "none" and self.model.patch_head is not None:
+            raise ValueError(
+                "model.patch_head is a section; expected null, as model.head projects nothing but patches; "
+                "set model.patch_head=null"
+            )
 
     def num_steps(self, num_samples: int) -> int:
         """Returns the optimizer steps of the run for an epoch of `num_samples` images."""

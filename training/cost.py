@@ -66,7 +66,8 @@ class Cost:
 
     Attributes:
         backbone_parameters: of the student's backbone.
-        head_parameters: of its projection head.
+        head_parameters: of its projection heads, one for views and maybe one for patches.
+        predictor_parameters: of what the student has for patches that it does not see, and the teacher has not.
         prototype_parameters: prototypes that the encoder's loss trains; 0 in most modes.
         dense_flops: per image: student forward and backward on all crops, teacher forward on global crops.
         executed_flops: the same with recomputed activations and exact accumulation's second forward pass.
@@ -74,12 +75,13 @@ class Cost:
         fsdp2_activations: under FSDP2, whose mixed precision computes in bf16 alone and frees gathered weights.
         largest_unit_numel: parameters of the largest block, which engines that cut parameters gather at once.
         unsupported: engines that refuse this network or optimizer.
-        estimator_bytes: state of the prototypes' estimator, and as much again: a dense step's candidate, or the natural
-            parameters that sparse steps keep.
+        estimator_bytes: state of the prototypes' estimators, and as much again: a dense step's candidate, or the
+            natural parameters that sparse steps keep.
     """
 
     backbone_parameters: int
     head_parameters: int
+    predictor_parameters: int
     prototype_parameters: int
     dense_flops: float
     executed_flops: float
@@ -92,6 +94,11 @@ class Cost:
     @property
     def trained_parameters(self) -> int:
         """Everything that the optimizer moves."""
+        return self.averaged_parameters + self.predictor_parameters
+
+    @property
+    def averaged_parameters(self) -> int:
+        """What the teacher has as well."""
         return self.backbone_parameters + self.head_parameters + self.prototype_parameters
 
 
@@ -101,9 +108,14 @@ def measure_cost(config: PretrainConfig) -> Cost:
     Raises:
         ValueError: the run's engine cannot train this network with this optimizer.
     """
-    estimator = build_sized_estimator(config)
-    state = [value for value in estimator.state_dict().values() if isinstance(value, Tensor)]
-    learned = estimator.build_learned()
+    estimators = build_sized_estimators(config)
+    state = [
+        value
+        for estimator in estimators.values()
+        for value in estimator.state_dict().values()
+        if isinstance(value, Tensor)
+    ]
+    learned = [module for one in estimators.values() if (module := one.build_learned()) is not None]
     network = build_student_on_meta(config)
     refused = _find_refusals(config)
     bf16 = computes_in_bf16(config)
@@ -115,16 +127,19 @@ def measure_cost(config: PretrainConfig) -> Cost:
         flops = _count_flops(config, network)
         activations = _measure_activations(config, network, autocast=bf16)
         fsdp2 = _measure_activations(config, fsdp2_network.to_empty(device="cpu"), autocast=False)
-    blocks = [*getattr(network.backbone, "blocks", ()), network.projection_head]
+    heads = [head for head in (network.projection_head, network.patch_head) if head is not None]
+    units = [*getattr(network.backbone, "blocks", ()), *heads]
+    num_averaged = sum(map(count_parameters, (network.backbone, *heads)))
     return Cost(
         backbone_parameters=count_parameters(network.backbone),
-        head_parameters=count_parameters(network.projection_head),
-        prototype_parameters=0 if learned is None else count_parameters(learned),
+        head_parameters=sum(map(count_parameters, heads)),
+        predictor_parameters=count_parameters(network) - num_averaged,
+        prototype_parameters=sum(map(count_parameters, learned)),
         dense_flops=flops.dense,
         executed_flops=flops.executed,
         activations=activations,
         fsdp2_activations=replace(fsdp2, fixed=0.0),
-        largest_unit_numel=max(count_parameters(block) for block in blocks),
+        largest_unit_numel=max(map(count_parameters, units)),
         unsupported=refused,
         estimator_bytes=2 * sum(value.numel() * value.element_size() for value in state),
     )
@@ -145,7 +160,7 @@ def state_bytes(optim: OptimConfig, cost: Cost, engine: str, world_size: int) ->
         "gradients": whole,
         "master": whole if engine in _HAVE_MASTER else 0,
         "moments": len(MOMENTS_OF[optim.optimizer]) * whole,
-        "teacher": whole,
+        "teacher": cost.averaged_parameters * _FP32,
     }
     cut = {part: size / (world_size if engine in _CUT[part] else 1) for part, size in sizes.items()}
     return cut | {"estimator": float(cost.estimator_bytes)}
@@ -176,7 +191,10 @@ def waiting_bytes(config: PretrainConfig, micro_batch: int) -> float:
     views = data.num_global_crops + data.num_local_crops
     pixels = data.num_global_crops * data.global_crop_size**2 + data.num_local_crops * data.local_crop_size**2
     # The student's rows and the gradient at them, and the teacher's rows.
-    rows = (2 * views + data.num_global_crops) * config.prototypes.dim
+    rows = float((2 * views + data.num_global_crops) * config.prototypes.dim)
+    if "patch" in config.levels:
+        section = config.levels["patch"]
+        rows += 3 * config.patch_rows_per_image * config.prototypes_of(section).dim
     numel = (2 * accumulation - 1) * config.model.channels * pixels + (accumulation - 1) * rows
     return float(micro_batch * numel * _FP32)
 
@@ -214,14 +232,28 @@ def build_student_on_meta(config: PretrainConfig) -> SelfSupervisedNetwork:
     return network
 
 
-def _fake_crops(config: PretrainConfig, num_images: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def _fake_inputs(
+    config: PretrainConfig, num_images: int, dtype: torch.dtype = torch.float32, role: str = "student"
+) -> tuple[list[Tensor], dict[str, Tensor] | None]:
+    """Returns crops of so many images and, for a term on patches, as many patches as there are on average."""
     data, channels = config.data, config.model.channels
-    size = data.global_crop_size
-    crops = [torch.empty(data.num_global_crops * num_images, channels, size, size, dtype=dtype)]
-    if data.num_local_crops:
+    size, num_crops = data.global_crop_size, data.num_global_crops * num_images
+    crops = [torch.empty(num_crops, channels, size, size, dtype=dtype)]
+    if data.num_local_crops and role == "student":
         size = data.local_crop_size
         crops.append(torch.empty(data.num_local_crops * num_images, channels, size, size, dtype=dtype))
-    return crops
+    if config.outputs.patches == "none":
+        return crops, None
+    num_patches = (data.global_crop_size // data.masks.patch_size) ** 2
+    hidden_share = sum(data.masks.resolved_ratio) / 2
+    num_predicted = hidden_share * data.masks.resolved_predicted * num_patches
+
+    def fake(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    rows = {"rows": fake(round(num_crops * data.masks.resolved_crops * num_predicted))}
+    hidden = {"hidden": fake(num_crops, num_patches, dtype=torch.bool)}
+    return crops, rows | (hidden if role == "student" else {})
 
 
 def count_flops(config: PretrainConfig) -> Flops:
@@ -234,11 +266,11 @@ def count_flops(config: PretrainConfig) -> Flops:
 def _count_flops(config: PretrainConfig, network: nn.Module) -> Flops:
     """Counts forward passes of fake numbers; a backward pass is twice a forward pass."""
     num_images = _PROBE_IMAGES[0]
-    crops = _fake_crops(config, num_images)
     counts = []
-    for views in (crops[:1], crops):
+    for role in ("teacher", "student"):
+        crops, patches = _fake_inputs(config, num_images, role=role)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(views)
+            network(crops, patches)
         counts.append(counter.get_total_flops() / num_images)
     teacher, student = counts
     num_repeats = int(config.model.activation_checkpointing) + int(config.batch.runs_student_twice)
@@ -264,12 +296,12 @@ def _saved_bytes(config: PretrainConfig, network: nn.Module, autocast: bool) -> 
     dtype = next(network.parameters()).dtype
     sums = []
     for num_images in _PROBE_IMAGES:
-        crops = _fake_crops(config, num_images, dtype)
+        crops, patches = _fake_inputs(config, num_images, dtype)
         with (
             _counting_saved_tensors(network) as saved,
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         ):
-            network(crops)
+            network(crops, patches)
         sums.append(sum(saved.values()))
     few, many = _PROBE_IMAGES
     per_image = (sums[1] - sums[0]) / (many - few)
@@ -300,11 +332,17 @@ def computes_in_bf16(config: PretrainConfig) -> bool:
     return bool(_mechanics(config).get("torch_autocast", {}).get("enabled", False))
 
 
-def build_sized_estimator(config: PretrainConfig) -> PrototypeEstimator:
-    """Returns the run's estimator as it would be built, for what it holds; its schedules are not the run's."""
-    return build_estimator(
-        config.prototypes, seed=config.run.seed, num_observations_per_epoch=10**6, total_steps=1000
-    )
+def build_sized_estimators(config: PretrainConfig) -> dict[str, PrototypeEstimator]:
+    """Returns the run's estimators by section, for what they hold; their schedules are not the run's."""
+    return {
+        section: build_estimator(
+            config.prototypes_of(section),
+            seed=config.run.seed,
+            num_observations_per_epoch=10**6,
+            total_steps=1000,
+        )
+        for section in dict.fromkeys(config.levels.values())
+    }
 
 
 def _find_refusals(config: PretrainConfig) -> tuple[str, ...]:

@@ -78,4 +78,6 @@ class DriftGauge:
     @torch.no_grad()
     def _project(self, crops: Tensor) -> Tensor:
         with running_statistics_held(self._engine.teacher):  # a measurement moves nothing
-            return self._engine.forward_teacher([crops]).projections
+            projections = self._engine.forward_teacher([crops]).projections
+        assert projections is not None, "a gauge needs a term on views"
+        return projections

@@ -11,7 +11,7 @@ from training.config import PretrainConfig
 from training.cost import (
     Cost,
     buffer_bytes,
-    build_sized_estimator,
+    build_sized_estimators,
     build_student_on_meta,
     computes_in_bf16,
     measure_cost,
@@ -27,6 +27,7 @@ from training.initialisation import (
     initialise_estimator,
     initialise_network,
 )
+from training.prototype_sets import ESTIMATORS, SECTIONS
 from training.run_length import check_length
 
 _GIB = 2**30
@@ -72,12 +73,16 @@ def _try_initialisation(config: PretrainConfig) -> None:
     """Does what a start from `model.init` does but for writing into the network, which has no numbers here."""
     if config.model.init == "random":
         return
-    estimator = build_sized_estimator(config)
-    student = TrainedNetwork(build_student_on_meta(config), estimator.build_learned())
+    estimators = build_sized_estimators(config)
+    learned = {section: estimator.build_learned() for section, estimator in estimators.items()}
+    network = build_student_on_meta(config)
+    student = TrainedNetwork(network, *(learned.get(section) for section in SECTIONS))
     # Asked by one process alone, whatever the launcher: a dry run is not collective.
     source = find_source_checkpoint(config.model, Process(0, 1, 0, torch.device("cpu")))
     initialise_network(config.model, source, student)
-    initialise_estimator(config.model, source, estimator)
+    for name, section in zip(ESTIMATORS, SECTIONS, strict=True):
+        if section in estimators:
+            initialise_estimator(config.model, source, estimators[section], name)
 
 
 def _describe_steps(config: PretrainConfig) -> list[str]:

@@ -127,24 +127,44 @@ def initialise_network(model: ModelConfig, checkpoint: Path | None, student: Tra
     if checkpoint is None or not model.init_head:
         return
     state = ConsolidatedState(checkpoint)
-    _copy_part(student.network.projection_head, state, "teacher/network.projection_head.", "projection head")
-    if student.learned_prototypes is not None:
-        _copy_part(student.learned_prototypes, state, "teacher/learned_prototypes.", "learned prototypes")
+    parts = {
+        "network.projection_head": student.network.projection_head,
+        "network.patch_head": student.network.patch_head,
+        "learned_prototypes": student.learned_prototypes,
+        "learned_patch_prototypes": student.learned_patch_prototypes,
+    }
+    for name, part in parts.items():
+        if part is not None:
+            what = name.removeprefix("network.").replace("_", " ")
+            _copy_part(part, state, f"teacher/{name}.", what)
     logger.info("initialised from %s: projection head and prototypes as well", checkpoint)
 
 
-def initialise_estimator(model: ModelConfig, checkpoint: Path | None, estimator: PrototypeEstimator) -> None:
+def initialise_estimator(
+    model: ModelConfig, checkpoint: Path | None, estimator: PrototypeEstimator, place: str = "estimator"
+) -> None:
     """Takes over a run's prototypes where `model.init_head` asks for them, in place. Not collective.
 
     The whole state goes over, as in a resume: of a mixture means, variances, weights, counts, the moments of its
     inputs, its beta and its own step, so that it goes on and does not start from features again.
+
+    Args:
+        model: `init_head`.
+        checkpoint: from `find_source_checkpoint`.
+        estimator: changed.
+        place: the name that the checkpoint knows it by.
 
     Raises:
         ValueError: the run has other prototypes.
     """
     if checkpoint is None or not model.init_head:
         return
-    state = load_tree(checkpoint, "estimator")
+    if not (checkpoint / f"{place}.json").exists():
+        raise ValueError(
+            f"model.init_head is True, but {checkpoint} holds no {place}; expected a run with the same terms of the "
+            "objective; set model.init_head=false"
+        )
+    state = load_tree(checkpoint, place)
     extra = state.get("_extra_state", {})
     if extra.get("is_initialised"):
         # Means that are known are not collected once more, whatever `gmm.init` says of a start without them.

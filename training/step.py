@@ -13,15 +13,24 @@ import torch
 from torch import Tensor
 
 from data.views.augmentations import Crops
-from prototypes.diagnostics import UsageCounter
-from prototypes.estimator import PrototypeEstimator, Role
-from prototypes.objectives.interface import LogitOperands, Objective, RankBatch, ViewRows
-from training.accumulation import RowLoss, StudentPass, differentiate, join
+from prototypes.config import Level
+from prototypes.estimator import PrototypeEstimator
+from prototypes.objectives.interface import (
+    LogitOperands,
+    Objective,
+    PatchRows,
+    RankBatch,
+    ViewRows,
+)
+from prototypes.statistics import Collectives
+from training.accumulation import MicroBatch, RowLoss, StudentPass, differentiate, join
 from training.config import BatchConfig
 from training.drift import DriftGauge
 from training.engines.interface import Engine, NetworkOutput
 from training.engines.synchronization import Handle, Synchronization
 from training.guards import LossSpikeGuard
+from training.patches import MaskedPatches, join_patches, read_masks
+from training.prototype_sets import PrototypeSet, SetOutcome
 from training.schedules import StepSchedule
 
 
@@ -31,28 +40,28 @@ class StepOutcome:
 
     Attributes:
         applied: whether anything moved; a step with a non-finite loss or gradient moves nothing.
-        loss: of the whole batch, means over ranks: the objective's scalars, `total` among them, and `auxiliary`, the
-            estimator's own loss, if there is one.
+        loss: of the whole batch, means over ranks: the objective's scalars, `total` among them, and `auxiliary` (for
+            the patches' own prototypes `patch_auxiliary`), an estimator's own loss, if there is one.
         grad_norm: scalar, 2-norm of the gradient before clipping; 0 where the step was not applied.
-        projections: [views * B, P] the teacher's projections of all micro-batches, for diagnostics.
-        prototypes: [K, P] the teacher's prototypes of this step, C^t, before any of them was revived.
-        vanished: [K] which of them have shrunk away and point nowhere.
+        sets: what it did to each set of prototypes, by section.
     """
 
     applied: bool
     loss: dict[str, Tensor]
     grad_norm: Tensor
-    projections: Tensor
-    prototypes: Tensor
-    vanished: Tensor
+    sets: dict[str, SetOutcome]
 
 
 @dataclass(frozen=True)
 class _Share:
     """Micro-batches under one loss, and the teacher's rows of them: the whole batch, or each micro-batch its own."""
 
-    crops: list[Crops]
+    micro_batches: list[MicroBatch]
     teacher: NetworkOutput
+
+    @property
+    def num_images(self) -> int:
+        return sum(micro.num_images for micro in self.micro_batches)
 
 
 class TrainingStep:
@@ -62,22 +71,23 @@ class TrainingStep:
         self,
         *,
         engine: Engine,
-        estimator: PrototypeEstimator,
+        sets: Sequence[PrototypeSet],
         objective: Objective,
         batch: BatchConfig,
         synchronization: Synchronization,
-        usage: UsageCounter,
         spike_guard: LossSpikeGuard,
+        patches: str = "none",
         drift: DriftGauge | None = None,
     ) -> None:
         self.engine = engine
-        self.estimator = estimator
+        self.sets = tuple(sets)
         self.objective = objective
-        self.usage = usage
         self.spike_guard = spike_guard
-        self.drift = drift
+        self._set_of = {level: one for one in self.sets for level in one.levels}
         self._accumulation = batch.accumulation
         self._synchronization = synchronization
+        self.drift = drift
+        self._patches = patches
 
     def __call__(
         self,
@@ -94,17 +104,21 @@ class TrainingStep:
             schedule: learning rate, weight decay and EMA momentum of this step.
             meanwhile: what the CPU may do while the device is at the backward pass, before it waits for the device.
         """
+        micro_batches = [self._prepare(micro) for micro in crops]
         # The mixture sees the whole batch, however many micro-batches it comes in: one observation, one commit.
-        shares, teacher = self._forward_teacher(crops)
-        observation = self.estimator.observe(teacher.projections)
+        shares, teacher = self._forward_teacher(micro_batches)
+        patches = _patches_of(micro_batches)
+        by_position = self.objective.balances_positions
+        observations = [one.observe(teacher, patches, by_position=by_position) for one in self.sets]
         # The student's first forward pass needs no prototypes: it overlaps the reduction of the statistics.
-        student = self._forward_student(shares[0])
-        self.estimator.commit(observation)
+        student = StudentPass(self.engine, shares[0].micro_batches)
+        for one, observation in zip(self.sets, observations, strict=True):
+            one.estimator.commit(observation)
 
         losses: list[dict[str, Tensor]] = []
         for index, share in enumerate(shares):
             if index > 0:
-                student = self._forward_student(share)
+                student = StudentPass(self.engine, share.micro_batches)
             loss, gradient = differentiate(self._row_loss(share, step, index), student.output)
             student.backward(gradient, weight=1 / len(shares), is_last=share is shares[-1])
             losses.append(loss)
@@ -114,33 +128,26 @@ class TrainingStep:
         meanwhile()
         applied, grad_norm = self._apply(mean_loss["total"], finite, schedule)
         if applied:
-            self._count_usage(teacher, len(crops))
+            for one in self.sets:
+                one.count_usage(teacher, self.objective, len(crops))
             if self.drift is not None:
                 self.drift.observe(crops[0].global_crops[0], step + 1)
-        prototypes = self.estimator.prototypes("teacher", teacher.learned_prototypes).detach()
-        vanished = self.estimator.find_vanished()
+        outcomes = {one.section: one.describe(teacher) for one in self.sets}
         if applied:
             # Last: figures taken after a repair, on the rows that the repair has seen, would praise the repair.
-            self.estimator.reseed(step + 1)
-        return StepOutcome(applied, mean_loss, grad_norm, teacher.projections, prototypes, vanished)
+            for one in self.sets:
+                one.estimator.reseed(step + 1)
+        return StepOutcome(applied, mean_loss, grad_norm, outcomes)
 
     @property
     def reduce_sum(self) -> Callable[[Tensor], Handle]:
         """The sum over ranks, for counts that are closed at step boundaries."""
         return self._synchronization.reduce_sum
 
-    @property
-    def gather(self) -> Callable[[Tensor], Handle]:
-        """All ranks' equally shaped tensors, [world_size, ...], for figures of the whole global batch."""
-        return self._synchronization.gather
-
-    @torch.no_grad()
-    def initial_prototypes(self) -> Tensor:
-        """Returns the teacher's prototypes [K, P] before step 0. Learned ones are a function of the seed."""
-        learned = self.estimator.build_learned()
-        return self.estimator.prototypes("teacher", None if learned is None else learned()).to(
-            self.usage.counts.device
-        )
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Returns all ranks' rows, whose numbers may differ, for figures of the whole global batch. Collective."""
+        sync = self._synchronization
+        return Collectives(0, sync.world_size, sync.reduce_sum, sync.gather).gather_rows(rows)
 
     def _mean_loss(self, losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the means over micro-batches and ranks: the record is the job's, and all guards see one window."""
@@ -150,85 +157,102 @@ class TrainingStep:
     def _apply(self, loss: Tensor, finite: Tensor, schedule: StepSchedule) -> tuple[bool, Tensor]:
         """Moves everything, or nothing: one decision that all ranks share, taken before anything moves.
 
-        The step's one wait for the device but the estimator's: loss and check come in one transfer.
+        The step's one wait for the device but the estimators': loss and check come in one transfer.
         """
         loss_value, is_finite = torch.stack([loss, finite.to(loss.dtype)]).tolist()
+        moving: list[PrototypeEstimator | Objective] = [*(one.estimator for one in self.sets), self.objective]
         if not (is_finite and self.spike_guard.admits(loss_value)):
-            self.estimator.discard()
-            self.objective.discard()
+            for part in moving:
+                part.discard()
             self.engine.skip()
             return False, torch.zeros_like(loss)
         self.spike_guard.record(loss_value)
-        self.estimator.accept()
-        self.objective.accept()
+        for part in moving:
+            part.accept()
         grad_norm = self.engine.step(schedule)
         self.engine.update_teacher(schedule.ema_momentum)
         return True, grad_norm
 
-    def _forward_teacher(self, crops: Sequence[Crops]) -> tuple[list[_Share], NetworkOutput]:
-        """Returns what shares a loss with the teacher's rows of it, and the teacher's rows of the whole batch."""
-        num_images = crops[0].global_crops.shape[1]
-        outputs = [self.engine.forward_teacher(_teacher_views(micro)) for micro in crops]
-        whole = join(outputs, num_images)
-        if self._accumulation == "exact":
-            return [_Share(list(crops), whole)], whole
-        return [_Share([micro], output) for micro, output in zip(crops, outputs, strict=True)], whole
+    def _prepare(self, crops: Crops) -> MicroBatch:
+        """Returns what the student is given of a micro-batch."""
+        patches = None
+        if self._patches != "none":
+            assert crops.masks is not None
+            device = crops.global_crops.device
+            patches = read_masks(crops.masks, self._patches, device)
+        groups = [crops.global_crops.flatten(0, 1)]
+        if crops.local_crops.shape[0]:
+            groups.append(crops.local_crops.flatten(0, 1))
+        return MicroBatch(groups, crops.global_crops.shape[1], patches)
 
-    def _forward_student(self, share: _Share) -> StudentPass:
-        num_images = share.crops[0].global_crops.shape[1]
-        return StudentPass(self.engine, [_student_views(micro) for micro in share.crops], num_images)
+    def _forward_teacher(self, micro_batches: list[MicroBatch]) -> tuple[list[_Share], NetworkOutput]:
+        """Returns what shares a loss with the teacher's rows of it, and the teacher's rows of the whole batch."""
+        outputs = [
+            self.engine.forward_teacher(micro.crops[:1], micro.patches.teacher if micro.patches else None)
+            for micro in micro_batches
+        ]
+        counts = [micro.patches.teacher_counts for micro in micro_batches if micro.patches]
+        whole = join(outputs, micro_batches[0].num_images, counts)
+        if self._accumulation == "exact":
+            return [_Share(micro_batches, whole)], whole
+        return [_Share([micro], output) for micro, output in zip(micro_batches, outputs, strict=True)], whole
 
     def _row_loss(self, share: _Share, step: int, index: int) -> RowLoss:
-        """Returns the loss of a share as a function of the student's rows: where objective and estimator meet."""
-        num_images = sum(micro.global_crops.shape[1] for micro in share.crops)
+        """Returns the loss of a share as a function of the student's rows: where objective and estimators meet."""
 
         def compute(student: NetworkOutput) -> dict[str, Tensor]:
-            embeddings = student.embeddings
             batch = RankBatch(
-                views=ViewRows(
-                    student=_by_view(self._logit_operands(student, "student"), num_images),
-                    teacher=_by_view(self._logit_operands(share.teacher, "teacher"), num_images),
-                ),
-                embeddings=None if embeddings is None else embeddings.unflatten(0, (-1, num_images)),
-                num_parts=len(share.crops),
+                views=self._view_rows(share, student),
+                patches=self._patch_rows(share, student),
+                embeddings=None
+                if student.embeddings is None
+                else student.embeddings.unflatten(0, (-1, share.num_images)),
+                num_parts=len(share.micro_batches),
             )
             terms = self.objective(batch, step=step, micro_step=index)
-            auxiliary = self.estimator.auxiliary_loss(student.learned_prototypes, step=step, micro_step=index)
-            if auxiliary is None:
-                return terms
-            return terms | {"total": terms["total"] + auxiliary, "auxiliary": auxiliary}
+            for one in self.sets:
+                auxiliary = one.estimator.auxiliary_loss(one.learned(student), step=step, micro_step=index)
+                if auxiliary is not None:
+                    terms = terms | {
+                        "total": terms["total"] + auxiliary,
+                        f"{one.prefix}auxiliary": auxiliary,
+                    }
+            return terms
 
         return compute
 
-    def _logit_operands(self, output: NetworkOutput, role: Role) -> LogitOperands:
-        operands = self.estimator.logit_operands(
-            output.projections,
-            role,
-            output.learned_prototypes,
-            kind=self.objective.kind("instance", role),
+    def _view_rows(self, share: _Share, student: NetworkOutput) -> ViewRows | None:
+        if "instance" not in self._set_of:
+            return None
+        return ViewRows(
+            *(
+                operands._replace(rows=operands.rows.unflatten(0, (-1, share.num_images)))
+                for operands in self._operands(share, student, "instance")
+            )
         )
-        return LogitOperands(*operands)
 
-    @torch.no_grad()
-    def _count_usage(self, teacher: NetworkOutput, num_parts: int) -> None:
-        rows, prototypes = self._logit_operands(teacher, "teacher")
-        for part in rows.chunk(num_parts):  # the logits of one micro-batch exist at once
-            self.usage.update(part, prototypes)
-        assignment = self.estimator.assignment()
-        if assignment is not None:
-            self.usage.add_assignment(assignment)
+    def _patch_rows(self, share: _Share, student: NetworkOutput) -> PatchRows | None:
+        patches = _patches_of(share.micro_batches)
+        if patches is None:
+            return None
+        return PatchRows(
+            *self._operands(share, student, "patch"),
+            target=patches.target,
+            weight=patches.weight,
+            position=patches.position,
+            num_positions=patches.shape[2],
+        )
+
+    def _operands(
+        self, share: _Share, student: NetworkOutput, level: Level
+    ) -> tuple[LogitOperands, LogitOperands]:
+        of_level = self._set_of[level]
+        return (
+            of_level.operands(student, level, "student", self.objective),
+            of_level.operands(share.teacher, level, "teacher", self.objective),
+        )
 
 
-def _by_view(operands: LogitOperands, num_images: int) -> LogitOperands:
-    return operands._replace(rows=operands.rows.unflatten(0, (-1, num_images)))
-
-
-def _teacher_views(crops: Crops) -> list[Tensor]:
-    return [crops.global_crops.flatten(0, 1)]
-
-
-def _student_views(crops: Crops) -> list[Tensor]:
-    views = [crops.global_crops.flatten(0, 1)]
-    if crops.local_crops.shape[0]:
-        views.append(crops.local_crops.flatten(0, 1))
-    return views
+def _patches_of(micro_batches: Sequence[MicroBatch]) -> MaskedPatches | None:
+    parts = [micro.patches for micro in micro_batches if micro.patches is not None]
+    return join_patches(parts) if parts else None

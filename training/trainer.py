@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from prototypes.alarms import find_alarms
-from prototypes.diagnostics import count_unique, effective_rank, mean_cosine
 from runtime.distributed import Process
 from runtime.preemption import PreemptionFlag
 from runtime.program import EXIT_DONE, EXIT_FAULT, EXIT_PREEMPTED
@@ -24,8 +23,10 @@ from training.checkpoints.snapshot import Progress, RecordPosition, Snapshot
 from training.checkpoints.store import CheckpointStore
 from training.config import PretrainConfig
 from training.feed import Feed
+from training.figures import close_epoch, count_unique_shares, describe_step
 from training.health import RunHealth
 from training.metrics import WANDB_ID_NAME, MetricsRecord, WandbView, keep_wandb_id
+from training.prototype_sets import modules_of
 from training.run_directory import RunDirectory
 from training.run_length import schedule_at, steps_per_epoch
 from training.schedules import StepSchedule
@@ -33,8 +34,6 @@ from training.step import StepOutcome, TrainingStep
 from training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
-
-UNIQUE_THRESHOLDS = (0.025, 0.05, 0.1, 0.25, 0.5)
 
 Probe = Callable[[nn.Module], dict[str, float]]
 
@@ -96,7 +95,7 @@ class Trainer:
             directory.path,
             process,
             training_step.engine,
-            {"estimator": training_step.estimator, "objective": training_step.objective},
+            {**modules_of(training_step.sets), "objective": training_step.objective},
         )
         self._alarms_raised: set[str] = set()
         self._skipped_samples = 0
@@ -176,13 +175,16 @@ class Trainer:
         values: dict[str, float] = {}
         # Usage is a figure of one whole epoch; a run shorter than that reports what it has.
         if step % self._steps_per_epoch == 0 or step == self._num_steps < self._steps_per_epoch:
-            values |= self._close_epoch(~outcome.vanished)
+            for one in self.training_step.sets:
+                values |= close_epoch(one, outcome.sets[one.section], self.training_step.reduce_sum)
         if (
             step % self._steps_per_epoch == 0
             or step in logging_config.unique_early_steps
             or step == self._num_steps
         ):
-            values |= self._count_unique(outcome.prototypes[~outcome.vanished])
+            for one in self.training_step.sets:
+                _, prototypes, vanished = outcome.sets[one.section]
+                values |= count_unique_shares(one, prototypes[~vanished], is_main=self.process.is_main)
         probe_every = self.config.evaluation.knn_every_steps
         if self._probe is not None and probe_every and (step % probe_every == 0 or step == self._num_steps):
             values |= self._probe(self.training_step.engine.teacher_network().backbone)
@@ -193,21 +195,18 @@ class Trainer:
         """Returns the figures of the step that was just done, of all ranks together. Collective."""
         scalars = torch.stack([outcome.grad_norm.to(self.process.device), *outcome.loss.values()]).tolist()
         loss = {f"loss/{name}": value for name, value in zip(outcome.loss, scalars[1:], strict=True)}
-        # A rank's share can be fewer rows than the features have dimensions, which would bound their rank.
-        projections = self.training_step.gather(outcome.projections).wait().flatten(0, 1)
         values = loss | {
             "optim/lr": schedule.lr,
             "optim/weight_decay": schedule.weight_decay,
             "optim/ema_momentum": schedule.ema_momentum,
             "optim/grad_norm": scalars[0],
             "optim/skipped_steps": float(self.progress.skipped_steps),
-            "features/norm": float(projections.norm(dim=1).mean()),
-            "features/effective_rank": float(effective_rank(projections)),
-            "features/mean_cosine": float(mean_cosine(projections)),
         }
+        for one in self.training_step.sets:
+            values |= describe_step(one, outcome.sets[one.section], self.training_step.gather_rows)
         drift = self.training_step.drift
         values |= {} if drift is None else drift.metrics()
-        return values | self._process_values() | self.training_step.estimator.metrics()
+        return values | self._process_values()
 
     def _process_values(self) -> dict[str, float]:
         """Returns what the processes measured since the last line. Collective.
@@ -238,36 +237,22 @@ class Trainer:
         speed = values.get("throughput/images_per_s", 0.0)
         logger.info("step %d/%d  %s  %.0f images/s", self.progress.step, self._num_steps, text, speed)
         for alarm in find_alarms(
-            values, step=self.progress.step, collapses=self.training_step.objective.collapses
+            values,
+            step=self.progress.step,
+            collapses=self.training_step.objective.collapses,
+            prefixes=[one.prefix for one in self.training_step.sets],
         ):
             # Once a run: an alarm that stays true would bury every other line.
             if alarm.name not in self._alarms_raised:
                 self._alarms_raised.add(alarm.name)
                 logger.warning("ALARM at step %d: %s", self.progress.step, alarm.message)
 
-    def _close_epoch(self, is_alive: Tensor) -> dict[str, float]:
-        """Returns the usage of the epoch that ends here and starts the next count. Collective."""
-        usage = self.training_step.usage
-        self.training_step.reduce_sum(usage.counts).wait()
-        values = usage.metrics(is_alive)
-        usage.reset()
-        return values
-
-    def _count_unique(self, prototypes: Tensor) -> dict[str, float]:
-        """Returns the unique prototypes per threshold as shares of K; rank 0 counts, nobody waits for it.
-
-        Args:
-            prototypes: those of the K that have not vanished.
-        """
-        num_prototypes = self.config.prototypes.num_prototypes
-        if not self.process.is_main:
-            return {f"prototypes/unique_{threshold:g}": 0.0 for threshold in UNIQUE_THRESHOLDS}
-        counts = count_unique(prototypes, UNIQUE_THRESHOLDS)
-        return {f"prototypes/unique_{t:g}": counts[t] / num_prototypes for t in UNIQUE_THRESHOLDS}
-
     def _log_initial_prototypes(self) -> None:
         if 0 in self.config.logging.unique_early_steps:
-            self._log(self._count_unique(self.training_step.initial_prototypes()))
+            values: dict[str, float] = {}
+            for one in self.training_step.sets:
+                values |= count_unique_shares(one, one.initial_prototypes(), is_main=self.process.is_main)
+            self._log(values)
 
     def _schedule(self) -> StepSchedule:
         return schedule_at(self.config, self._num_samples, self.progress.step)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from data.config import DataConfig
 from data.views.collate import CropBatch
+from data.views.masking import Masks
 from data.views.random_numbers import draw_uniforms, hash_array
 
 # Rec. 601 luma as torchvision rounds it.
@@ -47,10 +48,12 @@ class Crops:
     Attributes:
         global_crops: float32 [V_g, B, C, H, W].
         local_crops: float32 [V_l, B, C, h, w].
+        masks: which patches of the global crops are hidden and predicted, on the CPU; None where none are.
     """
 
     global_crops: Tensor
     local_crops: Tensor
+    masks: Masks | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class DeviceAugmentation(nn.Module):
         return Crops(
             self._augment(batch.global_crops, seeds, first_view=0),
             self._augment(batch.local_crops, seeds, first_view=self.num_global_crops),
+            batch.masks,
         )
 
     def draw(self, seeds: NDArray[np.uint64], view: int) -> ColourDraws:

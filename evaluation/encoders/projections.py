@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.config import HeadConfig
-from models.heads import ProjectionHead
+from models.heads import UNIT_LENGTH, ProjectionHead
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -32,6 +32,7 @@ def load_projection_head(folder: Path) -> ProjectionHead | None:
     if not path.is_file():
         return None
     state = load_file(path)
+    is_unit = state.pop(UNIT_LENGTH, None) is not None
     linear = [name for name, tensor in state.items() if name.endswith(".weight") and tensor.ndim == 2]
     if not linear or not all(name.startswith("mlp.") for name in linear):
         raise ValueError(
@@ -45,6 +46,7 @@ def load_projection_head(folder: Path) -> ProjectionHead | None:
             hidden_dim=state[linear[0]].shape[0],
             projection_dim=state[linear[-1]].shape[0],
             use_bn=any(name.endswith("running_mean") for name in state),
+            normalize_bottleneck=is_unit,
         ),
     )
     head.load_state_dict(state)

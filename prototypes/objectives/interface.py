@@ -5,19 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from ..alarms import Collapse
-from ..config import TermConfig
+from ..config import Level, TermConfig
 from ..estimator import LogitKind, Role
 from .koleo import compute_embedding_koleo
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
+    from jaxtyping import Bool, Float, Int64
 
-Level = Literal["instance", "patch"]
 PREFIXES: dict[Level, str] = {"instance": "", "patch": "patch_"}
 """What the names of a level's figures begin with."""
 
@@ -94,7 +93,10 @@ class Term(nn.Module, ABC):
 
     Attributes:
         kinds: the kind of logits that its operands are made for, by role.
+        by_position: whether targets are balanced within each position of the grid.
     """
+
+    by_position = False
 
     def __init__(self, config: TermConfig, steps_per_epoch: int = 1) -> None:
         super().__init__()
@@ -156,6 +158,11 @@ class Objective(nn.Module):
         self._weights = dict(weights)
         self.koleo_weight = koleo_weight
 
+    @property
+    def balances_positions(self) -> bool:
+        """Whether patches are compared within their positions: an estimator that balances rows does so as well."""
+        return "patch" in self._by_level and self._by_level["patch"].by_position
+
     def kind(self, level: Level, role: Role) -> LogitKind:
         """Returns the kind of logits that a level's operands of a role are made for."""
         return self._by_level[level].kinds[role]
@@ -197,3 +204,13 @@ class Objective(nn.Module):
             for level, term in self._by_level.items()
             for collapse in term.collapses
         )
+
+
+def compute_mask_weights(masks: Bool[Tensor, "V B N"]) -> Float[Tensor, " R"]:
+    """Returns the weight of each masked patch, in the order of `masks.nonzero()`: one crop, one voice.
+
+    1 / (masked patches of the crop * number of crops), crops without masks included, so that the loss grows with the
+    share of masked crops, as in iBOT's and DINOv2's code; the weights sum to that share.
+    """
+    counts = masks.sum(-1, keepdim=True)
+    return (masks / (counts.clamp_min(1) * masks.shape[0] * masks.shape[1]))[masks]

@@ -14,7 +14,7 @@ from .sinkhorn import pick_offsets
 from .targets import TargetFigures, TargetLoss
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int64
+    from jaxtyping import Float, Int64
     from torch import Tensor
 
 
@@ -67,13 +67,3 @@ def patch_loss(
     return figures.complete(
         compute_cross_entropy(student, student_prototypes, make_targets()), mean_over_ranks
     )
-
-
-def compute_mask_weights(masks: Bool[Tensor, "V B N"]) -> Float[Tensor, " R"]:
-    """Returns the weight of each masked patch, in the order of `masks.nonzero()`: one crop, one voice.
-
-    1 / (masked patches of the crop * number of crops), crops without masks included, so that the loss grows with the
-    share of masked crops, as in iBOT's and DINOv2's code; the weights sum to that share.
-    """
-    counts = masks.sum(-1, keepdim=True)
-    return (masks / (counts.clamp_min(1) * masks.shape[0] * masks.shape[1]))[masks]

@@ -14,6 +14,7 @@ from .dino import dino_loss
 from .entropy import compute_entropy_deficit
 from .interface import LogitOperands, MeanOverRanks, RankBatch, Term
 from .logits import ChunkedLogits
+from .patches import patch_loss
 from .sinkhorn import compute_sinkhorn_offsets
 from .targets import TargetLoss, compute_mean_logits, move_centre
 
@@ -134,3 +135,23 @@ class DinoTerm(TargetTerm):
             mean_over_ranks=self._mean_over_ranks,
         )
         return self._complete(loss, student, step)
+
+
+class PatchTerm(TargetTerm):
+    """iBOT on all prototypes: see `patch_loss`."""
+
+    def forward(self, batch: RankBatch, *, step: int, micro_step: int = 0) -> dict[str, Tensor]:
+        """See `Term`. Collective."""
+        del micro_step
+        assert batch.patches is not None
+        patches = batch.patches
+        loss = patch_loss(
+            patches.student.rows / self.temperature("student", step),
+            patches.teacher.rows.detach() / self.temperature("teacher", step),
+            patches.student.columns,
+            patches.teacher.columns.detach(),
+            patches.weight,
+            offsets=self._compute_offsets(patches.teacher, step),
+            mean_over_ranks=self._mean_over_ranks,
+        )
+        return self._complete(loss, patches.student, step)

@@ -28,11 +28,18 @@ FAST = [
     ),
 ]
 
+PATCHES = {"targets": "centre", "patch": "ibot", "patch_mode": "joint"}
 ONE_STEP = [
     *({"scenario": "one_step", "engine": e, "mode": "joint_kp", "accumulation": 4} for e in ENGINES),
     *({"scenario": "one_step", "engine": e, "mode": "full", "accumulation": 2} for e in ("zero1", "fsdp2")),
     {"scenario": "one_step", "engine": "fsdp2", "mode": "joint", "accumulation": 2, "targets": "centre"},
     {"scenario": "one_step", "engine": "zero1", "mode": "full", "accumulation": 1, "targets": "sinkhorn"},
+    # Patches with prototypes of their own, and with those of the views; each kind of engine.
+    *(
+        {"scenario": "one_step", "engine": e, "mode": "joint", "accumulation": 2, **PATCHES}
+        for e in ("zero2", "zero3", "fsdp2")
+    ),
+    {"scenario": "one_step", "engine": "zero1", "mode": "full", "accumulation": 2, "patch": "ibot"},
 ]
 TARGETS = ("entropy", "centre", "sinkhorn", "posterior")
 MODES = ("full", "joint", "joint_kp", "partial", "frozen_random")
@@ -218,7 +225,11 @@ def undivided(work: Path) -> dict[str, dict[str, Any]]:
     scenarios = [
         *({"scenario": "one_step", "engine": "zero0", "mode": mode, "accumulation": 1} for mode in MODES),
         {"scenario": "one_step", "engine": "zero3", "mode": "joint_kp", "accumulation": 4},
-        *(entry | {"engine": "zero0", "accumulation": 1} for entry in ONE_STEP if "targets" in entry),
+        *(
+            entry | {"engine": "zero0", "accumulation": 1}
+            for entry in ONE_STEP
+            if entry.keys() & {"targets", "patch"}
+        ),
     ]
     found = run_scenarios(scenarios, 1, work, "undivided")
     (divided,) = iterate(found, accumulation=4)
@@ -227,7 +238,7 @@ def undivided(work: Path) -> dict[str, dict[str, Any]]:
 
 def what_of(entry: dict[str, Any]) -> str:
     """What a scenario of one step learns, however its batch is divided."""
-    return f"{entry['mode']} {entry.get('targets')}"
+    return " ".join(str(entry.get(name)) for name in ("mode", "targets", "patch", "patch_mode"))
 
 
 def test_micro_batches_and_ranks_divide_a_batch_exactly(
@@ -254,6 +265,21 @@ def test_every_mode_and_engine_divides_a_batch_exactly(
     ]
     for entry in run_scenarios(scenarios, world_size, tmp_path, "divided", timeout_s=580):
         check_one_step(entry, undivided[what_of(entry)])
+
+
+@pytest.mark.slow
+def test_every_term_on_patches_divides_a_batch_exactly(tmp_path: Path) -> None:
+    """iBOT with every mode of its prototypes, every engine: one rank and one micro-batch, or two of each."""
+    scenarios = [
+        {"scenario": "one_step", "mode": "joint", "patch": "ibot", "patch_mode": mode} for mode in MODES
+    ]
+    whole = run_scenarios(
+        [entry | {"engine": "zero0", "accumulation": 1} for entry in scenarios], 1, tmp_path, "whole"
+    )
+    divided = [entry | {"engine": e, "accumulation": 2} for entry in scenarios for e in ENGINES]
+    expected = {what_of(entry): entry for entry in whole}
+    for found in run_scenarios(divided, 2, tmp_path, "divided", timeout_s=580):
+        check_one_step(found, expected[what_of(found)])
 
 
 @pytest.mark.slow

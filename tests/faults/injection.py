@@ -132,7 +132,9 @@ class FaultyStep(TrainingStep):
         outcome = super().__call__(crops, step, schedule, *meanwhile)
         for fault in planned_faults():
             if fault.name == "flip" and fault.strikes("replicas", step):
-                flip_bit_(next(v for v in self.estimator.state_dict().values() if isinstance(v, Tensor)))
+                flip_bit_(
+                    next(v for v in self.sets[0].estimator.state_dict().values() if isinstance(v, Tensor))
+                )
             if fault.name == "flip" and fault.strikes("teacher", step):
                 replicas = self.engine.replicated_tensors()
                 flip_bit_(next(value for name, value in replicas if name.startswith("teacher/")))

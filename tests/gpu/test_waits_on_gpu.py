@@ -27,6 +27,7 @@ from training.engines.interface import TrainedNetwork
 from training.engines.synchronization import Synchronization
 from training.feed import Feed
 from training.guards import LossSpikeGuard
+from training.prototype_sets import PrototypeSet
 from training.step import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -84,11 +85,10 @@ def test_an_ordinary_step_waits_twice_and_its_preparation_never(
     networks[1].load_state_dict(networks[0].state_dict())
     step = TrainingStep(
         engine=PlainEngine(*networks),
-        estimator=estimator,
+        sets=[PrototypeSet("prototypes", ["instance"], estimator, UsageCounter(64, device=device))],
         objective=build_objective(ObjectiveConfig(), prototypes, seed=0).to(device),
         batch=BatchConfig(global_batch_size=16),
         synchronization=Synchronization(1, device=device),
-        usage=UsageCounter(64, device=device),
         spike_guard=LossSpikeGuard(None),
     )
     feed = Feed(draw_batches(), DeviceAugmentation(DATA).to(device), device, 1)

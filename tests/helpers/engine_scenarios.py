@@ -28,32 +28,24 @@ from evaluation.probes.knn import build_knn_probe
 from models.config import HeadConfig, ModelConfig
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
-from prototypes.build import build_estimator, build_objective
-from prototypes.config import (
-    CouplingConfig,
-    InstanceConfig,
-    ObjectiveConfig,
-    PartitionConfig,
-    PrototypesConfig,
-    Targets,
-)
+from prototypes.config import CouplingConfig, InstanceConfig, PatchConfig, Targets
 from prototypes.config import Mode as PrototypeMode
-from prototypes.diagnostics import UsageCounter
 from prototypes.mixture import sparse
-from prototypes.statistics import Collectives
 from runtime import distributed
 from runtime.distributed import Process
 from tests.helpers.counting import DeviceCounter
+from tests.helpers.terms import build_config, masks_of, part_of, spread_
+from training.build import assemble_step, build_sets, build_trained_network
 from training.checkpoints.state_files import ConsolidatedState, collect_share, save_tensors, share_path
 from training.checkpoints.store import find_latest_checkpoint, save_checkpoint
 from training.config import BatchConfig, OptimConfig
 from training.engines.interface import Engine, TrainedNetwork
 from training.engines.synchronization import Synchronization
-from training.guards import LossSpikeGuard
 from training.schedules import StepSchedule
 from training.step import TrainingStep
 
 GLOBAL_BATCH = 8
+NUM_SAMPLES = 500
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
 # ZeRO-3 keeps smaller parameters whole by default; this tiny model shall have both kinds.
 STAGE3_THRESHOLD = 200
@@ -96,18 +88,20 @@ def build_engine(
     accumulation: int = 1,
     model: ModelConfig = VIT,
     optimizer: Literal["adamw", "lars"] = "adamw",
-    build_learned: Callable[[], nn.Module | None] | None = None,
+    build_network: Callable[[str], TrainedNetwork] | None = None,
     spread: float = 1.0,
 ) -> Engine:
     """Builds one engine; `spread` widens the projections of a fresh head, which are almost equal."""
     torch.manual_seed(0)
-    if build_learned is None:
-        build_learned = partial(LearnedRows, model.head.projection_dim)
-    student = TrainedNetwork(SelfSupervisedNetwork(model, "student"), build_learned())
-    teacher = TrainedNetwork(SelfSupervisedNetwork(model, "teacher"), build_learned())
-    with torch.no_grad():
-        student.network.projection_head.mlp[-1].weight.mul_(spread)
-    teacher.load_state_dict(student.state_dict())
+    if build_network is None:
+        student, teacher = (
+            TrainedNetwork(SelfSupervisedNetwork(model, role), LearnedRows(model.head.projection_dim))
+            for role in ("student", "teacher")
+        )
+    else:
+        student, teacher = build_network("student"), build_network("teacher")
+    spread_(student, spread)
+    teacher.begin_as(student)
     teacher.requires_grad_(False)
     if model.compile_blocks:
         compile_blocks(student.network.backbone)
@@ -358,62 +352,48 @@ def build_training_step(
     mode: PrototypeMode,
     accumulation: int,
     targets: Targets | None = None,
+    patch_mode: PrototypeMode | None = None,
+    patch: str | None = None,
 ) -> TrainingStep:
     """The trainer's own step of a tiny network, 32 prototypes and `2 * GLOBAL_BATCH` images.
 
-    CARP's loss, or with `targets` DINO's.
+    CARP's loss, or with `targets` DINO's; with `patch` a term of that name on patches, its prototypes of `patch_mode`.
     """
-    prototypes = PrototypesConfig(
-        mode=mode,
+    config = build_config(
+        instance=None if targets is None else InstanceConfig(name="dino", targets=targets),
+        patch=None if patch is None else PatchConfig(name=patch),  # type: ignore[arg-type]
+        patch_mode=patch_mode,
+        model=VIT,
         num_prototypes=32,
-        dim=VIT.head.projection_dim,
-        partition=PartitionConfig(size=8),
+        num_images=2 * GLOBAL_BATCH,
+        accumulation=accumulation,
+        mode=mode,
         coupling=CouplingConfig(tie=0.5 if mode == "partial" else 0.0),
     )
     synchronization = Synchronization(process.world_size)
-    estimator = build_estimator(
-        prototypes,
-        seed=0,
-        num_observations_per_epoch=1000,
-        total_steps=100,
-        rank=process.rank,
-        world_size=process.world_size,
-        reduce_sum=synchronization.reduce_sum,
-        gather=synchronization.gather,
+    sets = build_sets(config, NUM_SAMPLES, process, synchronization)
+    engine = build_engine(
+        engine_name,
+        process,
+        work,
+        accumulation=accumulation,
+        build_network=partial(build_trained_network, config, sets=sets),
+        spread=100.0,
     )
-    return TrainingStep(
-        engine=build_engine(
-            engine_name,
-            process,
-            work,
-            accumulation=accumulation,
-            build_learned=estimator.build_learned,
-            spread=100.0,
-        ),
-        estimator=estimator,
-        objective=build_objective(
-            ObjectiveConfig()
-            if targets is None
-            else ObjectiveConfig(instance=InstanceConfig(name="dino", targets=targets)),
-            prototypes,
-            seed=0,
-            collectives=Collectives(
-                process.rank, process.world_size, synchronization.reduce_sum, synchronization.gather
-            ),
-            mean_over_ranks=synchronization.mean_over_ranks,
-        ),
-        batch=BatchConfig(global_batch_size=2 * GLOBAL_BATCH, gradient_accumulation_steps=accumulation),
-        synchronization=synchronization,
-        usage=UsageCounter(prototypes.num_prototypes),
-        spike_guard=LossSpikeGuard(None),
-    )
+    return assemble_step(config, NUM_SAMPLES, process, synchronization, sets, engine)
 
 
-def draw_crops(process: Process, accumulation: int, seed: int = 1) -> list[Crops]:
-    """This rank's micro-batches of a step's images: two global views and one local."""
-    images = torch.randn(2, 2 * GLOBAL_BATCH, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
-    mine = images.chunk(process.world_size, 1)[process.rank]
-    return [Crops(part, part[:1, :, :, :8, 4:12].contiguous()) for part in mine.chunk(accumulation, 1)]
+def draw_crops(process: Process, accumulation: int, seed: int = 1, patch: str | None = None) -> list[Crops]:
+    """This rank's micro-batches of a step's images: two global views and one local; masks for a term on patches."""
+    num_images, world_size = 2 * GLOBAL_BATCH, process.world_size
+    images = torch.randn(2, num_images, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
+    mine = images.chunk(world_size, 1)[process.rank]
+    term = None if patch is None else PatchConfig(name=patch)  # type: ignore[arg-type]
+    masks = part_of(masks_of(build_config(patch=term), num_images, seed), process.rank, world_size)
+    return [
+        Crops(part, part[:1, :, :, :8, 4:12].contiguous(), part_of(masks, index, accumulation))
+        for index, part in enumerate(mine.chunk(accumulation, 1))
+    ]
 
 
 def one_step(
@@ -422,33 +402,34 @@ def one_step(
     work: Path,
     mode: PrototypeMode,
     accumulation: int,
-    targets: Targets | None = None,
+    **terms: Any,
 ) -> dict[str, Any]:
     """One whole training step on the same global batch: loss, every gradient and the prototypes' state, as lists.
 
     AdamW's first moment after one step is a tenth of the gradient that all ranks and micro-batches have summed.
     """
-    step = build_training_step(engine_name, process, work, mode, accumulation, targets)
-    outcome = step(draw_crops(process, accumulation), 0, SCHEDULE)
+    step = build_training_step(engine_name, process, work, mode, accumulation, **terms)
+    torch.manual_seed(process.rank)
+    outcome = step(draw_crops(process, accumulation, patch=terms.get("patch")), 0, SCHEDULE)
     gradients = {
         name.split("/")[1]: tensor.flatten().tolist()
         for name, tensor in whole_state(step.engine).items()
         if "exp_avg/" in f"{name}/"
     }
-    gathered = step.gather(outcome.projections).wait()
+    gathered = step.gather_rows(outcome.sets["prototypes"].projections)
     return {
         "loss": {name: float(value) for name, value in outcome.loss.items()},
         "norm": float(outcome.grad_norm),
         "gradients": gradients,
         "estimator": {
             name: value.flatten().tolist()
-            for module in (step.estimator, step.objective)
+            for module in (*(one.estimator for one in step.sets), step.objective)
             for name, value in module.state_dict().items()
             if isinstance(value, Tensor)
         },
         "figures": {
             "feature_norm": float(gathered.norm(dim=-1).mean()),
-            "rows": gathered.shape[0] * gathered.shape[1],
+            "rows": len(gathered),
         },
     }
 

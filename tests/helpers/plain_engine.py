@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,9 +28,11 @@ class PlainEngine(ReplicaEngine):
         self.gradients: dict[str, Tensor] = {}
         self.num_passes = 0
 
-    def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
+    def forward_student(
+        self, crops: Sequence[Tensor], patches: Mapping[str, Tensor] | None = None
+    ) -> NetworkOutput:
         self.num_passes += 1
-        return super().forward_student(crops)
+        return super().forward_student(crops, patches)
 
     def gradients_are_finite(self) -> Tensor:
         self.gradients = {

@@ -20,10 +20,10 @@ from prototypes.config import ClusteringConfig, PrototypesConfig
 from prototypes.config import PartitionConfig as Partition
 from prototypes.estimator import EstimatorContext
 from prototypes.objectives.dino import dino_loss
-from prototypes.objectives.interface import MeanOverRanks
+from prototypes.objectives.interface import MeanOverRanks, compute_mask_weights
 from prototypes.objectives.koleo import compute_embedding_koleo
 from prototypes.objectives.logits import ChunkedLogits
-from prototypes.objectives.patches import compute_mask_weights, patch_loss
+from prototypes.objectives.patches import patch_loss
 from prototypes.objectives.sinkhorn import compute_sinkhorn_offsets, pick_offsets
 from prototypes.objectives.targets import compute_mean_logits, move_centre
 from prototypes.statistics import Collectives

@@ -61,7 +61,9 @@ def main(out_dir: Path, shards: str, steps: int, overrides: list[str]) -> None:
         for name in ("loss/total", "features/norm", "features/effective_rank", "features/mean_cosine"):
             found[f"{name}/{index}"] = torch.tensor([recorded[name]], dtype=torch.float64)
     state = {
-        name: value for name, value in step.estimator.state_dict().items() if isinstance(value, torch.Tensor)
+        name: value
+        for name, value in step.sets[0].estimator.state_dict().items()
+        if isinstance(value, torch.Tensor)
     }
     found |= {f"estimator/{name}": value.detach().clone().contiguous() for name, value in state.items()}
     save_file(found, str(out_dir / f"rank-{process.rank}.safetensors"))

@@ -63,8 +63,45 @@ def test_modes_train_from_one_yaml(digit_shards, tmp_path, mode):
     assert lines[-1]["prototypes/used"] + lines[-1]["prototypes/dead"] == pytest.approx(1)
 
 
-def test_kill_9_and_again_equals_an_uninterrupted_run_bit_for_bit(digit_shards, tmp_path):
+IBOT = (
+    "objective.instance.name=dino",
+    "objective.koleo_weight=0.1",
+    "objective.patch.name=ibot",
+    "data.masks.kind=block",
+    "data.masks.patch_size=7",
+    "data.masks.min_patches=1",
+    "model.patch_size=7",
+    "model.patch_head.projection_dim=16",
+    "model.patch_head.hidden_dim=32",
+    "patch_prototypes.mode=full",
+    "patch_prototypes.num_prototypes=64",
+    "patch_prototypes.dim=16",
+    "patch_prototypes.partition.size=16",
+    "patch_prototypes.max_rows_per_rank=50",
+)
+
+
+def test_views_and_patches_train_together_and_both_are_exported(digit_shards, tmp_path):
+    from safetensors.torch import load_file
+
+    run(digit_shards, tmp_path, "ibot", *IBOT, "optim.steps=6")
+    lines = [json.loads(line) for line in (tmp_path / "ibot" / "metrics.jsonl").read_text().splitlines()]
+    expected = {"loss/cross_entropy", "loss/koleo", "loss/patch_cross_entropy", "patch_gmm/beta"}
+    expected |= {"patch_features/effective_rank", "patch_prototypes/unique_0.025", "patch_prototypes/used"}
+    assert expected <= lines[-1].keys()
+    folder = tmp_path / "ibot/checkpoints/step-00000006/teacher"
+    assert load_file(folder / "patch_prototypes.safetensors")["means"].shape == (64, 16)
+    shapes = {name: tensor.shape for name, tensor in load_file(folder / "patch_head.safetensors").items()}
+    assert shapes["mlp.0.weight"][0] == 32 and not torch.equal(
+        load_file(folder / "projection_head.safetensors")["mlp.0.weight"],
+        load_file(folder / "patch_head.safetensors")["mlp.0.weight"],
+    )
+
+
+@pytest.mark.parametrize("terms", [(), pytest.param(IBOT, marks=pytest.mark.slow)], ids=["carp", "ibot"])
+def test_kill_9_and_again_equals_an_uninterrupted_run_bit_for_bit(digit_shards, tmp_path, terms):
     options = ("optim.steps=20", "checkpoint.every_steps=4", "model.drop_path_rate=0.1", "data.num_workers=1")
+    options += terms
     run(digit_shards, tmp_path, "whole", *options)
     # The first run dies at step 10, two updates after its newest checkpoint, without a chance to say goodbye.
     victim = starts.start("pretrain", arguments_of(digit_shards, tmp_path, "killed", *options))

@@ -19,6 +19,7 @@ from runtime.distributed import Process
 from training.checkpoints.files import CheckpointError, step_of
 from training.checkpoints.snapshot import Progress, RecordPosition, rng_name
 from training.checkpoints.state_files import ConsolidatedState, check_rng_state, load_tree, restore_rng_state
+from training.prototype_sets import ESTIMATORS, modules_of
 from training.step import TrainingStep
 
 
@@ -31,9 +32,9 @@ class SavedRun:
         progress: where the run was.
         record: how far its record was.
         state: the engine's full tensors by name, read when asked for.
-        estimator: the estimator's state.
+        estimators: their states, by name.
         objective: what the objective remembers; empty where it remembers nothing.
-        usage_counts: of the epoch so far, of all ranks together; `restore` compares their shape.
+        usage_counts: of the epoch so far, of all ranks together, by estimator; `restore` compares their shapes.
         spike_guard: the guard's window.
         rng: this rank's generators; None where the checkpoint was written by another number of ranks.
     """
@@ -42,9 +43,9 @@ class SavedRun:
     progress: Progress
     record: RecordPosition
     state: ConsolidatedState
-    estimator: dict[str, Any]
+    estimators: dict[str, dict[str, Any]]
     objective: dict[str, Any]
-    usage_counts: Tensor
+    usage_counts: dict[str, Tensor]
     spike_guard: dict[str, Any]
     rng: dict[str, Any] | None
 
@@ -59,8 +60,11 @@ def read_saved_run(checkpoint: Path, process: Process) -> SavedRun:
     progress = _read_progress(saved.get("progress"))
     if progress.step != step_of(checkpoint):
         raise CheckpointError(f"progress.json is of step {progress.step}; expected that of {checkpoint.name}")
-    counts = saved.get("usage_counts")
-    if not isinstance(counts, Tensor):
+    places = [
+        place for place in ESTIMATORS if place == "estimator" or (checkpoint / f"{place}.json").exists()
+    ]
+    counts = {place: saved.get(_counts_of(place)) for place in places}
+    if not all(isinstance(count, Tensor) for count in counts.values()):
         raise CheckpointError("progress.json holds no usage counts")
     guard = _mapping(saved.get("spike_guard"), "spike_guard of progress.json")
     losses = guard.get("losses")
@@ -76,9 +80,9 @@ def read_saved_run(checkpoint: Path, process: Process) -> SavedRun:
         progress=progress,
         record=_read_record_position(load_tree(checkpoint, "record")),
         state=ConsolidatedState(checkpoint),
-        estimator=_mapping(load_tree(checkpoint, "estimator"), "estimator.json"),
+        estimators={place: _mapping(load_tree(checkpoint, place), f"{place}.json") for place in places},
         objective=_read_objective(checkpoint),
-        usage_counts=counts,
+        usage_counts=counts,  # type: ignore[arg-type]
         spike_guard=guard,
         rng=rng,
     )
@@ -91,22 +95,36 @@ def restore(saved: SavedRun, training_step: TrainingStep, process: Process) -> N
         ValueError: the state belongs to another model, other prototypes or another schema; on all ranks alike, and
             before a tensor has moved in the part that refuses.
     """
-    live = training_step.usage.counts
-    if (saved.usage_counts.shape, saved.usage_counts.dtype) != (live.shape, live.dtype):
+    estimators = modules_of(training_step.sets)
+    if saved.estimators.keys() != estimators.keys():
         raise ValueError(
-            f"the checkpoint's usage counts have shape {tuple(saved.usage_counts.shape)}; expected {tuple(live.shape)}"
+            f"the checkpoint holds the states {', '.join(saved.estimators)}; expected {', '.join(estimators)}; "
+            "resume with the prototypes it was written with, or set run.resume=false"
         )
+    counters = {f"{one.prefix}estimator": one.usage.counts for one in training_step.sets}
+    for place, live in counters.items():
+        counts = saved.usage_counts[place]
+        if (counts.shape, counts.dtype) != (live.shape, live.dtype):
+            raise ValueError(
+                f"the checkpoint's usage counts have shape {tuple(counts.shape)}; expected {tuple(live.shape)}"
+            )
     _check_objective(saved.objective, training_step.objective.state_dict())
     training_step.engine.load_state(saved.state)
-    training_step.estimator.load_state_dict(saved.estimator)
+    for place, estimator in estimators.items():
+        estimator.load_state_dict(saved.estimators[place])
     training_step.objective.load_state_dict(saved.objective)
     # Usage counts were summed over ranks: one rank takes them over and the others start from zero.
-    live.copy_(saved.usage_counts * int(process.is_main))
+    for place, live in counters.items():
+        live.copy_(saved.usage_counts[place] * int(process.is_main))
     training_step.spike_guard.load_state_dict(saved.spike_guard)
     if saved.rng is not None:
         restore_rng_state(saved.rng)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _counts_of(place: str) -> str:
+    return place.replace("estimator", "usage_counts")
 
 
 def _read_objective(checkpoint: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     checkpoints/step-00000100/
       state-00000-of-00002.safetensors ...   student, teacher, optimizer: full tensors by name, shared out to ranks
       estimator.{json,safetensors}           the estimator's state, equal on all ranks
+      patch_estimator.{json,safetensors}     that of the patches' own prototypes, where they have some
       objective.{json,safetensors}           what the objective remembers (a centre), where it remembers anything
       progress.{json,safetensors}            counters, data position, usage counts, guard
       rng-00000-of-00002.{json,safetensors}  every generator of each rank
@@ -15,6 +16,7 @@ generators are put back where the number of ranks is the same: what draws betwee
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from data.stream.pipeline import merge_positions
+from models.heads import UNIT_LENGTH
 from prototypes.estimator import PrototypeEstimator, Role
 from runtime.distributed import Process
 from training.checkpoints.exported_encoder import build_shell, export_encoder
@@ -35,10 +38,11 @@ from training.checkpoints.state_files import (
 )
 from training.config import PretrainConfig
 from training.engines.interface import Engine
+from training.prototype_sets import SECTIONS, modules_of
 from training.step import TrainingStep
 
 _TEACHER_BACKBONE = "teacher/network.backbone."
-_TEACHER_HEAD = "teacher/network.projection_head."
+_HEADS = ("projection_head", "patch_head")
 _ROLES: tuple[Role, ...] = ("teacher", "student")
 
 
@@ -93,7 +97,7 @@ class Snapshot:
     Args:
         config: the run's configuration, for the export.
         progress: where the run is; `position` is this rank's part.
-        training_step: engine, estimator, objective, usage counts and guard.
+        training_step: engine, sets of prototypes with their usage counts, objective and guard.
         process: this process.
         provenance: plain facts for the exported encoder's model card.
         record: how far the record is; rank 0's counts.
@@ -114,26 +118,34 @@ class Snapshot:
         self._process = process
         self._provenance = provenance
         self._teacher: dict[str, Tensor] = {}
-        self._teacher_head: dict[str, Tensor] = {}
-        self._prototypes: dict[str, Tensor] = {}
-        self._learned: dict[Role, Tensor] = {}
+        self._heads: dict[str, dict[str, Tensor]] = {name: {} for name in _HEADS}
+        self._prototypes: dict[str, dict[str, Tensor]] = {}
+        self._learned: dict[str, dict[Role, Tensor]] = {section: {} for section in SECTIONS}
         self._share = collect_share(self._stream(training_step.engine), process.rank, process.world_size)
         parts = process.all_gather_object(progress.position)
         self._progress = {
             "progress": asdict(replace(progress, position=merge_positions([part for part in parts if part]))),
-            "usage_counts": self._sum_over_ranks(training_step.usage.counts),
+            **{
+                f"{one.prefix}usage_counts": self._sum_over_ranks(one.usage.counts)
+                for one in training_step.sets
+            },
             "spike_guard": training_step.spike_guard.state_dict(),
         }
-        self._estimator = {
-            name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-            for name, value in training_step.estimator.state_dict().items()
+        self._estimators = {
+            place: {
+                name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+                for name, value in estimator.state_dict().items()
+            }
+            for place, estimator in modules_of(training_step.sets).items()
         }
         self._objective = {
             name: value.detach().to("cpu", copy=True)
             for name, value in training_step.objective.state_dict().items()
         }
-        if process.is_main:
-            self._prototypes = _exported_prototypes(training_step.estimator, self._estimator, self._learned)
+        for one in training_step.sets if process.is_main else ():
+            state = self._estimators[f"{one.prefix}estimator"]
+            learned = self._learned[one.section]
+            self._prototypes[one.section] = _exported_prototypes(one.estimator, state, learned)
 
     def write(self, directory: Path) -> None:
         """Writes this rank's files; rank 0 adds what is equal on all ranks and the exported teacher."""
@@ -141,7 +153,8 @@ class Snapshot:
         save_tree(directory, rng_name(self._process), self._rng)
         if not self._process.is_main:
             return
-        save_tree(directory, "estimator", self._estimator)
+        for place, state in self._estimators.items():
+            save_tree(directory, place, state)
         if self._objective:
             save_tree(directory, "objective", self._objective)
         save_tree(directory, "progress", self._progress)
@@ -152,23 +165,35 @@ class Snapshot:
             model=self._config.model,
             mean=self._config.data.mean,
             std=self._config.data.std,
-            prototypes=self._prototypes,
+            prototypes=self._prototypes["prototypes"],
             provenance=self._provenance,
         )
-        # Beside the encoder, for whoever asks which prototype an image is nearest to.
-        save_tensors(directory / "teacher" / "projection_head.safetensors", self._teacher_head)
+        # Beside the encoder, for whoever asks which prototype an image, or a patch, is nearest to.
+        beside = {name: self._with_kind(name, head) for name, head in self._heads.items() if head}
+        beside |= {name: own for name, own in self._prototypes.items() if name != "prototypes"}
+        for name, tensors in beside.items():
+            save_tensors(directory / "teacher" / f"{name}.safetensors", tensors)
 
     def _stream(self, engine: Engine) -> Any:
         """The engine's state; on the way rank 0 keeps what the export needs."""
         for name, tensor in engine.iterate_state():
             if self._process.is_main and name.startswith(_TEACHER_BACKBONE):
                 self._teacher[name.removeprefix(_TEACHER_BACKBONE)] = tensor.detach().to("cpu", copy=True)
-            if self._process.is_main and name.startswith(_TEACHER_HEAD):
-                self._teacher_head[name.removeprefix(_TEACHER_HEAD)] = tensor.detach().to("cpu", copy=True)
-            for role in _ROLES if self._process.is_main else ():
-                if name.startswith(f"{role}/learned_prototypes."):
-                    self._learned[role] = tensor.detach().to("cpu", copy=True)
+            for head in _HEADS if self._process.is_main else ():
+                prefix = f"teacher/network.{head}."
+                if name.startswith(prefix):
+                    self._heads[head][name.removeprefix(prefix)] = tensor.detach().to("cpu", copy=True)
+            for role, section in itertools.product(_ROLES, SECTIONS) if self._process.is_main else ():
+                if name.startswith(f"{role}/learned_{section}."):
+                    self._learned[section][role] = tensor.detach().to("cpu", copy=True)
             yield name, tensor
+
+    def _with_kind(self, name: str, head: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns a head's tensors and, where its rows have unit length, the mark that says so."""
+        model = self._config.model
+        options = model.head if name == "projection_head" else model.patch_head
+        is_unit = options is not None and options.normalize_bottleneck
+        return head | ({UNIT_LENGTH: torch.ones(())} if is_unit else {})
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
         """The epoch's usage so far. A copy: the counters themselves go on per rank."""

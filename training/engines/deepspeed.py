@@ -88,19 +88,23 @@ class DeepSpeedEngine(Engine):
             _gather_persistent_exactly(student)
         self._create_moments()
 
-    def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
+    def forward_student(
+        self, crops: Sequence[Tensor], patches: Mapping[str, Tensor] | None = None
+    ) -> NetworkOutput:
         """See `Engine`."""
-        return NetworkOutput(*self._engine(crops))
+        return NetworkOutput(*self._engine(crops, patches))
 
     @torch.no_grad()
-    def forward_teacher(self, crops: Sequence[Tensor]) -> NetworkOutput:
+    def forward_teacher(
+        self, crops: Sequence[Tensor], patches: Mapping[str, Tensor] | None = None
+    ) -> NetworkOutput:
         """See `Engine`."""
         if self._teacher_engine is not None:
-            return NetworkOutput(*self._teacher_engine(crops))
+            return NetworkOutput(*self._teacher_engine(crops, patches))
         device_type = crops[0].device.type
         enabled = self._autocast_dtype is not None
         with torch.autocast(device_type, dtype=self._autocast_dtype, enabled=enabled):
-            return NetworkOutput(*self.teacher(crops))
+            return NetworkOutput(*self.teacher(crops, patches))
 
     def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
         """See `Engine`."""
@@ -151,12 +155,14 @@ class DeepSpeedEngine(Engine):
     def update_teacher(self, ema_momentum: float) -> None:
         """See `Engine`. Parameters only: each network's BatchNorm keeps its own buffers."""
         teacher: list[Tensor] = list(self.teacher.parameters())
-        student: list[Tensor] = list(self.student.parameters())
+        # The student may have more: what stands for patches that it does not see.
+        students = dict(self.student.named_parameters())
+        student: list[Tensor] = [students[name] for name, _ in self.teacher.named_parameters()]
         if self._teacher_engine is not None:
             # A teacher that is still gathered from its forward pass would hide what its pieces become.
             self._teacher_engine.optimizer.partition_all_parameters()
-            teacher = [value_piece(p) for p in self.teacher.parameters()]
-            student = [value_piece(p) for p in self.student.parameters()]
+            teacher = [value_piece(p) for p in teacher]  # type: ignore[arg-type]
+            student = [value_piece(p) for p in student]  # type: ignore[arg-type]
         update_ema_(teacher, student, ema_momentum)
 
     def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -22,8 +22,8 @@ from training.schedules import StepSchedule
 class FSDPEngine(Engine):
     """See `Engine`. Student and teacher are cut alike, so that the average moves on local shards.
 
-    Units: each block of the backbone, the backbone's rest, learned prototypes, the root (the head). All are cut
-    again after the forward pass: nobody can see a stale whole copy after an update. Gradients are reduced after
+    Units: each block of the backbone, the backbone's rest, learned prototypes, the root (heads). All
+    are cut again after the forward pass: nobody can see a stale whole copy after an update. Gradients are reduced after
     every micro-batch (memory does not grow with accumulation), in fp32.
 
     Args:
@@ -63,14 +63,18 @@ class FSDPEngine(Engine):
         self._clip_grad_norm = optim.clip_grad_norm
         self._mesh = mesh
 
-    def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
+    def forward_student(
+        self, crops: Sequence[Tensor], patches: Mapping[str, Tensor] | None = None
+    ) -> NetworkOutput:
         """See `Engine`."""
-        return NetworkOutput(*self.student(crops))
+        return NetworkOutput(*self.student(crops, patches))
 
     @torch.no_grad()
-    def forward_teacher(self, crops: Sequence[Tensor]) -> NetworkOutput:
+    def forward_teacher(
+        self, crops: Sequence[Tensor], patches: Mapping[str, Tensor] | None = None
+    ) -> NetworkOutput:
         """See `Engine`."""
-        return NetworkOutput(*self.teacher(crops))
+        return NetworkOutput(*self.teacher(crops, patches))
 
     def backward(self, loss: Tensor, *, is_last_micro_step: bool) -> None:
         """See `Engine`."""
@@ -102,7 +106,7 @@ class FSDPEngine(Engine):
         """See `Engine`."""
         update_ema_(
             [_local(parameter) for parameter in self._teacher_parameters.values()],
-            [_local(parameter) for parameter in self._student_parameters.values()],
+            [_local(self._student_parameters[name]) for name in self._teacher_parameters],
             ema_momentum,
         )
 
@@ -159,9 +163,10 @@ def _cut(network: TrainedNetwork, mesh: DeviceMesh, precision: str) -> None:
     for block in getattr(backbone, "blocks", []):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    if network.learned_prototypes is not None:
-        # Prototypes and the logits against them are fp32 whatever the encoder computes in.
-        fully_shard(network.learned_prototypes, mesh=mesh, reshard_after_forward=True)
+    for learned in (network.learned_prototypes, network.learned_patch_prototypes):
+        if learned is not None:
+            # Prototypes and the logits against them are fp32 whatever the encoder computes in.
+            fully_shard(learned, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 

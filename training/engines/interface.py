@@ -20,19 +20,20 @@ from training.schedules import StepSchedule
 
 
 class NetworkOutput(NamedTuple):
-    """What one forward pass gives.
+    """What one forward pass gives; None where the objective does not ask for it.
 
     Attributes:
         projections: [N, P] fp32, all crops in order.
-        learned_prototypes: [K, P] unit rows where the encoder's loss trains prototypes, else None.
-        patch_projections: [N, M, P] fp32, of M patches of each crop: what a network with a head for patches will give
-            as the third value of its forward pass. None from today's, which then cost nothing for it.
-        embeddings: [M, D] fp32, of the global crops, where the objective asks for them, else None.
+        learned_prototypes: [K, P] unit rows where the encoder's loss trains prototypes.
+        patch_projections: [R, P] fp32, of patches of the global crops: by crop, then by place.
+        learned_patch_prototypes: as `learned_prototypes`, where the term on patches has its own.
+        embeddings: [M, D] fp32, of the global crops.
     """
 
-    projections: Tensor
-    learned_prototypes: Tensor | None
+    projections: Tensor | None
+    learned_prototypes: Tensor | None = None
     patch_projections: Tensor | None = None
+    learned_patch_prototypes: Tensor | None = None
     embeddings: Tensor | None = None
 
 
@@ -42,16 +43,32 @@ class TrainedNetwork(nn.Module):
     The prototypes' unit rows are computed inside `forward`, so that an engine's gather hooks see their use.
     """
 
-    def __init__(self, network: SelfSupervisedNetwork, learned_prototypes: nn.Module | None) -> None:
+    def __init__(
+        self,
+        network: SelfSupervisedNetwork,
+        learned_prototypes: nn.Module | None,
+        learned_patch_prototypes: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.learned_prototypes = learned_prototypes
+        self.learned_patch_prototypes = learned_patch_prototypes
 
-    def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def forward(
+        self, crops: Sequence[Tensor], patches: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor | None, ...]:
         """Returns the fields of a `NetworkOutput`; a plain tuple, which engines take apart and put together again."""
-        prototypes = None if self.learned_prototypes is None else self.learned_prototypes()
-        projections, embeddings = self.network(crops)
-        return projections, prototypes, None, embeddings
+        prototypes, patch_prototypes = (
+            None if learned is None else learned()
+            for learned in (self.learned_prototypes, self.learned_patch_prototypes)
+        )
+        projections, embeddings, patch_projections = self.network(crops, patches)
+        return projections, prototypes, patch_projections, patch_prototypes, embeddings
+
+    def begin_as(self, other: TrainedNetwork) -> None:
+        """Takes over the weights of another network that has all of this one's and maybe more: teacher of student."""
+        state = other.state_dict()
+        self.load_state_dict({name: state[name] for name in self.state_dict()})
 
 
 class Engine(ABC):
@@ -66,16 +83,27 @@ class Engine(ABC):
     teacher: nn.Module
 
     @abstractmethod
-    def forward_student(self, crops: Sequence[Tensor]) -> NetworkOutput:
-        """Returns the student's output with its graph. Collective under sharded parameters."""
+    def forward_student(
+        self, crops: Sequence[Tensor], patches: Mapping[str, Tensor] | None = None
+    ) -> NetworkOutput:
+        """Returns the student's output with its graph. Collective under sharded parameters.
 
-    def forward_student_without_graph(self, crops: Sequence[Tensor]) -> NetworkOutput:
+        Args:
+            crops: one tensor per resolution.
+            patches: which patches of the first are hidden and projected, as `SelfSupervisedNetwork.forward` takes it.
+        """
+
+    def forward_student_without_graph(
+        self, crops: Sequence[Tensor], patches: Mapping[str, Tensor] | None = None
+    ) -> NetworkOutput:
         """Returns what `forward_student` would, without its graph; BatchNorm's running statistics stay."""
         with torch.no_grad(), running_statistics_held(self.student):
-            return self.forward_student(crops)
+            return self.forward_student(crops, patches)
 
     @abstractmethod
-    def forward_teacher(self, crops: Sequence[Tensor]) -> NetworkOutput:
+    def forward_teacher(
+        self, crops: Sequence[Tensor], patches: Mapping[str, Tensor] | None = None
+    ) -> NetworkOutput:
         """Returns the teacher's output, no gradient. Collective under sharded parameters."""
 
     @abstractmethod

@@ -33,8 +33,8 @@ def build_parameter_groups(student: TrainedNetwork, config: OptimConfig) -> list
     """Returns parameter groups with `lr_scale`, `decays` (whether the weight decay applies) and `can_freeze`.
 
     The backbone's groups are timm's, made on the timm model itself (layer decay needs its group matcher): biases,
-    norms, tokens and position embeddings do not decay. The head's weights decay, its vectors do not. Prototypes
-    that the encoder's loss trains do not decay: only their direction counts.
+    norms, tokens and position embeddings do not decay. Of the heads and what else the network has beside the backbone
+    matrices decay, vectors do not. Prototypes that the encoder's loss trains do not decay: only their direction counts.
     """
     backbone = student.network.backbone
     skip: set[str] = getattr(backbone, "no_weight_decay", set)()
@@ -49,14 +49,15 @@ def build_parameter_groups(student: TrainedNetwork, config: OptimConfig) -> list
         )
     else:
         groups = timm.optim.param_groups_weight_decay(backbone, weight_decay=decay, no_weight_decay_list=skip)
-    head = list(student.network.projection_head.parameters())
+    # Heads, mask token.
+    rest = [p for name, p in student.network.named_parameters() if not name.startswith("backbone.")]
     groups = [dict(group) for group in groups]
-    groups.append({"params": [p for p in head if p.ndim > 1], "weight_decay": decay})
-    groups.append({"params": [p for p in head if p.ndim <= 1], "weight_decay": 0.0})
-    if student.learned_prototypes is not None:
-        prototypes = list(student.learned_prototypes.parameters())
-        scale = config.prototype_lr_scale
-        groups.append({"params": prototypes, "weight_decay": 0.0, "lr_scale": scale, "can_freeze": True})
+    groups.append({"params": [p for p in rest if p.ndim > 1], "weight_decay": decay})
+    groups.append({"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0})
+    for learned in (student.learned_prototypes, student.learned_patch_prototypes):
+        if learned is not None:
+            prototypes, scale = list(learned.parameters()), config.prototype_lr_scale
+            groups.append({"params": prototypes, "weight_decay": 0.0, "lr_scale": scale, "can_freeze": True})
     return [
         {
             "params": [p for p in group["params"] if p.requires_grad],

@@ -16,6 +16,7 @@ from training.config import BatchConfig
 from training.engines.interface import TrainedNetwork
 from training.engines.synchronization import Synchronization
 from training.guards import LossSpikeGuard
+from training.prototype_sets import PrototypeSet
 from training.schedules import StepSchedule
 from training.step import TrainingStep
 
@@ -29,8 +30,8 @@ class OfCrops(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, crops):
-        return self.network(torch.cat(list(crops)))
+    def forward(self, crops, patches):
+        return self.network(torch.cat(list(crops))), None, None
 
 
 class ExampleEngine(PlainEngine):
@@ -71,11 +72,10 @@ def run_trainer(batches, ema_momentum):
     networks = [TrainedNetwork(OfCrops(network), estimator.build_learned()) for network in (student, teacher)]
     step = TrainingStep(
         engine=ExampleEngine(*networks),
-        estimator=estimator,
+        sets=[PrototypeSet("prototypes", ["instance"], estimator, UsageCounter(decoupled.K))],
         objective=build_objective(ObjectiveConfig(), decoupled.CONFIG, seed=decoupled.SEED),
         batch=BatchConfig(global_batch_size=IMAGES),
         synchronization=Synchronization(1),
-        usage=UsageCounter(decoupled.K),
         spike_guard=LossSpikeGuard(None),
     )
     schedule, outcomes = StepSchedule(lr=0.0, weight_decay=0.0, ema_momentum=ema_momentum), []

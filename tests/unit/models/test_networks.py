@@ -23,8 +23,8 @@ def tiny(**changes):
 def test_crops_of_two_sizes_give_one_row_each_in_order():
     network = SelfSupervisedNetwork(tiny(), "student").eval()
     large, small = torch.randn(4, 1, 28, 28), torch.randn(6, 1, 14, 14)
-    projections, embeddings = network([large, small])
-    assert embeddings is None
+    projections, embeddings, patches = network([large, small])
+    assert embeddings is None and patches is None
     assert projections.shape == (10, 8)
     torch.testing.assert_close(projections[:4], network([large])[0])
     torch.testing.assert_close(projections[4:], network([small])[0])
@@ -53,7 +53,7 @@ def test_student_and_teacher_are_built_alike_and_only_one_drops_paths():
 def test_large_names_build_without_memory(name, size, millions):
     with torch.device("meta"):
         network = SelfSupervisedNetwork(ModelConfig(name=name, image_size=size), "student")
-        projections, _ = network([torch.empty(2, 3, size, size), torch.empty(4, 3, size // 2, size // 2)])
+        projections, *_ = network([torch.empty(2, 3, size, size), torch.empty(4, 3, size // 2, size // 2)])
     assert projections.shape == (6, 256)
     assert round(sum(p.numel() for p in network.backbone.parameters()) / 1e6) == millions
 
@@ -76,7 +76,7 @@ def test_a_normalised_bottleneck_has_unit_rows_and_embeddings_come_on_demand():
     torch.manual_seed(0)
     plain = SelfSupervisedNetwork(tiny(), "student").eval()
     crops = [torch.randn(4, 1, 28, 28), torch.randn(6, 1, 14, 14)]
-    projections, embeddings = unit(crops)
+    projections, embeddings, _ = unit(crops)
     torch.testing.assert_close(projections, torch.nn.functional.normalize(plain(crops)[0], dim=1))
     torch.testing.assert_close(embeddings, unit.backbone(crops[0]))
 

@@ -8,43 +8,25 @@ import pytest
 import torch
 
 from data.views.augmentations import Crops
-from models.config import HeadConfig, ModelConfig, OutputsConfig
-from models.student_teacher import SelfSupervisedNetwork
-from prototypes.build import build_estimator, build_objective
-from prototypes.config import (
-    CouplingConfig,
-    InstanceConfig,
-    ObjectiveConfig,
-    PartitionConfig,
-    PrototypesConfig,
-)
-from prototypes.diagnostics import UsageCounter
+from prototypes.config import CouplingConfig, InstanceConfig, PatchConfig
 from prototypes.mixture.config import GmmConfig, InitialisationConfig
 from prototypes.objectives.carp import carp_loss
 from prototypes.objectives.interface import Objective, Term
 from prototypes.objectives.koleo import compute_koleo
 from prototypes.objectives.partitions import draw_partition
+from runtime.distributed import Process
 from tests.helpers.plain_engine import PlainEngine
-from training.accumulation import StudentPass, differentiate, join, split
+from tests.helpers.terms import VIT, build_config, masks_of, part_of, spread_
+from training.accumulation import MicroBatch, StudentPass, differentiate, join, split
+from training.build import assemble_step, build_sets, build_trained_network
 from training.config import BatchConfig
 from training.config_difference import find_differences
-from training.engines.interface import NetworkOutput, TrainedNetwork
+from training.engines.interface import NetworkOutput
 from training.engines.synchronization import Synchronization
-from training.guards import LossSpikeGuard
 from training.schedules import StepSchedule
-from training.step import TrainingStep
 
-IMAGES, DIM, PROTOTYPES, BLOCK = 16, 8, 64, 16
-VIT = ModelConfig(
-    name="vit_tiny_patch16_224",
-    image_size=16,
-    patch_size=8,
-    embed_dim=24,
-    depth=2,
-    num_heads=2,
-    channels=1,
-    head=HeadConfig(num_layers=2, hidden_dim=32, projection_dim=DIM),
-)
+IMAGES, PROTOTYPES, BLOCK = 16, 64, 16
+NUM_SAMPLES = 500
 # Fresh heads give almost equal logits and gradients that cancel; wider projections make this a test of the algebra.
 SPREAD = 50.0
 SCHEDULE = StepSchedule(lr=0.1, weight_decay=0.0, ema_momentum=0.9)
@@ -73,43 +55,27 @@ ARMS = {
 }
 
 
-def draw_micro_batches(number, seed=0):
-    """The same images, two global views and one local, in `number` micro-batches."""
+def draw_micro_batches(number, seed=0, config=None):
+    """The same images, two global views and one local, in `number` micro-batches; masks, where the run has any."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(2, IMAGES, 1, 16, 16, generator=generator)
     views = images[:1, :, :, :8, 4:12]
-    return [Crops(a, b) for a, b in zip(images.chunk(number, 1), views.chunk(number, 1), strict=True)]
+    masks = None if config is None else masks_of(config, IMAGES, seed)
+    pairs = zip(images.chunk(number, 1), views.chunk(number, 1), strict=True)
+    return [Crops(a, b, part_of(masks, index, number)) for index, (a, b) in enumerate(pairs)]
 
 
-def build_step(accumulation=1, how="exact", model=VIT, instance=None, koleo_weight=0.0, **prototypes):
-    config = PrototypesConfig(
-        num_prototypes=PROTOTYPES, dim=DIM, partition=PartitionConfig(size=BLOCK), **prototypes
-    )
-    estimator = build_estimator(config, seed=0, num_observations_per_epoch=1000, total_steps=100)
+def build_step(accumulation=1, **options):
+    config = build_config(num_prototypes=PROTOTYPES, num_images=IMAGES, accumulation=accumulation, **options)
+    process, synchronization = Process(0, 1, 0, torch.device("cpu")), Synchronization(1)
+    sets = build_sets(config, NUM_SAMPLES, process, synchronization)
     torch.manual_seed(0)
-    student, teacher = (
-        TrainedNetwork(
-            SelfSupervisedNetwork(model, role, OutputsConfig(embeddings=koleo_weight > 0)),
-            estimator.build_learned(),
-        )
-        for role in ("student", "teacher")
-    )
-    with torch.no_grad():
-        student.network.projection_head.mlp[-1].weight.mul_(SPREAD)
-    teacher.load_state_dict(student.state_dict())
-    return TrainingStep(
-        engine=PlainEngine(student, teacher),
-        estimator=estimator,
-        objective=build_objective(
-            ObjectiveConfig(instance=instance or InstanceConfig(), koleo_weight=koleo_weight), config, seed=0
-        ),
-        batch=BatchConfig(
-            global_batch_size=IMAGES, gradient_accumulation_steps=accumulation, accumulation=how
-        ),
-        synchronization=Synchronization(1),
-        usage=UsageCounter(PROTOTYPES),
-        spike_guard=LossSpikeGuard(None),
-    )
+    student, teacher = (build_trained_network(config, role, sets=sets) for role in ("student", "teacher"))
+    spread_(student, SPREAD)
+    teacher.begin_as(student)
+    step = assemble_step(config, NUM_SAMPLES, process, synchronization, sets, PlainEngine(student, teacher))
+    step.config = config
+    return step
 
 
 def train(accumulation, num_steps=2, **options):
@@ -117,7 +83,7 @@ def train(accumulation, num_steps=2, **options):
     step, outcomes = build_step(accumulation, **options), []
     for index in range(num_steps):
         torch.manual_seed(index)
-        outcome = step(draw_micro_batches(accumulation, seed=index), index, SCHEDULE)
+        outcome = step(draw_micro_batches(accumulation, index, step.config), index, SCHEDULE)
         assert outcome.applied
         outcomes.append((outcome, step.engine.gradients))
     return outcomes, step
@@ -139,7 +105,19 @@ def check_equal_steps(found, expected):
         for name, gradient in gradients_of_one.items():
             # Entries that cancel to nothing (an attention's key bias) have no relative error of their own.
             assert float((gradients[name] - gradient).abs().max()) <= 1e-5 * scale, name
-        assert_close(outcome.projections, outcome_of_one.projections, "projections")
+        for section, (projections, *_) in outcome_of_one.sets.items():
+            assert_close(outcome.sets[section].projections, projections, section)
+
+
+def check_equal_sets(found, expected):
+    for own, other in zip(found.sets, expected.sets, strict=True):
+        state = other.estimator.state_dict()
+        for name, value in own.estimator.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                assert_close(value, state[name], name)
+        metrics = other.estimator.metrics()
+        for name, value in own.estimator.metrics().items():
+            assert value == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -149,14 +127,8 @@ def test_micro_batches_equal_one_batch(arm):
     check_equal_steps(found, expected)
     trains_prototypes = arm in ("joint", "joint_kp", "partial", "coupled")
     assert ("learned_prototypes.weight" in found[0][1]) == trains_prototypes
-    state = one.estimator.state_dict()
-    for name, value in four.estimator.state_dict().items():
-        if isinstance(value, torch.Tensor):
-            assert_close(value, state[name], name)
-    metrics = one.estimator.metrics()
-    for name, value in four.estimator.metrics().items():
-        assert value == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
-    assert four.usage.by_logits.sum() == one.usage.by_logits.sum() == 2 * 2 * IMAGES
+    check_equal_sets(four, one)
+    assert four.sets[0].usage.by_logits.sum() == one.sets[0].usage.by_logits.sum() == 2 * 2 * IMAGES
 
 
 @pytest.mark.parametrize(
@@ -189,14 +161,43 @@ DINO_ARMS = {
 }
 
 
-@pytest.mark.parametrize("arm", DINO_ARMS)
-def test_micro_batches_equal_one_batch_with_dinos_loss(arm):
+def ibot(**options):
+    return {"patch": PatchConfig(name="ibot", **options)}
+
+
+# Each kind of targets of patches with a mode; shared head and prototypes, own ones, no term on views.
+PATCH_ARMS = {
+    "ibot centre, carp joint, shared": {"mode": "joint", **ibot(targets="centre")},
+    "ibot sinkhorn, dino full, shared": {**dino(), **ibot(targets="sinkhorn")},
+    "ibot centre, carp full, own joint": {"patch_mode": "joint", **ibot(targets="centre")},
+    "ibot posterior, dino joint, own full": {
+        "mode": "joint",
+        "patch_mode": "full",
+        **dino(targets="sinkhorn"),
+        **ibot(targets="posterior"),
+    },
+    "ibot entropy, carp joint_kp, own partial": {
+        "mode": "joint_kp",
+        "patch_mode": "partial",
+        **ibot(targets="entropy"),
+    },
+    "ibot centre, frozen": {**ARMS["frozen_random"], "patch_mode": "frozen_random", **ibot(targets="centre")},
+}
+TERM_ARMS = DINO_ARMS | PATCH_ARMS
+
+
+@pytest.mark.parametrize("arm", TERM_ARMS)
+def test_micro_batches_equal_one_batch_with_other_terms(arm):
     """Two steps: the second is taken against what the objective remembers of the first."""
-    expected, one = train(1, **DINO_ARMS[arm])
-    found, four = train(4, **DINO_ARMS[arm])
+    expected, one = train(1, **TERM_ARMS[arm])
+    found, four = train(4, **TERM_ARMS[arm])
     check_equal_steps(found, expected)
+    check_equal_sets(four, one)
     state = one.objective.state_dict()
-    assert list(state) == (["terms.instance.centre"] if "centre" in arm or "dot" in arm else [])
+    assert ("terms.patch.centre" in state) == ("ibot centre" in arm)
+    assert ("terms.instance.centre" in state) == (
+        ("ibot" not in arm and ("centre" in arm or "dot" in arm)) or arm == "ibot sinkhorn, dino full, shared"
+    )
     for name, value in four.objective.state_dict().items():
         assert value.abs().max() > 0
         assert_close(value, state[name], name)
@@ -205,27 +206,23 @@ def test_micro_batches_equal_one_batch_with_dinos_loss(arm):
         assert all(map(math.isfinite, values)) and arm == "centre, joint"
 
 
-@pytest.mark.parametrize("arm", DINO_ARMS)
+def modules(step):
+    return [step.engine.student, step.engine.teacher, step.objective, *(one.estimator for one in step.sets)]
+
+
+@pytest.mark.parametrize("arm", TERM_ARMS)
 def test_a_resumed_run_goes_on_bit_for_bit(arm):
-    _, whole = train(1, num_steps=2, **DINO_ARMS[arm])
-    _, again = train(1, num_steps=1, **DINO_ARMS[arm])
-    resumed = build_step(**DINO_ARMS[arm])
-    for name in ("engine", "estimator", "objective"):
-        parts = [getattr(step, name) for step in (resumed, again)]
-        if name == "engine":
-            for role in ("student", "teacher"):
-                getattr(parts[0], role).load_state_dict(getattr(parts[1], role).state_dict())
-        else:
-            parts[0].load_state_dict(parts[1].state_dict())
+    _, whole = train(1, num_steps=2, **TERM_ARMS[arm])
+    _, again = train(1, num_steps=1, **TERM_ARMS[arm])
+    resumed = build_step(**TERM_ARMS[arm])
+    for own, saved in zip(modules(resumed), modules(again), strict=True):
+        own.load_state_dict(saved.state_dict())
     torch.manual_seed(1)
-    assert resumed(draw_micro_batches(1, seed=1), 1, SCHEDULE).applied
-    for found, expected in (
-        (resumed.engine.student, whole.engine.student),
-        (resumed.engine.teacher, whole.engine.teacher),
-        (resumed.objective, whole.objective),
-    ):
+    assert resumed(draw_micro_batches(1, 1, resumed.config), 1, SCHEDULE).applied
+    for found, expected in zip(modules(resumed), modules(whole), strict=True):
         for name, value in expected.state_dict().items():
-            assert torch.equal(found.state_dict()[name], value), name
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(found.state_dict()[name], value), name
 
 
 def test_a_skipped_step_leaves_the_centre(arm="centre, joint"):
@@ -275,10 +272,12 @@ def test_one_micro_batch_is_the_plain_gradient_bit_for_bit_and_one_pass(arm):
     (micro,) = draw_micro_batches(1)
     crops = [micro.global_crops.flatten(0, 1), micro.local_crops.flatten(0, 1)]
     teacher = step.engine.forward_teacher(crops[:1])
-    step.estimator.commit(step.estimator.observe(teacher.projections))
+    step.sets[0].estimator.commit(step.sets[0].estimator.observe(teacher.projections))
     student = step.engine.forward_student(crops)
-    rows, columns = step.estimator.logit_operands(student.projections, "student", student.learned_prototypes)
-    goal_rows, goal_columns = step.estimator.logit_operands(
+    rows, columns = step.sets[0].estimator.logit_operands(
+        student.projections, "student", student.learned_prototypes
+    )
+    goal_rows, goal_columns = step.sets[0].estimator.logit_operands(
         teacher.projections, "teacher", teacher.learned_prototypes
     )
     partition = draw_partition(PROTOTYPES, BLOCK, seed=0, step=0)
@@ -291,7 +290,7 @@ def test_one_micro_batch_is_the_plain_gradient_bit_for_bit_and_one_pass(arm):
     )
     total = loss.total
     if arm == "joint_kp":
-        total = total + step.estimator.config.koleo_weight * compute_koleo(columns, partition)
+        total = total + step.sets[0].estimator.config.koleo_weight * compute_koleo(columns, partition)
     total.backward()
     for ((outcome, gradients),), found in results:
         assert torch.equal(outcome.loss["total"], total.detach())
@@ -314,8 +313,8 @@ def test_both_passes_draw_the_same_drop_path():
     seen = []
     forward = step.engine.forward_student
 
-    def watching(crops):
-        output = forward(crops)
+    def watching(crops, patches=None):
+        output = forward(crops, patches)
         seen.append(output.projections.detach().clone())
         return output
 
@@ -381,26 +380,28 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches():
 
 def test_a_pass_over_several_micro_batches_holds_no_graph():
     engine = build_step(mode="joint").engine
-    crops = [[micro.global_crops.flatten(0, 1)] for micro in draw_micro_batches(4)]
-    output = StudentPass(engine, crops, IMAGES // 4).output
+    given = [MicroBatch([micro.global_crops.flatten(0, 1)], IMAGES // 4) for micro in draw_micro_batches(4)]
+    output = StudentPass(engine, given).output
     assert output.projections.grad_fn is None and output.learned_prototypes.grad_fn is None
 
 
 @pytest.mark.parametrize("with_patches", [False, True])
 def test_join_is_the_order_of_one_batch_and_split_its_inverse(with_patches):
     rows = torch.arange(3 * 4 * 2.0).view(3, 4, 2)
-    patches = torch.arange(3 * 4 * 5 * 2.0).view(3, 4, 5, 2)
+    # Two views of two micro-batches: rows of patches by view, then by micro-batch.
+    counts = [[1, 3], [2, 0]]
+    patches = [torch.tensor([[0.0], [3.0], [4.0], [5.0]]), torch.tensor([[1.0], [2.0]])]
     parts = [
-        NetworkOutput(part.flatten(0, 1), torch.ones(5, 2), of.flatten(0, 1) if with_patches else None)
-        for part, of in zip(rows.chunk(2, dim=1), patches.chunk(2, dim=1), strict=True)
+        NetworkOutput(part.flatten(0, 1), torch.ones(5, 2), patches[index] if with_patches else None)
+        for index, part in enumerate(rows.chunk(2, dim=1))
     ]
-    joined = join(parts, 2)
+    joined = join(parts, 2, counts)
     assert torch.equal(joined.projections, rows.flatten(0, 1))
     assert (joined.patch_projections is not None) == with_patches
-    for part, back in zip(parts, split(joined, 2, 2), strict=True):
+    for part, back in zip(parts, split(joined, 2, 2, counts), strict=True):
         assert torch.equal(part.projections, back.projections)
         if with_patches:
-            assert torch.equal(joined.patch_projections, patches.flatten(0, 1))
+            assert torch.equal(joined.patch_projections, torch.arange(6.0)[:, None])
             assert torch.equal(part.patch_projections, back.patch_projections)
         else:
             assert back.patch_projections is None
@@ -440,21 +441,6 @@ def test_a_step_runs_any_objective_and_returns_its_scalars(arm):
         assert term.asked == (3, 0, accumulation)
         outcomes.append([(outcome, step.engine.gradients)])
     check_equal_steps(*outcomes)
-
-
-def test_the_gradient_at_patches_goes_back_into_their_micro_batches():
-    rows = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
-    patches = torch.randn(3, 4, 5, 2, generator=torch.Generator().manual_seed(1))
-
-    def loss(student):
-        balance = student.patch_projections.softmax(-1).mean((0, 1)).square().sum()
-        return {"total": balance + student.projections.mean()}
-
-    _, whole = differentiate(loss, NetworkOutput(rows.flatten(0, 1), None, patches.flatten(0, 1)))
-    for part, expected in zip(
-        split(whole, 2, 2), whole.patch_projections.view(3, 2, 2, 5, 2).unbind(1), strict=True
-    ):
-        assert torch.equal(part.patch_projections, expected.flatten(0, 1)) and expected.abs().max() > 0
 
 
 @pytest.mark.parametrize(

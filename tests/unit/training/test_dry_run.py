@@ -94,6 +94,41 @@ def test_fsdp2_computes_in_bf16_alone():
     assert cost.fsdp2_activations.fixed == 0
 
 
+def test_a_term_on_patches_is_counted_with_its_head_rows_and_prototypes():
+    from training.cost import _fake_inputs
+
+    plain = tiny("prototypes.mode=joint")
+    masks = ("data.masks.kind=block", "data.masks.patch_size=7", "model.patch_size=7")
+    shared = ("objective.patch.name=ibot", *masks)
+    own = (
+        "model.patch_head.projection_dim=16",
+        "model.patch_head.hidden_dim=32",
+        "patch_prototypes.mode=joint",
+        "patch_prototypes.num_prototypes=64",
+        "patch_prototypes.dim=16",
+        "patch_prototypes.partition.size=16",
+    )
+    without, one, two = (
+        measure_cost(tiny("prototypes.mode=joint", *more)) for more in (masks, shared, (*shared, *own))
+    )
+    assert without.predictor_parameters == 0 and one.predictor_parameters == tiny().model.embed_dim
+    assert one.head_parameters == without.head_parameters
+    assert two.prototype_parameters == 2 * one.prototype_parameters == 2 * 64 * 16
+    config = tiny("prototypes.mode=joint", *shared, *own)
+    network = SelfSupervisedNetwork(config.model, "student", config.outputs)
+    assert two.head_parameters == sum(
+        p.numel() for head in (network.projection_head, network.patch_head) for p in head.parameters()
+    )
+    # 2 views, 16 patches, half of the crops masked, .3 of theirs hidden.
+    crops, patches = _fake_inputs(config, 10)
+    assert patches["rows"].shape == (48,) and patches["hidden"].shape == (20, 16) and len(crops) == 2
+    assert without.dense_flops < one.dense_flops < 1.5 * without.dense_flops
+    assert one.activations.per_image > without.activations.per_image
+    states = state_bytes(config.optim, two, "zero0", 1)
+    assert states["parameters"] - states["teacher"] == 4 * two.predictor_parameters
+    assert plain.patch_rows_per_image == 0 and config.patch_rows_per_image == pytest.approx(4.8)
+
+
 @pytest.mark.parametrize("mode", ["full", "joint"])
 def test_states_without_a_cut_equal_the_networks_bytes(mode):
     config = tiny(f"prototypes.mode={mode}")

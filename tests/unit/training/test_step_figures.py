@@ -16,6 +16,7 @@ from training.config import BatchConfig
 from training.engines.interface import NetworkOutput
 from training.engines.synchronization import Synchronization
 from training.guards import LossSpikeGuard
+from training.prototype_sets import PrototypeSet
 from training.schedules import StepSchedule
 from training.step import TrainingStep
 
@@ -28,7 +29,7 @@ class FixedEngine:
     def __init__(self, finite=True):
         self.finite = finite
 
-    def forward_teacher(self, crops):
+    def forward_teacher(self, crops, patches=None):
         return NetworkOutput(crops[0].flatten(1), None)
 
     forward_student = forward_teacher
@@ -52,11 +53,10 @@ class FixedEngine:
 def build_step(estimator, config, finite=True):
     return TrainingStep(
         engine=FixedEngine(finite),
-        estimator=estimator,
+        sets=[PrototypeSet("prototypes", ["instance"], estimator, UsageCounter(NUM))],
         objective=build_objective(ObjectiveConfig(), config, seed=0),
         batch=BatchConfig(),
         synchronization=Synchronization(1),
-        usage=UsageCounter(NUM),
         spike_guard=LossSpikeGuard(None),
     )
 
@@ -89,14 +89,15 @@ def test_uniqueness_usage_and_starvation_are_counted_before_the_revival(method):
         winners = torch.bincount(expected.responsibilities(rows).argmax(1), minlength=NUM) if index else None
         take_step(expected, rows)
         unrevived = expected.prototypes("teacher")
-        assert torch.equal(outcome.prototypes, unrevived)
+        assert torch.equal(outcome.sets["prototypes"].prototypes, unrevived)
         by_logits = torch.bincount((rows @ unrevived.T).argmax(1), minlength=NUM)
-        assert torch.equal(training_step.usage.by_logits, by_logits.double())
-        assert training_step.usage.by_assignment.sum() == ROWS
+        assert torch.equal(training_step.sets[0].usage.by_logits, by_logits.double())
+        assert training_step.sets[0].usage.by_assignment.sum() == ROWS
         if winners is not None:
-            assert torch.equal(training_step.usage.by_assignment, winners.double())
-            torch.testing.assert_close(training_step.usage.mass, expected.assignment().mass.double())
-        training_step.usage.reset()
+            assert torch.equal(training_step.sets[0].usage.by_assignment, winners.double())
+            mass = training_step.sets[0].usage.mass
+            torch.testing.assert_close(mass, expected.assignment().mass.double())
+        training_step.sets[0].usage.reset()
         assert estimator.metrics() == expected.metrics()
         starved = float(find_starved(expected.usage).float().mean())
         assert estimator.metrics()["gmm/starved"] == pytest.approx(starved)
@@ -109,4 +110,4 @@ def test_a_dropped_step_counts_for_no_figure():
     training_step = build_step(build(config), config, finite=False)
     batch, _ = batch_of(0)
     assert not training_step([batch], 0, StepSchedule(lr=0.1, weight_decay=0.0, ema_momentum=0.9)).applied
-    assert training_step.usage.counts.sum() == 0
+    assert training_step.sets[0].usage.counts.sum() == 0

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from prototypes.objectives.dino import dino_loss
+from prototypes.objectives.interface import compute_mask_weights
 from prototypes.objectives.koleo import compute_embedding_koleo
 from prototypes.objectives.logits import ChunkedLogits
-from prototypes.objectives.patches import compute_mask_weights, patch_loss
+from prototypes.objectives.patches import patch_loss
 from prototypes.objectives.sinkhorn import compute_sinkhorn_offsets, count_groups, pick_offsets
 from prototypes.statistics import Collectives
 from tests.unit.prototypes.lockstep import Lockstep
