@@ -58,7 +58,7 @@ FLOOR_GOAL = 1.5
 LARGE = (128, 65536, 256)
 HUGE = (128, 262144, 256)
 _FORGETTING = 0.95
-_NUM_BATCHES = 16
+_NUM_BATCHES = 8
 _LATE_STEP = 1000
 
 
@@ -179,7 +179,7 @@ def build_ours(
         estimator.commit(estimator.observe(batches[estimator.step % _NUM_BATCHES]))
         estimator.accept()
 
-    for _ in range(2 * _NUM_BATCHES):
+    for _ in range(_NUM_BATCHES):
         step()
     # What a step needs beside tables and natural parameters is made anew, and counts as extra memory.
     estimator._publication, estimator._blocks = Publication(), None

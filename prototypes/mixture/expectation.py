@@ -15,7 +15,15 @@ from . import sparse
 from .assignments import count_winners_, probe_assignments, tile_rows
 from .exchange import Exchange, choose_method
 from .model import Mixture, iterate_chunks
-from .sparse import SparseResponsibilities, TopLogits, find_top_logits, keep_largest, make_logit_blocks
+from .sparse import (
+    SparseResponsibilities,
+    TopLogits,
+    bound_dropped,
+    count_places,
+    find_top_logits,
+    keep_largest,
+    make_logit_blocks,
+)
 from .touched import StepStatistics, sum_touched
 
 if TYPE_CHECKING:
@@ -111,7 +119,8 @@ class ObservingMixture(Mixture):
         shifted = batch.rows - self.reference()
         features = self.row_features(shifted)
         observed = self.row_statistics(shifted) * batch.weight[:, None]
-        penalty = self._balance_penalty()
+        penalty, threshold = self._balance_penalty(), self.gmm.sparse.threshold
+        places = count_places(own.stop - own.start, self.means.device)
         for rows in _iterate_rows(len(batch.rows), len(blocks)):
             logits = blocks[: rows.stop - rows.start].flatten(1)[:, : own.stop - own.start]
             self._log_joint(features[rows], own, out=logits)
@@ -121,18 +130,11 @@ class ObservingMixture(Mixture):
                 gamma, weight = self.assign_(logits[tile], penalty, across), batch.weight[rows][tile]
                 count_winners_(self._hits[own], gamma, weight, across)
                 if self.is_sparse:
-                    found.sums["dropped"].add_(weight @ self._measure_dropped(gamma, across))
+                    found.sums["dropped"].add_(weight @ bound_dropped(gamma, threshold, places, across))
             mass.addmv_(logits.T, batch.weight[rows])
             torch.addmm(sums, logits.T, observed[rows], beta=0 if rows.start == 0 else 1, out=sums)
         for chunk in iterate_chunks(own, self.means.device):
             self.centre_statistics_(chunk, found.mass[chunk], found.moments[chunk])
-
-    def _measure_dropped(
-        self, gamma: Float[Tensor, "N K"], across: Collectives | None
-    ) -> Float[Tensor, " N"]:
-        kept = torch.where(gamma > self.gmm.sparse.threshold, gamma, 0.0).sum(1)
-        kept = kept if across is None else across.start_sum(kept).wait()
-        return (1 - kept).clamp_min_(0.0)
 
     def _probe(
         self,
@@ -186,7 +188,8 @@ class ObservingMixture(Mixture):
             columns = logits[:, part.start - own.start : part.stop - own.start]
             torch.addmm(offset, features, theta.T, alpha=beta, out=columns)
         self._natural_is_current = self._keeps_natural
-        return find_top_logits(blocks, self.gmm.sparse.threshold)
+        places = count_places(own.stop - own.start, self.means.device)
+        return find_top_logits(blocks, self.gmm.sparse.threshold, places)
 
     def _probe_found(
         self,

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 LARGEST = 128
-"""Components kept of a row at most: where their number must be known beforehand, as on a GPU, exactly so many."""
-_BLOCK = 512
+"""Components kept of a row where their number must be known beforehand, as on a GPU."""
+_LARGEST_ON_CPU = 1024
+_LARGEST_SHARE = 8
+"""Of K components a CPU keeps at most the eighth part: with more entries the product of all is as fast."""
+_BLOCK = 128
 _BLOCKS_AT_ONCE = 8192
 _LOG_NOTHING = -80.0
 """exp of it is lost beside 1, and still no subnormal number, with which a CPU is fifty times slower."""
-_LOG_PRECISION = 20.0
-"""A sum of exponentials loses nothing in fp32 without terms that are together below exp(-20) of it."""
+_LOG_PRECISION = 17.0
+"""A sum of exponentials loses nothing in fp32 without terms that are together below exp(-17) of it."""
 
 
 class TopLogits(NamedTuple):
@@ -75,6 +78,29 @@ def may_wait(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def count_places(num_components: int, device: torch.device) -> int:
+    """Returns how many components of a row are kept at most."""
+    if not may_wait(device):
+        return min(LARGEST, num_components)
+    return min(num_components, max(LARGEST, min(_LARGEST_ON_CPU, num_components // _LARGEST_SHARE)))
+
+
+def bound_dropped(
+    gamma: Float[Tensor, "N K"], threshold: float, largest: int, across: Collectives | None = None
+) -> Float[Tensor, " N"]:
+    """Returns at most how much of each row's responsibility a sparse step leaves out, from all responsibilities.
+
+    At most `largest` of them exceed 1 / `largest`, as they sum to one; where more than that are above the threshold
+    it is what these few leave. Collective where the components are split over ranks.
+    """
+    is_kept = gamma > threshold
+    kept = torch.where(is_kept, gamma, 0.0).sum(1)
+    surely = torch.where(gamma > max(threshold, 1 / largest), gamma, 0.0).sum(1)
+    kept = torch.where(is_kept.sum(1) > largest, surely, kept)
+    kept = kept if across is None else across.start_sum(kept).wait()
+    return (1 - kept).clamp_min_(0.0)
+
+
 def make_logit_blocks(num_rows: int, num_components: int, device: torch.device) -> Float[Tensor, "N C B"]:
     """Returns room for logits [N, K], in blocks of components; the places beyond K hold -inf and stay untouched."""
     size = min(_BLOCK, num_components)
@@ -84,7 +110,7 @@ def make_logit_blocks(num_rows: int, num_components: int, device: torch.device) 
 
 
 def find_top_logits(
-    blocks: Float[Tensor, "N C B"], threshold: float, largest: int = LARGEST, fixed: bool | None = None
+    blocks: Float[Tensor, "N C B"], threshold: float, largest: int, fixed: bool | None = None
 ) -> TopLogits:
     """Returns the logits of each row that may have a responsibility above `threshold`, at most `largest`.
 

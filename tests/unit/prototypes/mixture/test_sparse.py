@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from prototypes.mixture.sparse import find_top_logits, keep_largest, make_logit_blocks
+from prototypes.mixture.sparse import bound_dropped, find_top_logits, keep_largest, make_logit_blocks
 from prototypes.statistics import Collectives
 from tests.unit.prototypes.lockstep import Lockstep
 
@@ -82,14 +82,14 @@ def test_a_row_with_more_than_the_largest_drops_the_rest():
 
 
 def test_a_row_whose_responsibilities_are_all_below_the_threshold_drops_everything():
-    kept = keep_largest(find_top_logits(in_blocks(torch.zeros(1, 1000)), 0.01), 0.01)
+    kept = keep_largest(find_top_logits(in_blocks(torch.zeros(1, 1000)), 0.01, 128), 0.01)
     assert float(kept.dropped) == 1.0
     assert kept.gamma.sum() == 0
 
 
 def test_hard_assignments_share_ties():
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [5.0, 1.0, 1.0, 1.0]])
-    kept = keep_largest(find_top_logits(in_blocks(logits), 1e-6), 1e-6, hard=True)
+    kept = keep_largest(find_top_logits(in_blocks(logits), 1e-6, 128), 1e-6, hard=True)
     assert torch.equal(spread(kept, 4), torch.tensor([[0.0, 0.5, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0]]))
     assert torch.equal(kept.dropped, torch.zeros(2))
 
@@ -97,12 +97,12 @@ def test_hard_assignments_share_ties():
 @pytest.mark.parametrize("hard", [False, True])
 def test_ranges_of_components_on_three_ranks_are_one(hard):
     logits = draw(11, 36, scale=4.0)
-    whole = keep_largest(find_top_logits(in_blocks(logits), 1e-4), 1e-4, hard=hard)
+    whole = keep_largest(find_top_logits(in_blocks(logits), 1e-4, 128), 1e-4, hard=hard)
     ranks = Lockstep(3)
 
     def body(rank):
         across = Collectives(rank, 3, ranks.reduce_sum(rank), ranks.gather(rank))
-        own = find_top_logits(in_blocks(logits[:, 12 * rank : 12 * rank + 12]), 1e-4)
+        own = find_top_logits(in_blocks(logits[:, 12 * rank : 12 * rank + 12]), 1e-4, 128)
         return keep_largest(own, 1e-4, hard=hard, across=across)
 
     parts = ranks.run(body)
@@ -113,3 +113,16 @@ def test_ranges_of_components_on_three_ranks_are_one(hard):
     assert torch.equal(owners.sum(0), torch.ones(11, dtype=torch.int64))
     winner = sum((part.winner + 12 * rank) * part.has_winner for rank, part in enumerate(parts))
     assert torch.equal(winner, whole.winner)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0, 30.0])
+def test_what_a_sparse_step_would_leave_out_is_bounded_from_all_responsibilities(scale):
+    """A mixture that is soft everywhere has no responsibility below the threshold, and far more than are kept."""
+    logits, threshold, largest = draw(40, 700, scale), 1e-5, 20
+    left = keep_largest(find_top_logits(in_blocks(logits), threshold, largest), threshold).dropped
+    bound = bound_dropped(torch.softmax(logits, 1), threshold, largest)
+    assert (bound >= left - 1e-5).all()
+    if scale in (0.0, 1.0):
+        assert (bound > 0.5).all()
+    if scale == 30.0:
+        torch.testing.assert_close(bound, left, rtol=0, atol=1e-5)

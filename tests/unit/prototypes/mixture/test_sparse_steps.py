@@ -238,6 +238,17 @@ def test_steps_become_sparse_when_responsibilities_sharpen_and_dense_when_they_b
     assert seen == [True, False, True, False]
 
 
+def test_a_mixture_that_is_soft_everywhere_stays_dense_without_trying(monkeypatch):
+    """No responsibility is below the threshold: it is too many that count, and each step would be taken twice."""
+    monkeypatch.setattr(sparse, "LARGEST", 8)
+    estimator = build(make_config(K, P, beta=AnnealingConfig(schedule="constant", end=0.05, guard=None)))
+    for name in ("find_top_logits", "keep_largest"):
+        monkeypatch.setattr(expectation, name, lambda *_, **__: pytest.fail("a sparse step"))
+    for seed in range(3):
+        take_step(estimator, clustered_rows(N, P, seed=seed))
+    assert estimator.metrics()["gmm/responsibility_perplexity"] > 20
+
+
 def test_uniform_forgetting_says_once_that_it_is_dense(caplog):
     with caplog.at_level(logging.INFO):
         estimator = begin(forgetting="uniform")
