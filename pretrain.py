@@ -10,12 +10,14 @@ continues it. Exit codes: 0 done, 1 a fault, 2 the user's mistake (one line), 75
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.program import UserError, faults_unless, run_program
 
 if TYPE_CHECKING:
+    from runtime.distributed import Process
     from runtime.preemption import PreemptionFlag
     from training.config import PretrainConfig
 
@@ -62,6 +64,7 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
         settings.device, settings.collective_timeout_s, tf32=config.engine.tf32
     ) as process:
         set_up_logging(process.rank)
+        config = with_shards(config, process)
         run_dir = Path(config.run.output_dir) / config.run.name
         with held_run_directory(config, run_dir, process) as directory:
             add_log_file(run_dir / "console.log", process.rank)
@@ -73,6 +76,23 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
             process.limit_collectives()
             with faults_unless(DataError):
                 return trainer.fit()
+
+
+def with_shards(config: PretrainConfig, process: Process) -> PretrainConfig:
+    """Returns the configuration with shards in the place of `data.images`, written by rank 0. Collective."""
+    from data.writing.folder_shards import make_folder_shards
+
+    data = config.data
+    if data.images is None:
+        return config
+    images = data.images
+    shards = process.do_on_main(
+        lambda: make_folder_shards(images, data.cache_dir),
+        "write the shards of data.images",
+        data.images_timeout_s,
+        "data.images_timeout_s",
+    )
+    return replace(config, data=replace(data, images=None, shards=shards))
 
 
 if __name__ == "__main__":

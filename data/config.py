@@ -202,7 +202,13 @@ class DataConfig:
         "local_crop_scale": (None, "set data.augmentation.local_crop_scale"),
     }
 
-    shards: str
+    images: str | None = None
+    """Folder of images, in place of `shards`: at the first start they are written as shards into `cache_dir`, and again
+    when the folder has changed. Folders in it are classes, `train`, `val`, `test`, ... splits.
+    """
+    images_timeout_s: Annotated[float, "[1, 1e6]"] = 21600.0
+    """Seconds that the other ranks wait while the first one writes the shards of `images`."""
+    shards: str = ""
     """Folder that holds `{split}-*.tar` and `manifest.json`; also `s3://`-like addresses of one."""
     split: str = "train"
     """Which split of that folder to train on."""
@@ -255,9 +261,9 @@ class DataConfig:
     max_worker_memory_gib: Annotated[float, "[0.1, 1e6]"] = 8.0
     """A worker whose resident memory passes this stops the run."""
     cache_dir: str = "datasets/cache"
-    """Where shards of remote addresses are kept."""
+    """Where shards of remote addresses and of `images` are kept."""
     cache_gib: Annotated[float, "[0.01, 1e9]"] = 50.0
-    """Bound of that folder."""
+    """Bound of what it holds of a remote address."""
     allow_pipe: bool = False
     """Allow `pipe:` addresses, which run shell commands."""
 
@@ -271,7 +277,9 @@ class DataConfig:
         fits = self.masks.kind == "none" or self.global_crop_size % patch == 0
         rule = f"a multiple of data.masks.patch_size ({patch})"
         _require(fits, "global_crop_size", self.global_crop_size, rule)
-        _require(bool(self.shards), "shards", repr(self.shards), "a folder of shards")
+        has_images = self.images is not None
+        _require(self.images != "", "images", "''", "a folder of images, or null")
+        _require(has_images or bool(self.shards), "shards", repr(self.shards), "a folder, or data.images")
         _require(bool(self.split), "split", repr(self.split), "the name of a split")
 
     @property

@@ -244,7 +244,7 @@ def _make_tiny_imagenet(options: argparse.Namespace) -> None:
 
 def _make_image_folder(options: argparse.Namespace) -> None:
     from data.writing.folder_walk import PassedOver, find_split_folders
-    from data.writing.image_sources import list_image_folder
+    from data.writing.image_sources import list_splits
 
     auto = options.split_folders == "auto"
     folders, beside = find_split_folders(options.root) if auto else ([], PassedOver())
@@ -256,12 +256,9 @@ def _make_image_folder(options: argparse.Namespace) -> None:
         )
     roots = {name.lower(): str(Path(options.root) / name) for name in folders}
     roots = roots or {options.split or "train": options.root}
-    known = _known_classes(options.out, set(roots))
-    # All are listed before the first is written: a mistake in the second must not come after an hour.
-    listed = {}
-    for split, root in roots.items():
-        listed[split] = list_image_folder(root, labels_path=options.labels, known_classes=known)
-        known = known or listed[split].classes
+    listed = list_splits(
+        roots, labels_path=options.labels, known_classes=_known_classes(options.out, set(roots))
+    )
     for line in beside.lines() if folders else ():
         print(f"  {line}")
     for split, listing in listed.items():

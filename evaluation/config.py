@@ -51,6 +51,12 @@ ENCODER_KINDS: tuple[WeightsKind, ...] = (
 class EvaluationDataConfig:
     """The labelled images."""
 
+    images: str | None = None
+    """Folder of images, in place of `shards`: with folders of classes in `train` and `test` (or what the splits are
+    called). They are written as shards into `cache_dir` once, and again when the folder has changed.
+    """
+    cache_dir: str = "datasets/cache"
+    """Where shards of `images` are kept."""
     shards: str = "datasets/fashion-mnist"
     """Directory of the shards of both splits, `manifest.json` beside them."""
     train_split: str = "train"

@@ -18,7 +18,6 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +110,7 @@ def embed(options: argparse.Namespace, processes: Processes) -> None:
         )
     about = _describe(options, encoder, images)
     files = PartFiles(options.out, math.ceil(len(images) / _PART_IMAGES), about)
-    missing = _agree(processes, lambda: None if files.is_done() else _open(files, images))
+    missing = processes.do_on_first(lambda: None if files.is_done() else _open(files, images))
     if missing is None:
         if processes.rank == 0:
             logger.info("%s holds these features already", options.out)
@@ -121,21 +120,7 @@ def embed(options: argparse.Namespace, processes: Processes) -> None:
         logger.info("%d of %d parts are there already", files.num_parts - len(missing), files.num_parts)
     _extract_parts(options, encoder, images, files, own, processes)
     processes.wait()
-    _agree(processes, lambda: _finish(files, len(images)))
-
-
-def _agree(processes: Processes, act: Callable[[], Any]) -> Any:
-    """Returns what rank 0's `act` returns, or raises its mistake, on every process. Collective."""
-    answer: Any = None
-    if processes.rank == 0:
-        try:
-            answer = act()
-        except ValueError as error:
-            answer = error
-    answer = processes.gather(answer)[0]
-    if isinstance(answer, ValueError):
-        raise answer
-    return answer
+    processes.do_on_first(lambda: _finish(files, len(images)))
 
 
 def _open(files: PartFiles, images: ImageList) -> list[int]:

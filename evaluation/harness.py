@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from data.writing.folder_shards import make_folder_shards
 from evaluation.config import EvaluationConfig
 from evaluation.encoders.encoder import Encoder
 from evaluation.encoders.load import load_controls, load_encoder
 from evaluation.encoders.pixels import PixelFeatures
 from evaluation.encoders.preprocessing import Preprocessing
-from evaluation.features.processes import require_writable, start_processes
+from evaluation.features.processes import Processes, require_writable, start_processes
 from evaluation.features.session import Session, extract_together
 from evaluation.probes.run import PROBE_FUNCTIONS
 from evaluation.results import collect_provenance, write_result
@@ -39,6 +41,7 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
         ValueError: whatever the user can mend, in one line.
     """
     processes = start_processes(config.device)
+    config = _with_shards(config, processes)
     num_blocks = config.features.num_blocks
     encoder = load_encoder(
         config.encoder, role=config.role, transform=config.transform, num_blocks=num_blocks
@@ -68,6 +71,16 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
 def _control_probes(config: EvaluationConfig) -> list[str]:
     asked = [probe for probe in CONTROL_PROBES if probe in config.probes]
     return asked or ["segmentation" if "segmentation_linear" in config.probes else "knn"]
+
+
+def _with_shards(config: EvaluationConfig, processes: Processes) -> EvaluationConfig:
+    """Returns the configuration with shards in the place of `data.images`, written by the first process. Collective."""
+    data = config.data
+    if data.images is None:
+        return config
+    images = data.images
+    shards = processes.do_on_first(lambda: make_folder_shards(images, data.cache_dir))
+    return replace(config, data=replace(data, images=None, shards=shards, test_shards=None))
 
 
 def _is_affordable(control: Encoder, session: Session) -> bool:

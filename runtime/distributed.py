@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,6 +77,41 @@ class Process:
         raised = torch.tensor([int(flag)], dtype=torch.int32)
         dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.control_group)
         return bool(raised.item())
+
+    def do_on_main(self, act: Callable[[], Any], what: str, timeout_s: float, key: str) -> Any:
+        """Returns what `act` returns on rank 0, or raises its ValueError, on every rank. Collective.
+
+        For what one rank does while the others wait longer than a collective may take.
+
+        Args:
+            act: called on rank 0 alone; its value can be pickled.
+            what: what it does, for the message of a rank that waited in vain.
+            timeout_s: how long the others wait.
+            key: the option that says so.
+
+        Raises:
+            Fault: on the others, where rank 0 took longer or ended.
+        """
+        if self.world_size == 1:
+            return act()
+        group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        box: list[Any] = [None]
+        if self.is_main:
+            try:
+                box = [act()]
+            except ValueError as error:
+                box = [error]
+        try:
+            dist.broadcast_object_list(box, src=0, group=group)
+        except RuntimeError as error:
+            raise Fault(
+                f"rank {self.rank} waited for rank 0 to {what} ({type(error).__name__}: {str(error)[:120]}); expected "
+                f"it within {timeout_s:g} s; look at rank 0's output, or set {key}"
+            ) from error
+        dist.destroy_process_group(group)
+        if isinstance(box[0], ValueError):
+            raise box[0]
+        return box[0]
 
     def limit_collectives(self) -> None:
         """Gives every process group that exists this process's timeout; not collective.

@@ -27,6 +27,11 @@ def check_arm(arm: Arm, cluster: ClusterConfig) -> None:
         ValueError: with the key to change.
     """
     config = arm.config
+    if config.data.images is not None:
+        raise UserError(
+            f"data.images is {config.data.images!r}; expected shards, as a job's GPUs would wait while one process "
+            "writes them; write them with python -m data.make_shards imagefolder, and set data.shards"
+        )
     _check_paths(arm)
     _check_shards(config.data.shards, config.data.split, "data.split")
     if arm.evaluation is not None:

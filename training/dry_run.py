@@ -86,6 +86,8 @@ def _try_initialisation(config: PretrainConfig) -> None:
 
 
 def _describe_steps(config: PretrainConfig) -> list[str]:
+    if config.data.images is not None:
+        return ["steps per epoch unknown: the first start that is no dry run writes data.images as shards"]
     try:
         num_samples = load_manifest(config.data.shards, config.data.split).num_samples
     except DataError as error:

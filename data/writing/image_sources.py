@@ -8,7 +8,7 @@ import io
 import json
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,36 @@ class FileSource(ImageSource):
         return SourceSample(f"{index:08d}-{stem}", members, file.label)
 
 
-def list_image_folder(root: str, *, labels_path: str = "", known_classes: Sequence[str] = ()) -> Listing:
+def list_splits(
+    roots: Mapping[str, str],
+    *,
+    labels_path: str = "",
+    known_classes: Sequence[str] = (),
+    strays_are_unlabelled: bool = False,
+) -> dict[str, Listing]:
+    """Returns the images of several splits, whose classes have the numbers of the first; see `list_image_folder`.
+
+    All are listed before anything is written: a mistake in the second must not come after an hour.
+    """
+    listed: dict[str, Listing] = {}
+    for split, root in roots.items():
+        listed[split] = list_image_folder(
+            root,
+            labels_path=labels_path,
+            known_classes=known_classes,
+            strays_are_unlabelled=strays_are_unlabelled,
+        )
+        known_classes = known_classes or listed[split].classes
+    return listed
+
+
+def list_image_folder(
+    root: str,
+    *,
+    labels_path: str = "",
+    known_classes: Sequence[str] = (),
+    strays_are_unlabelled: bool = False,
+) -> Listing:
     """Returns the images under a folder and their classes.
 
     Folders below `root` are classes, in alphabetical order. A flat folder takes its classes from a file of lines
@@ -142,9 +171,10 @@ def list_image_folder(root: str, *, labels_path: str = "", known_classes: Sequen
         root: the folder.
         labels_path: the file of classes of a flat folder.
         known_classes: classes of a split that exists already; their numbers are kept, and no other class may occur.
+        strays_are_unlabelled: where images lie beside the folders, none has a label, instead of an error.
 
     Raises:
-        DataError: no folder, no images, or a class that is not among the known ones.
+        DataError: no folder, no images, an image beside class folders, or a class that is not among the known ones.
     """
     found, passed = walk_images(root)
     if not found:
@@ -161,7 +191,9 @@ def list_image_folder(root: str, *, labels_path: str = "", known_classes: Sequen
             )
     else:
         names = [_class_of(path, Path(root)) for path, _ in found]
-        if None in names and any(name is not None for name in names):
+        if None in names and strays_are_unlabelled:
+            names = [None] * len(names)
+        elif None in names and any(name is not None for name in names):
             stray = readable(str(found[names.index(None)][0]))
             raise DataError(
                 f"{stray} lies beside class folders; expected it in one of them; move or remove it"

@@ -42,6 +42,19 @@ class Processes:
     gather: Callable[[Any], list[Any]] = _alone
     wait: Callable[[], None] = _nobody_to_wait_for
 
+    def do_on_first(self, act: Callable[[], Any]) -> Any:
+        """Returns what `act` returns on rank 0, or raises its ValueError, on every process. Collective."""
+        answer: Any = None
+        if self.rank == 0:
+            try:
+                answer = act()
+            except ValueError as error:
+                answer = error
+        answer = self.gather(answer)[0]
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
+
     def mine(self, parts: int) -> range:
         """Returns which of `parts` equal pieces of work this process does: every world_size-th, from its rank."""
         return range(self.rank, parts, self.world_size)

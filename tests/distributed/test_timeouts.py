@@ -39,3 +39,12 @@ def test_no_group_of_ours_takes_the_backends_timeout() -> None:
     ]
     assert len(calls) >= 3
     assert not [name for name, call in calls if "timeout" not in {keyword.arg for keyword in call.keywords}]
+
+
+def test_ranks_wait_for_what_the_first_one_does_as_long_as_they_were_told(tmp_path: Path) -> None:
+    run_ranks("tests.distributed.main_ranks", [str(tmp_path)], 2, log_dir=tmp_path / "logs")
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert first["value"] == second["value"] == 7
+    assert first["mistake"] == second["mistake"] == "ValueError: data.images is 'x'; expected a folder"
+    assert second["late"].startswith("Fault: rank 1 waited for rank 0 to write the shards")
+    assert "within 1 s" in second["late"] and second["late"].endswith("set data.images_timeout_s")

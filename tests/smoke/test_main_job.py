@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.helpers import starts
 from tests.helpers.digits import DEMO, TINY
@@ -208,3 +209,38 @@ def test_accumulation_gives_the_record_and_the_mixture_of_the_whole_batch(digit_
     assert figures[1] == pytest.approx(figures[0], rel=1e-4, abs=1e-6)
     one, two = (load_tree(tmp_path / n / "checkpoints/step-00000001", "estimator") for n in ("one", "two"))
     torch.testing.assert_close(one["means"], two["means"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_of_images_is_enough(tmp_path):
+    """Pretraining and evaluation from class folders in `train` and `test`; the shards are made once for both."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    photos, cache = tmp_path / "photos", tmp_path / "cache"
+    for index in range(160):
+        folder = photos / ("train" if index < 112 else "test") / f"digit-{digits.target[index]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = (digits.images[index] * 255 / 16).astype("uint8")
+        Image.fromarray(pixels).resize((28, 28)).save(folder / f"{index}.png")
+    own = (f"data.images={photos}", f"data.cache_dir={cache}")
+    result = run("not there", tmp_path, "mine", *own, "optim.steps=3", "evaluation.knn_every_steps=3")
+    assert "writing the 160 images" in result.stderr
+    (made,) = cache.iterdir()
+    written = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert f"shards: {made}" in (tmp_path / "mine" / "config.yaml").read_text()
+    small = ("probes=[knn]", "controls=[]", "knn.k=[20]", "data.num_workers=0")
+    evaluated = subprocess.run(
+        [
+            *(sys.executable, "evaluate.py", "configs/eval.yaml", f"encoder={tmp_path / 'mine'}"),
+            *(*own, *small, f"features.cache_dir={tmp_path / 'features'}"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    assert json.loads((tmp_path / "mine" / "results" / "knn.json").read_text())["provenance"][
+        "manifest_hashes"
+    ]
+    assert written == {path: path.stat().st_mtime_ns for path in made.iterdir()}
