@@ -73,6 +73,7 @@ def render_page(
     charts: Sequence[Chart],
     panels: Sequence[Chart],
     provenance: Sequence[Row],
+    reload_s: float | None = None,
 ) -> str:
     """Returns the page's HTML.
 
@@ -82,6 +83,7 @@ def render_page(
         charts: in a grid of two columns on a laptop, one on a phone.
         panels: image panels.
         provenance: one row for each results file.
+        reload_s: seconds after which a browser that shows the page reads it again; None leaves that to the reader.
     """
     parts = [("results", "Results", "".join(_table_card(section) for section in sections))]
     parts.append(("charts", "Charts", _grid("charts", charts)))
@@ -96,6 +98,8 @@ def render_page(
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        + ("" if reload_s is None else f'<meta http-equiv="refresh" content="{reload_s:g}">\n')
+        +
         # An empty icon: browsers otherwise ask for /favicon.ico and note an error.
         f'<link rel="icon" href="data:,">\n<title>{title}: {html.escape(", ".join(names))}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<header><div><h1>{title}</h1>"

@@ -28,13 +28,16 @@ from runtime.files import write_atomically
 logger = logging.getLogger(__name__)
 
 
-def write_report(run_dirs: list[Path], out: Path, *, with_images: bool = True) -> Path:
+def write_report(
+    run_dirs: list[Path], out: Path, *, with_images: bool = True, reload_s: float | None = None
+) -> Path:
     """Writes the page and its files into `out` and returns the page's path.
 
     Args:
         run_dirs: run directories.
         out: made where missing; files of an older report are replaced.
         with_images: also draw panels, for which checkpoint, shards and cached features are read.
+        reload_s: seconds after which a browser that shows the page reads it again.
 
     Raises:
         UserError: a directory is no run.
@@ -50,7 +53,8 @@ def write_report(run_dirs: list[Path], out: Path, *, with_images: bool = True) -
     write_atomically(out / "results.csv", _to_csv(sections))
     markdown = "\n\n".join(f"## {s.title}\n\n{s.text}\n\n{markdown_table(s.rows)}".rstrip() for s in sections)
     write_atomically(out / "results.md", markdown + "\n")
-    html = render_page([run.name for run in runs], sections, drawn, pictures, provenance_rows(runs))
+    names, provenance = [run.name for run in runs], provenance_rows(runs)
+    html = render_page(names, sections, drawn, pictures, provenance, reload_s)
     page = out / "index.html"
     write_atomically(page, html)
     return page

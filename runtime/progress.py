@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 import math
+import time
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
+
+
+class Pace:
+    """The speed of this start, evaluations and saves included, from its first step on.
+
+    Args:
+        total: steps of the whole.
+        done: steps done before this start.
+    """
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total, self._first, self._started = total, done, 0.0
+
+    def describe(self, done: int) -> str:
+        """Returns share and time left; the first call starts the clock, as what comes before is not of every step."""
+        now = time.monotonic()
+        if not self._started or done <= self._first:
+            self._first, self._started = done, now
+            return describe_progress(done, self._total, 0.0)
+        return describe_progress(done, self._total, (now - self._started) / (done - self._first))
 
 
 def describe_progress(done: int, total: int, seconds_each: float) -> str:

@@ -61,7 +61,16 @@ FLOORS = {
         ("figures",),
         ("prototype_sets",),
         ("engines", "patches"),
-        ("guards", "metrics", "feed", "throughput", "schedules", "run_length", "config_difference"),
+        (
+            "guards",
+            "metrics",
+            "event_files",
+            "feed",
+            "throughput",
+            "schedules",
+            "run_length",
+            "config_difference",
+        ),
     ),
     "evaluation": (
         ("harness", "cache", "embed"),

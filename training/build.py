@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from training.cost import computes_in_bf16, count_flops
 from training.drift import DriftGauge
 from training.engines.interface import Engine, TrainedNetwork
 from training.engines.synchronization import Synchronization
-from training.evaluation_job import build_evaluation_job
+from training.evaluation_job import build_evaluation_job, read_scores
 from training.feed import Feed
 from training.guards import LossSpikeGuard
 from training.initialisation import (
@@ -93,13 +94,7 @@ def build_trainer(
         store=_build_store(config, root, process, None if saved is None else progress.step, on_saved),
         progress=progress,
         record_position=RecordPosition() if saved is None else saved.record,
-        provenance=collect_provenance()
-        | {
-            "config_hash": config_hash(config),
-            "data_hash": stream.manifest.hash,
-            "run": config.run.name,
-            "mode": config.prototypes.mode,
-        },
+        provenance=_describe_origin(config, stream),
         probe=build_probe(config, process.device, process) if _probes_in_process(config) else None,
         preemption=preemption,
     )
@@ -121,7 +116,17 @@ def _build_store(
         asynchronous=settings.asynchronous,
         newest_step=newest_step,
         on_saved=on_saved,
+        read_scores=partial(read_scores, root.parent) if settings.keep_best else None,
     )
+
+
+def _describe_origin(config: PretrainConfig, stream: TrainingStream) -> dict[str, Any]:
+    return collect_provenance() | {
+        "config_hash": config_hash(config),
+        "data_hash": stream.manifest.hash,
+        "run": config.run.name,
+        "mode": config.prototypes.mode,
+    }
 
 
 def _probes_in_process(config: PretrainConfig) -> bool:

@@ -160,6 +160,10 @@ class CheckpointConfig:
     """Newest complete checkpoints that stay."""
     keep_every: Annotated[int, "[0, 1e9]"] = 0
     """Additionally keep checkpoints at multiples of this step; 0 keeps none."""
+    keep_best: bool = False
+    """Additionally keep the checkpoint with the best k-NN (`eval/knn20_top1`) of the run; the earlier one of two equal
+    ones. Evaluation must fall on steps that are saved: `evaluation.knn_every_steps` a multiple of `every_steps`.
+    """
     asynchronous: bool = False
     """Write in a thread while training goes on. The step waits only for the copy into CPU memory (a rank's
     share of the state); the checkpoint is published at a later step boundary.
@@ -172,6 +176,10 @@ class LoggingConfig:
 
     every_steps: Annotated[int, "[1, 1e9]"] = 10
     """Steps between lines of `metrics.jsonl`."""
+    tensorboard: bool = False
+    """Write event files into the run's `tensorboard/`, another view of `metrics.jsonl`; nothing to install for it.
+    `tensorboard --logdir outputs` shows them.
+    """
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
     """`disabled`, `offline` or `online`; wandb is a view of `metrics.jsonl` and cannot stop a run."""
     wandb_project: str = "decoupled-prototypes"
@@ -239,6 +247,12 @@ class PretrainConfig:
             raise ValueError(
                 f"evaluation.knn_every_steps is {every}; expected a multiple of checkpoint.every_steps "
                 f"{self.checkpoint.every_steps}, because a job evaluates a checkpoint; set evaluation.knn_every_steps"
+            )
+        if self.checkpoint.keep_best and (not every or every % self.checkpoint.every_steps):
+            raise ValueError(
+                f"checkpoint.keep_best is true and evaluation.knn_every_steps {every}; expected a multiple of "
+                f"checkpoint.every_steps {self.checkpoint.every_steps}, so that what is best is saved; set "
+                "evaluation.knn_every_steps"
             )
         if self.model.channels != self.data.channels:
             raise ValueError(

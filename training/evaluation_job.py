@@ -23,6 +23,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from runtime.record import read_record
 from training.config import PretrainConfig
 
 logger = logging.getLogger(__name__)
@@ -127,3 +128,27 @@ def _clean_environment() -> dict[str, str]:
     }
     # What the batch script starts; a site's own choice wins.
     return {"PYTHON": sys.executable, **kept}
+
+
+def read_scores(run_dir: Path) -> dict[int, float]:
+    """Returns the top-1 of k-NN by step, as the run's record and the results of its jobs have it.
+
+    Read anew for every save, so that a run that goes on elsewhere knows what came before. What cannot be read is left
+    out and said: it must not end a run.
+    """
+    scores: dict[int, float] = {}
+    try:
+        for line in read_record(run_dir):
+            value = line.get("eval/knn20_top1")
+            if isinstance(value, int | float):
+                scores[line["step"]] = float(value)
+        for path in (run_dir / "results" / "in_training").glob("step-*/knn.json"):
+            step = int(path.parent.name.removeprefix("step-"))
+            scores[step] = float(json.loads(path.read_bytes())["figures"]["headline"]["top1"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning(
+            "what is best is known in part only: %s: %.200s",
+            type(error).__name__,
+            " ".join(str(error).split()),
+        )
+    return scores

@@ -1,8 +1,9 @@
-"""The record of a run: `metrics.jsonl`, one JSON object a line; wandb is a view of it and can never stop a run.
+"""The record of a run: `metrics.jsonl`, one JSON object a line; wandb and TensorBoard are views that cannot stop a run.
 
-The view is a process of its own that reads the record as it grows: wandb's threads, its waiting for a dead network and
+A view is a process of its own that reads the record as it grows: wandb's threads, its waiting for a dead network and
 its 40 s at exit stay outside the process that trains. `python -m training.metrics replay RUN_DIRECTORY` sends a
-finished or interrupted record to wandb as one run, for nodes without a network.
+finished or interrupted record to wandb as one run, for nodes without a network; with `view=tensorboard` it writes the
+event file of a run that was made without one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from runtime.config import read_yaml
 from runtime.files import write_atomically
@@ -30,9 +31,12 @@ from runtime.preemption import ignore_preemption_signals
 from runtime.program import EXIT_DONE, EXIT_FAULT, UserError, run_program
 from runtime.record import RECORD_NAME, read_record
 from runtime.usage import asks_for_help
+from training.config import LoggingConfig
+from training.event_files import EventFile
 
 logger = logging.getLogger("training.metrics")  # also where this file is the program
 
+ViewName = Literal["wandb", "tensorboard"]
 WANDB_ID_NAME = "wandb_id"
 WANDB_SENT_NAME = "wandb_sent"  # the newest step of which wandb has confirmed that it has everything up to it
 _POLL_S = 1.0
@@ -150,19 +154,19 @@ def keep_wandb_id(run_dir: Path, saved: str) -> None:
         write_atomically(path, saved + "\n")
 
 
-class WandbView:
-    """A process that sends the record to wandb while it grows; nothing in this process waits for it. Not collective.
+class RecordView:
+    """A process that shows the record elsewhere while it grows; nothing in this process waits for it. Not collective.
 
     Args:
-        run_dir: the run directory, with `metrics.jsonl` open; wandb's files go into its `wandb/`.
-        mode: `online` or `offline`.
-        project: wandb project.
-        facts: plain values that stand beside the run's configuration in wandb.
+        run_dir: the run directory, with `metrics.jsonl` open; the view's files go into its `wandb/` or `tensorboard/`.
+        view: `wandb` or `tensorboard`.
+        settings: of wandb: `mode` (`online` or `offline`), `project`, and `facts`, plain values that stand beside the
+            run's configuration.
     """
 
-    def __init__(self, run_dir: Path, *, mode: str, project: str, facts: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, view: ViewName, **settings: Any) -> None:
         self._run_dir = run_dir.absolute()
-        settings = {"mode": mode, "project": project, "facts": dict(facts)}
+        self._view = view
         self._follower = subprocess.Popen(
             [sys.executable, "-m", "training.metrics", "follow", str(self._run_dir)],
             cwd=Path(__file__).resolve().parent.parent,
@@ -171,8 +175,8 @@ class WandbView:
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # so that it can be ended with whatever it has started
         )
-        self._tell(settings)
-        if mode == "offline":
+        self._tell({"view": view, **settings})
+        if settings.get("mode") == "offline":
             logger.info("wandb is offline: `python -m training.metrics replay %s` sends the record", run_dir)
 
     def close(self, timeout_s: float = 20.0) -> None:
@@ -188,9 +192,11 @@ class WandbView:
         if code != EXIT_DONE:
             why = f"did not finish within {timeout_s:.0f} s" if code is None else "stopped before the end"
             logger.warning(
-                "wandb %s; nothing is lost: `python -m training.metrics replay %s` sends the record later",
+                "%s %s; nothing is lost: `python -m training.metrics replay %s%s` sends the record later",
+                self._view,
                 why,
                 self._run_dir,
+                "" if self._view == "wandb" else f" view={self._view}",
             )
 
     def _tell(self, message: Mapping[str, Any]) -> None:
@@ -201,16 +207,26 @@ class WandbView:
             pipe.flush()
 
 
-def follow(run_dir: Path, settings: Mapping[str, Any], ended: Callable[[], bool]) -> int:
-    """Sends a growing record to wandb until `ended`, and what is left then; returns the lines sent.
+def open_views(run_dir: Path, settings: LoggingConfig, facts: Mapping[str, Any]) -> list[RecordView]:
+    """Starts the views that a run asks for. Rank 0 only."""
+    views = [RecordView(run_dir, "tensorboard")] if settings.tensorboard else []
+    if settings.wandb_mode != "disabled":
+        options = {"mode": settings.wandb_mode, "project": settings.wandb_project, "facts": dict(facts)}
+        views.append(RecordView(run_dir, "wandb", **options))
+    return views
 
-    A start begins behind the last step that wandb has confirmed, so that lines of a start without a network follow
-    with the next one. Offline every start writes the whole record: of the files of one run, the last is complete.
+
+def follow(run_dir: Path, settings: Mapping[str, Any], ended: Callable[[], bool]) -> int:
+    """Sends a growing record to a view until `ended`, and what is left then; returns the lines sent.
+
+    With wandb online a start begins behind the last step that wandb has confirmed, so that lines of a start without a
+    network follow with the next one. Otherwise every start writes the whole record: of the files of one run, the last
+    is complete.
     """
     sent_path = run_dir / WANDB_SENT_NAME
-    is_online = settings["mode"] == "online"
+    is_online = settings.get("mode") == "online"
     sent = int(sent_path.read_text()) if is_online and sent_path.exists() else -1
-    run = _start_wandb(run_dir, settings)
+    run = _start_view(run_dir, settings)
     count, newest = 0, sent
     for line in _growing_record(run_dir / RECORD_NAME, ended):
         if line["step"] > sent:
@@ -222,8 +238,8 @@ def follow(run_dir: Path, settings: Mapping[str, Any], ended: Callable[[], bool]
     return count
 
 
-def replay(run_dir: Path, mode: str, project: str) -> int:
-    """Sends a run's whole record to wandb as the one run that its `wandb_id` names; returns the lines sent.
+def replay(run_dir: Path, settings: Mapping[str, Any]) -> int:
+    """Sends a run's whole record to a view, to wandb as the one run that its `wandb_id` names; returns the lines sent.
 
     Raises:
         UserError: the directory holds no record.
@@ -231,7 +247,7 @@ def replay(run_dir: Path, mode: str, project: str) -> int:
     if not (run_dir / RECORD_NAME).is_file():
         raise UserError(f"{run_dir} has no {RECORD_NAME}; expected a run directory; pass outputs/RUN")
     lines = read_record(run_dir)
-    run = _start_wandb(run_dir, {"mode": mode, "project": project, "facts": {}})
+    run = _start_view(run_dir, {**settings, "facts": {}})
     for line in lines:
         run.log(line)
     run.finish()
@@ -250,7 +266,10 @@ def _growing_record(path: Path, ended: Callable[[], bool]) -> Iterator[dict[str,
                 return
 
 
-def _start_wandb(run_dir: Path, settings: Mapping[str, Any]) -> Any:
+def _start_view(run_dir: Path, settings: Mapping[str, Any]) -> Any:
+    """Returns what takes lines by `log` and ends by `finish`."""
+    if settings["view"] == "tensorboard":
+        return EventFile(run_dir)
     import wandb
 
     config_path = run_dir / "config.yaml"
@@ -272,7 +291,7 @@ def _start_wandb(run_dir: Path, settings: Mapping[str, Any]) -> Any:
 
 
 def _follow_for_parent(run_dir: Path) -> int:
-    """What `WandbView` starts: settings come as the first line of standard input, and the end as a second one."""
+    """What `RecordView` starts: settings come as the first line of standard input, and the end as a second one."""
     # A scheduler warns every process of a step; the parent says when to end.
     ignore_preemption_signals()
     set_up_logging(0)
@@ -287,13 +306,13 @@ def _follow_for_parent(run_dir: Path) -> int:
     try:
         follow(run_dir, settings, ended)
     except Exception as error:  # wandb's failures are of many types, and none may reach the run
-        logger.warning("wandb stopped (%s: %.200s)", type(error).__name__, error)
+        logger.warning("%s stopped (%s: %.200s)", settings["view"], type(error).__name__, error)
         return EXIT_FAULT
     return EXIT_DONE
 
 
 def main(arguments: list[str]) -> int:
-    """Runs `python -m training.metrics replay RUN_DIRECTORY [mode=offline] [project=NAME]`."""
+    """Runs `python -m training.metrics replay RUN_DIRECTORY [view=tensorboard] [mode=offline] [project=NAME]`."""
     if len(arguments) == 2 and arguments[0] == "follow":
         return _follow_for_parent(Path(arguments[1]))
     if asks_for_help(arguments):
@@ -301,19 +320,20 @@ def main(arguments: list[str]) -> int:
         return EXIT_DONE
     if len(arguments) < 2 or arguments[0] != "replay":
         raise UserError(
-            "arguments are {}; expected replay RUN_DIRECTORY [mode=online|offline] [project=NAME]; pass them".format(
-                " ".join(arguments) or "missing"
-            )
+            f"arguments are {' '.join(arguments) or 'missing'}; expected replay RUN_DIRECTORY [view=wandb|tensorboard] "
+            "[mode=online|offline] [project=NAME]; pass them"
         )
-    options = {"mode": "online", "project": "decoupled-prototypes"}
+    options = {"view": "wandb", "mode": "online", "project": "decoupled-prototypes"}
+    choices = {"view": ("wandb", "tensorboard"), "mode": ("online", "offline")}
     for argument in arguments[2:]:
         key, _, value = argument.partition("=")
-        if key not in options or not value or (key == "mode" and value not in ("online", "offline")):
+        if key not in options or not value or value not in choices.get(key, (value,)):
             raise UserError(
-                f"argument is {argument!r}; expected mode=online|offline or project=NAME; mend it"
+                f"argument is {argument!r}; expected view=wandb|tensorboard, mode=online|offline or project=NAME; mend "
+                "it"
             )
         options[key] = value
-    count = replay(Path(arguments[1]), options["mode"], options["project"])
+    count = replay(Path(arguments[1]), options)
     print(f"replayed {count} lines of {arguments[1]}/{RECORD_NAME}")
     return EXIT_DONE
 

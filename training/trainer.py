@@ -18,6 +18,7 @@ from prototypes.alarms import find_alarms
 from runtime.distributed import Process
 from runtime.preemption import PreemptionFlag
 from runtime.program import EXIT_DONE, EXIT_FAULT, EXIT_PREEMPTED
+from runtime.progress import Pace
 from runtime.seeding import seed_everything
 from training.checkpoints.snapshot import Progress, RecordPosition, Snapshot
 from training.checkpoints.store import CheckpointStore
@@ -25,7 +26,7 @@ from training.config import PretrainConfig
 from training.feed import Feed
 from training.figures import close_epoch, count_unique_shares, describe_step
 from training.health import RunHealth
-from training.metrics import WANDB_ID_NAME, MetricsRecord, WandbView, keep_wandb_id
+from training.metrics import WANDB_ID_NAME, MetricsRecord, RecordView, keep_wandb_id, open_views
 from training.prototype_sets import modules_of
 from training.run_directory import RunDirectory
 from training.run_length import schedule_at, steps_per_epoch
@@ -102,7 +103,8 @@ class Trainer:
         self._worker_rss_mib = 0.0
         self._is_claimed = False
         self._record: MetricsRecord | None = None
-        self._wandb: WandbView | None = None
+        self._views: list[RecordView] = []
+        self._pace = Pace(self._num_steps, progress.step)
 
     def fit(self) -> int:
         """Trains to the end of the schedule, a preemption or too many skips; returns the exit code. Collective."""
@@ -129,19 +131,12 @@ class Trainer:
             self._close_record()
 
     def _claim(self) -> None:
-        """Makes the directory this configuration's, now that a first step is done, and starts wandb's view."""
+        """Makes the directory this configuration's, now that a first step is done, and starts the record's views."""
         self._is_claimed = True
         if self._record is None:
             return
         self._directory.claim()
-        settings = self.config.logging
-        if settings.wandb_mode != "disabled":
-            self._wandb = WandbView(
-                self._run_dir,
-                mode=settings.wandb_mode,
-                project=settings.wandb_project,
-                facts=self._provenance,
-            )
+        self._views = open_views(self._run_dir, self.config.logging, self._provenance)
 
     def _train_step(self) -> None:
         started = time.perf_counter()
@@ -235,7 +230,9 @@ class Trainer:
         interesting = ("loss/total", "prototypes/unique_0.025", "prototypes/used", "eval/knn20_top1")
         text = "  ".join(f"{name.split('/')[1]} {values[name]:.4f}" for name in interesting if name in values)
         speed = values.get("throughput/images_per_s", 0.0)
-        logger.info("step %d/%d  %s  %.0f images/s", self.progress.step, self._num_steps, text, speed)
+        step = self.progress.step
+        pace = self._pace.describe(step)
+        logger.info("step %d/%d  %s  %.0f images/s  %s", step, self._num_steps, text, speed, pace)
         for alarm in find_alarms(
             values,
             step=self.progress.step,
@@ -317,8 +314,8 @@ class Trainer:
         name = self._preemption.signal_name or "a signal to another rank"
         logger.info("stopping at step %d after %s", self.progress.step, name)
         is_saved = self._save_to_the_end(f"stopped by {name}")
-        # The grace time is for the state; what wandb has not got yet follows with the next start.
-        self._close_record(wandb_timeout_s=5.0)
+        # The grace time is for the state; what a view has not got yet follows with the next start.
+        self._close_record(views_timeout_s=5.0)
         # Unsaved and started again it would come here again: the disk needs somebody first.
         return EXIT_PREEMPTED if is_saved else EXIT_FAULT
 
@@ -342,12 +339,12 @@ class Trainer:
         if position.wandb_id is not None:
             keep_wandb_id(self._run_dir, position.wandb_id)
 
-    def _close_record(self, wandb_timeout_s: float = 20.0) -> None:
+    def _close_record(self, views_timeout_s: float = 20.0) -> None:
         if self._record is not None:
             self._record.close()
-        if self._wandb is not None:
-            self._wandb.close(wandb_timeout_s)
-            self._wandb = None
+        for view in self._views:
+            view.close(views_timeout_s)
+        self._views = []
 
     def _progress_bar(self) -> tqdm:
         """A bar on rank 0's terminal; elsewhere (batch jobs, files) the log lines are enough."""

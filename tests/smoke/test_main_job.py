@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -223,8 +224,18 @@ def test_a_folder_of_images_is_enough(tmp_path):
         pixels = (digits.images[index] * 255 / 16).astype("uint8")
         Image.fromarray(pixels).resize((28, 28)).save(folder / f"{index}.png")
     own = (f"data.images={photos}", f"data.cache_dir={cache}")
-    result = run("not there", tmp_path, "mine", *own, "optim.steps=3", "evaluation.knn_every_steps=3")
-    assert "writing the 160 images" in result.stderr
+    watched = ("checkpoint.keep_best=true", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
+    probed = ("evaluation.knn_every_steps=1", "logging.tensorboard=true", "optim.steps=3")
+    result = run("not there", tmp_path, "mine", *own, *watched, *probed)
+    assert "writing the 160 images" in result.stderr and re.search(
+        r"step 2/3  .*  66\.7 %, \d+ s left", result.stderr
+    )
+    lines = [json.loads(line) for line in (tmp_path / "mine" / "metrics.jsonl").read_text().splitlines()]
+    top1 = {line["step"]: line["eval/knn20_top1"] for line in lines if "eval/knn20_top1" in line}
+    best = min(step for step in top1 if top1[step] == max(top1.values()))
+    kept = {int(path.name[-8:]) for path in (tmp_path / "mine" / "checkpoints").iterdir()}
+    assert set(top1) == {1, 2, 3} and kept == {3, best}
+    assert len(list((tmp_path / "mine" / "tensorboard").iterdir())) == 1
     (made,) = cache.iterdir()
     written = {path: path.stat().st_mtime_ns for path in made.iterdir()}
     assert f"shards: {made}" in (tmp_path / "mine" / "config.yaml").read_text()
@@ -234,7 +245,7 @@ def test_a_folder_of_images_is_enough(tmp_path):
             *(sys.executable, "evaluate.py", "configs/eval.yaml", f"encoder={tmp_path / 'mine'}"),
             *(*own, *small, f"features.cache_dir={tmp_path / 'features'}"),
         ],
-        cwd=ROOT,
+        cwd=starts.ROOT,
         capture_output=True,
         text=True,
         timeout=240,

@@ -102,12 +102,14 @@ def list_unfinished(root: Path) -> list[Path]:
     return sorted(path for path in _own_directories(root) if not _is_step(path))
 
 
-def prune_checkpoints(root: Path, newest: Path, keep_last: int, keep_every: int) -> None:
-    """Deletes what is neither among the newest `keep_last` nor kept by `keep_every`. Call on rank 0 only.
+def prune_checkpoints(
+    root: Path, newest: Path, keep_last: int, keep_every: int, scores: Mapping[int, float]
+) -> None:
+    """Deletes what neither `keep_last`, `keep_every` nor `scores` (the best, by step) keep. Call on rank 0 only.
 
-    Checkpoints that failed their check are not counted among the `keep_last`. `newest`, the one just
-    committed, always stays, and so does every directory with a name that no save gives it: a copy under a name of its
-    own, or under that of another step. A failure to delete is a warning: it must not end a run.
+    Checkpoints that failed their check are not counted among the `keep_last`. `newest`, the one just committed, always
+    stays, and so does every directory with a name that no save gives it: a copy under a name of its own, or under that
+    of another step. Of equal scores the earlier stays. A failure to delete is a warning: it must not end a run.
     """
     try:
         own = [path for path in _own_directories(root) if not _is_copy(path)]
@@ -117,6 +119,8 @@ def prune_checkpoints(root: Path, newest: Path, keep_last: int, keep_every: int)
         kept = {newest, *good[: keep_last - 1]}
         if keep_every > 0:
             kept.update(path for path in good if step_of(path) % keep_every == 0)
+        scored = [path for path in (newest, *good) if step_of(path) in scores]
+        kept.update(sorted(scored, key=lambda path: (-scores[step_of(path)], step_of(path)))[:1])
         leftovers = [path for path in own if path not in kept]
     except OSError as error:
         logger.warning("cannot look for old checkpoints in %s: %s", root, describe(error))

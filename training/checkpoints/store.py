@@ -113,7 +113,8 @@ class CheckpointStore:
     With `asynchronous`, `save` returns after the temporary directory is agreed and a thread of each rank
     writes and hashes; `poll`, called by every rank at each step boundary, publishes once all ranks are done.
     The writer must then own what it writes (CPU copies), because training goes on changing the originals.
-    `on_saved` is called on rank 0 with step and path of every published checkpoint.
+    `on_saved` is called on rank 0 with step and path of every published checkpoint, and `read_scores` before old ones
+    are deleted: of the checkpoints that have a score, by step, the best stays.
 
     Attributes:
         newest_step: step of the newest whole checkpoint, the one that the run continued or the last one that was
@@ -130,6 +131,7 @@ class CheckpointStore:
         asynchronous: bool = False,
         newest_step: int | None = None,
         on_saved: Callable[[int, Path], None] | None = None,
+        read_scores: Callable[[], Mapping[int, float]] | None = None,
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}; expected at least 1; set checkpoint.keep_last")
@@ -141,6 +143,7 @@ class CheckpointStore:
         self._keep_every = keep_every
         self._asynchronous = asynchronous
         self._on_saved = on_saved
+        self._read_scores = read_scores
         self.newest_step = newest_step
         self._pending: _PendingSave | None = None
 
@@ -192,7 +195,8 @@ class CheckpointStore:
             if failed.error is not None and not failed.is_disk_error:
                 raise RuntimeError(f"checkpoint of step {pending.step} failed on rank {rank}: {failed.error}")
         if outcome.path is not None and self._process.rank == 0:
-            prune_checkpoints(self._root, outcome.path, self._keep_last, self._keep_every)
+            scores = {} if self._read_scores is None else self._read_scores()
+            prune_checkpoints(self._root, outcome.path, self._keep_last, self._keep_every, scores)
             if self._on_saved is not None:
                 self._on_saved(outcome.step, outcome.path)
         return self._report(outcome)

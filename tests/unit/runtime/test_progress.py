@@ -1,6 +1,6 @@
 import pytest
 
-from runtime.progress import describe_progress, describe_seconds
+from runtime.progress import Pace, describe_progress, describe_seconds
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,14 @@ def test_progress_says_share_and_what_is_left():
     assert describe_progress(25, 100, 2.0) == "25.0 %, 2 min 30 s left"
     assert describe_progress(25, 100, 0.0) == "25.0 %"
     assert describe_progress(100, 100, 2.0) == "100.0 %"
+
+
+def test_pace_is_that_of_this_start_and_begins_at_its_first_line(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("runtime.progress.time.monotonic", lambda: now[0])
+    pace = Pace(1000, done=400)
+    now[0] = 190.0  # the first step waited for compilation
+    assert pace.describe(401) == "40.1 %"
+    now[0] = 200.0
+    assert pace.describe(411) == "41.1 %, 9 min 49 s left"
+    assert pace.describe(1000) == "100.0 %"

@@ -9,7 +9,7 @@ import pytest
 from runtime.config import ConfigError, load_config
 from tests.helpers.digits import DEMO
 from training.config import PretrainConfig
-from training.evaluation_job import build_evaluation_job
+from training.evaluation_job import build_evaluation_job, read_scores
 
 JOB = ("evaluation.runs_as=slurm_job", "evaluation.knn_every_steps=20", "checkpoint.every_steps=10")
 
@@ -121,3 +121,29 @@ def test_mistakes_are_refused_before_the_run(tmp_path, monkeypatch, sbatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="expected sbatch on PATH"):
         build_evaluation_job(config(), tmp_path)
+
+
+def test_scores_are_those_of_the_record_and_of_the_jobs(tmp_path):
+    lines = [
+        '{"step": 10, "eval/knn20_top1": 0.5}',
+        '{"step": 20, "loss/total": 1}',
+        '{"step": 30, "eval/knn20_top1": null}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    result = tmp_path / "results" / "in_training" / "step-00000040" / "knn.json"
+    assert read_scores(tmp_path) == {10: 0.5} and read_scores(tmp_path / "nowhere") == {}
+    result.parent.mkdir(parents=True)
+    result.write_text(json.dumps({"figures": {"headline": {"top1": 0.75}}}))
+    assert read_scores(tmp_path) == {10: 0.5, 40: 0.75}
+    result.write_text("{")
+    assert read_scores(tmp_path) == {10: 0.5}
+
+
+def test_what_is_best_must_be_saved():
+    with pytest.raises(
+        ConfigError, match=r"keep_best is true and evaluation\.knn_every_steps 0; expected a multiple"
+    ):
+        load_config(PretrainConfig, DEMO, ["checkpoint.keep_best=true", "evaluation.knn_every_steps=0"])
+    with pytest.raises(ConfigError, match=r"checkpoint\.every_steps 10"):
+        config("checkpoint.keep_best=true", "evaluation.runs_as=process", "evaluation.knn_every_steps=15")
+    assert config("checkpoint.keep_best=true").checkpoint.keep_best

@@ -16,7 +16,7 @@ import pytest
 from runtime.logging_setup import add_log_file
 from runtime.program import UserError
 from runtime.record import read_record
-from training.metrics import MetricsRecord, WandbView, main
+from training.metrics import MetricsRecord, RecordView, main
 
 STAND_IN = """
 import json, os, time
@@ -58,7 +58,7 @@ def run_start(run_dir: Path, first: int, last: int, *, mode: str = "online", tim
     """One start of a run that is resumed at step `first - 1`, with one line a step."""
     run_dir.mkdir(exist_ok=True)
     record = MetricsRecord(run_dir, resume_step=first - 1)
-    view = WandbView(run_dir, mode=mode, project="p", facts={"commit": "abc"})
+    view = RecordView(run_dir, "wandb", mode=mode, project="p", facts={"commit": "abc"})
     for step in range(first, last + 1):
         record.write(step, 10 * step, {"loss/total": 1.0 / step})
     record.close()
@@ -170,7 +170,7 @@ def test_a_hanging_wandb_is_ended(
 
 def test_a_warning_signal_does_not_end_the_view(stand_in: Path, tmp_path: Path) -> None:
     record = MetricsRecord(tmp_path, resume_step=0)
-    view = WandbView(tmp_path, mode="online", project="p", facts={})
+    view = RecordView(tmp_path, "wandb", mode="online", project="p", facts={})
     deadline = time.monotonic() + 30
     while not stand_in.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -199,7 +199,7 @@ def test_replay_sends_everything_again_into_the_same_run(
     [
         ([], "arguments are missing; expected replay"),
         (["replay", "/nowhere"], "/nowhere has no metrics.jsonl"),
-        (["replay", "/nowhere", "mode=on"], "argument is 'mode=on'; expected mode=online"),
+        (["replay", "/nowhere", "mode=on"], "argument is 'mode=on'; expected view=wandb.*, mode=online"),
         (["replay", "/nowhere", "speed=2"], "argument is 'speed=2'"),
     ],
 )

@@ -194,6 +194,22 @@ def test_pruning_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
     assert [path.name[-2:] for path in list_committed(tmp_path)] == ["70", "60", "30"]
 
 
+def test_pruning_keeps_the_best_whatever_its_age_and_the_earlier_of_equals(tmp_path: Path) -> None:
+    record = {10: 0.3, 20: 0.6, 30: 0.6, 40: 0.5, 50: 0.7}
+    kept = []
+    for step in range(10, 60, 5):
+        scores = {past: value for past, value in record.items() if past <= step}
+        store = CheckpointStore(tmp_path, ALONE, keep_last=1, read_scores=lambda found=scores: found)
+        store.save(step, writer(1.0, 0))
+        kept.append([path.name[-2:] for path in list_committed(tmp_path)])
+    assert kept[4] == ["30", "20"] and kept[7] == ["45", "20"], "20 is as good as 30 and was first"
+    assert kept[8] == ["50"] and kept[9] == ["55", "50"]
+    # What was scored and was never saved takes nobody's place.
+    store = CheckpointStore(tmp_path, ALONE, keep_last=1, read_scores=lambda: {57: 0.9, 50: 0.7})
+    store.save(60, writer(1.0, 0))
+    assert [path.name[-2:] for path in list_committed(tmp_path)] == ["60", "50"]
+
+
 def test_pruning_does_not_count_a_rejected_checkpoint(tmp_path: Path) -> None:
     for step in (10, 20):
         save(tmp_path, step)
