@@ -124,6 +124,25 @@ def test_features_equal_a_forward_written_out(family, tmp_path):
         assert torch.allclose(features["cls"][:, -1], norm(last[:, 0]), atol=1e-5)
 
 
+@pytest.mark.parametrize("family", [name for name in CASES if FAMILIES[name].columnar] + ["swin", "hiera"])
+def test_patch_tokens_stand_in_row_order(family):
+    """The token that changes most when a cell of the image does is that cell's."""
+    torch.manual_seed(0)
+    module = TransformersFeatures(hf.AutoModel.from_config(CASES[family][0]).eval())
+    images = 0.3 * torch.randn(32, 3, 32, 32)
+    with torch.no_grad():
+        before = module.patch_tokens(images)
+        side = round(before.shape[1] ** 0.5)
+        size = 32 // side
+        for cell in range(side**2):
+            rows, columns = (slice(size * place, size * place + size) for place in divmod(cell, side))
+            changed = images.clone()
+            changed[:, :, rows, columns] += torch.randn(len(images), 3, size, size)
+            # On the average of many images: another token may be shaken more in one of them.
+            moved = (module.patch_tokens(changed) - before).norm(dim=2).mean(dim=0)
+            assert moved.argmax() == cell
+
+
 def test_every_listed_family_has_a_forward_here():
     assert set(FAMILIES) == {*CASES, "vit_mae"}
 
