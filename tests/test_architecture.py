@@ -30,7 +30,7 @@ MAY_IMPORT = {
 # room -> its floors from the top: a file imports from its own floor and from those below. A name is a file or a
 # sub-room; config files stand below everything, wherever they lie.
 FLOORS = {
-    "models": (("student_teacher",), ("released_weights", "vit", "heads", "patches")),
+    "models": (("student_teacher",), ("released_weights", "vit", "heads", "predictor", "patches")),
     "prototypes": (
         ("build",),
         ("families",),
