@@ -8,7 +8,7 @@ FASHION := $(DATASETS)/fashion-mnist
 DEMO := configs/pretrain_vit-mini_fashion-mnist_full.yaml
 FAST := not slow and not slurm and not browser
 
-.PHONY: help demo test test-isa test-all audit audit-all slow-tools lint format bench gpu-check options clean
+.PHONY: help demo test test-isa test-all docs audit audit-all slow-tools lint format bench gpu-check options clean
 
 help:
 	@echo "make demo      install, fetch Fashion-MNIST, pretrain a small ViT, evaluate, write the report"
@@ -18,6 +18,7 @@ help:
 	@echo "make audit     the collapse audit: six arms, three seeds;  make audit-all  ablations, estimators, long tails"
 	@echo "make bench     speed ratios beside their peers"
 	@echo "make gpu-check all that is measured on a GPU, in parts that are never repeated"
+	@echo "make docs      the pages as a site, in outputs/site"
 	@echo "make options   write docs/options.md from the options' own texts"
 	@echo "make clean     remove caches (not datasets, not outputs)"
 
@@ -94,6 +95,10 @@ gpu-check: $(VENV)/.installed-dev
 options: $(VENV)/.installed
 	$(BIN)/python -m runtime.options_page training.config:PretrainConfig=pretrain.py evaluation.config:EvaluationConfig=evaluate.py \
 	  audit.config:AuditConfig='configs/audit_*.yaml' slurm.config:ClusterConfig='slurm/clusters/*.yaml' > docs/options.md
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "outputs/site/index.html; for the search: $(BIN)/python -m http.server -d outputs/site"
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build decoupled_prototypes.egg-info

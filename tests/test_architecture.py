@@ -54,7 +54,7 @@ FLOORS = {
     "training": (
         ("build",),
         ("trainer", "dry_run", "export", "evaluation_job"),
-        ("initialisation", "run_directory", "health", "cost"),
+        ("initialisation", "run_directory", "health", "cost", "onnx_file"),
         ("checkpoints",),
         ("step",),
         ("accumulation", "drift"),

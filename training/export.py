@@ -1,11 +1,14 @@
 """The encoder as a folder that timm, transformers and this project load alike.
 
-`python -m training.export RUN OUT [--which teacher|student]` exports from the newest whole checkpoint of a run
-directory, or from the checkpoint that RUN names.
+`python -m training.export RUN OUT [--which teacher|student] [--format folder|onnx]` exports from the newest whole
+checkpoint of a run directory, or from the checkpoint that RUN names.
 
 The folder holds what `timm.models.save_for_hf(..., safe_serialization=True)` writes (`config.json` with
 `model_args`, `model.safetensors`), `prototypes.safetensors` and a model card. `timm.create_model(
 "local-dir:OUT", pretrained=True)` and `transformers.AutoModel.from_pretrained(OUT)` give the same features.
+With `--format onnx` OUT is one file: `images` to `embedding` [B, D] and, of a ViT, `patch_tokens` [B, N, D]; any batch,
+and any size that the network allows; its metadata say how images are prepared. onnxruntime's outputs are compared with
+the encoder's before the file is kept. It needs `pip install onnx onnxruntime onnxscript`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from runtime.program import UserError, run_program
@@ -26,9 +30,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="python -m training.export", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run directory, or one of its checkpoints")
-    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("out", type=Path, help="the folder, or file, to write")
     parser.add_argument(
         "--which", choices=("teacher", "student"), default="teacher", help="the network to export"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("folder", "onnx"),
+        default="folder",
+        help="a folder for timm and transformers, or ONNX",
     )
     return parser.parse_args(arguments)
 
@@ -46,11 +56,13 @@ from training.checkpoints.exported_encoder import (
     PROTOTYPES_NAME,
     assemble_backbone,
     export_encoder,
+    load_exported,
 )
 from training.checkpoints.files import load_manifest
 from training.checkpoints.state_files import ConsolidatedState, load_tensors
 from training.checkpoints.store import check_checkpoint, find_latest_checkpoint
 from training.config import PretrainConfig
+from training.onnx_file import require_packages, write_onnx
 
 
 def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
@@ -96,9 +108,33 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
     return checkpoint
 
 
+def export_onnx(run: Path, out: Path, which: str) -> tuple[Path, str]:
+    """Exports as `export_from_run` does, but into one ONNX file; returns the checkpoint and what the file takes.
+
+    Raises:
+        UserError: see `export_from_run` and `write_onnx`.
+    """
+    require_packages()
+    if not out.parent.is_dir():
+        raise UserError(f"OUT is {out}; expected a file in an existing folder; set OUT")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        folder = Path(temporary) / "encoder"
+        checkpoint = export_from_run(run, folder, which)
+        backbone, _ = load_exported(folder)
+        facts = load_manifest(checkpoint)["facts"] | {
+            "role": which,
+            "step": load_manifest(checkpoint)["step"],
+        }
+        return checkpoint, write_onnx(backbone, out, facts=facts)
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command line and returns its exit code."""
     options = parse(arguments)
+    if options.format == "onnx":
+        checkpoint, takes = export_onnx(options.run, options.out, options.which)
+        print(f"exported the {options.which} of {checkpoint} to {options.out}: {takes}")
+        return 0
     checkpoint = export_from_run(options.run, options.out, options.which)
     print(f"exported the {options.which} of {checkpoint} to {options.out}")
     return 0

@@ -26,6 +26,8 @@ _DONE_NAME = (
 _NO_PLAIN_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 _LONGEST_NAME = 60
 _GIB = 2**30
+# Ranks and their workers share out whole shards: a small folder must not end up in fewer than there are workers.
+_MOST_SAMPLES, _LEAST_SAMPLES, _SHARDS = 1500, 16, 256
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,13 @@ def make_folder_shards(images: str, cache_dir: str) -> str:
 
 
 def _write(source: FileSource, split: str, directory: Path) -> int:
-    manifest, rejected = write_split(source, split, str(directory), num_processes=os.cpu_count() or 1)
+    manifest, rejected = write_split(
+        source,
+        split,
+        str(directory),
+        samples_per_shard=min(_MOST_SAMPLES, max(_LEAST_SAMPLES, len(source) // _SHARDS)),
+        num_processes=os.cpu_count() or 1,
+    )
     counts = Counter(item.kind for item in rejected)
     left_out = ", ".join(f"{kind} {number}" for kind, number in sorted(counts.items()))
     where = f"; left out: {left_out}, see {directory / f'{split}.left_out.txt'}" if rejected else ""

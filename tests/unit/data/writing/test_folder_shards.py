@@ -46,6 +46,11 @@ def test_a_folder_is_written_once_and_again_when_it_has_changed(tmp_path, caplog
     assert make_folder_shards(str(photos), cache) not in (first, second)
 
 
+def test_a_small_folder_has_shards_for_several_workers(tmp_path):
+    photos = write_photos(tmp_path / "p", *(f"{number}.png" for number in range(80)))
+    assert len(load_manifest(make_folder_shards(str(photos), str(tmp_path / "cache")), "train").shards) == 5
+
+
 def test_split_folders_are_splits_with_one_numbering_of_classes(tmp_path):
     photos = write_photos(tmp_path / "p", "train/cat/1.png", "train/dog/2.png", "test/dog/3.png")
     made = make_folder_shards(str(photos), str(tmp_path / "cache"))
