@@ -114,6 +114,18 @@ class HeadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+    """The student's predictor of patches that it did not see (CAPI)."""
+
+    depth: Annotated[int, "[1, 1000]"] = 12
+    """Layers of cross-attention."""
+    num_heads: Annotated[int, "[1, 1e4]"] = 12
+    """Attention heads; four times as many divide the encoder's width."""
+    drop_path_rate: Annotated[float, "[0, 1)"] = 0.0
+    """Stochastic depth of every layer (CAPI: .2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputsConfig:
     """What the objective asks of the networks; no option, it follows from those of the objective."""
 
@@ -121,9 +133,9 @@ class OutputsConfig:
     """Projections of all crops, for a term on views."""
     embeddings: bool = False
     """The embeddings of the first group of crops, for what regularises features."""
-    patches: Literal["none", "hidden"] = "none"
-    """Projections of patches of the first group, for a term on patches, which are hidden from the student behind a mask
-    token (iBOT).
+    patches: Literal["none", "hidden", "left_out"] = "none"
+    """Projections of patches of the first group, for a term on patches, some of which the student does not see: they
+    are hidden behind a mask token (iBOT), or left out and predicted (CAPI).
     """
 
 
@@ -166,6 +178,7 @@ class ModelConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     patch_head: HeadConfig | None = None
     """A head of its own for the term on patches, with the options of `head`; null: `head` projects both."""
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
 
     def __post_init__(self) -> None:
         """Refuses an origin of weights that is none."""

@@ -85,7 +85,8 @@ class Predictor(nn.Module):
         """
         of_keys = _compute_angles(token_positions, grid, self._head_dim)
         of_queries = _compute_angles(positions, grid, self._head_dim)
-        seen = self.mask_token.to(tokens.dtype).expand(*positions.shape, -1)
+        # A sum and no view: counters of FLOPs ask every input of a module for its graph.
+        seen = tokens.new_zeros(*positions.shape, tokens.shape[-1]) + self.mask_token.to(tokens.dtype)
         for block in self.blocks:
             if self._activation_checkpointing and torch.is_grad_enabled():
                 seen = checkpoint(block, seen, tokens, of_queries, of_keys, use_reentrant=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from models import vit
 from models.config import ModelConfig, OutputsConfig
 from models.heads import ProjectionHead
 from models.patches import give_patches
+from models.predictor import Predictor
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -23,7 +24,7 @@ class SelfSupervisedNetwork(nn.Module):
     Args:
         config: what to build.
         role: `student` (with drop path) or `teacher` (without; no parameter requires a gradient). What stands for
-            patches that are not seen, the mask token, the student has alone.
+            patches that are not seen, the mask token or the predictor, the student has alone.
         outputs: what `forward` returns.
     """
 
@@ -34,12 +35,21 @@ class SelfSupervisedNetwork(nn.Module):
         embed_dim = vit.measure_embed_dim(config, config.image_size)
         self.projection_head = ProjectionHead(embed_dim, config.head)
         self.patch_head: ProjectionHead | None = None
+        self.predictor: Predictor | None = None
         if self.outputs.patches != "none":
             give_patches(self.backbone)
             if config.patch_head is not None:
                 self.patch_head = ProjectionHead(embed_dim, config.patch_head)
-            if role == "student":
+            if role == "student" and self.outputs.patches == "hidden":
                 self.mask_token = nn.Parameter(torch.zeros(embed_dim))
+            elif role == "student":
+                self.predictor = Predictor(
+                    embed_dim,
+                    num_layers=config.predictor.depth,
+                    num_heads=config.predictor.num_heads,
+                    drop_path_rate=config.predictor.drop_path_rate,
+                    activation_checkpointing=config.activation_checkpointing,
+                )
         if role == "teacher":
             self.requires_grad_(False)
 
@@ -54,7 +64,8 @@ class SelfSupervisedNetwork(nn.Module):
             crops: one tensor per resolution, each [images of that size, channels, height, width]. One backbone
                 pass per resolution, a head once on all that it projects (its BatchNorm, if any, sees it together).
             patches: of the first group of N crops with n patches each: `rows` int64 [R], flat numbers of the patches
-                to project; of the student also `hidden` bool [N, n].
+                to project; of the student also `hidden` bool [N, n], or `visible` int64 [N, L] and `predicted`
+                int64 [N, M], whose projections come in that order in place of `rows`.
         """
         first, tokens = self._see(crops[0], patches)
         embeddings = torch.cat([first, *(self.backbone(group) for group in crops[1:])])
@@ -79,6 +90,12 @@ class SelfSupervisedNetwork(nn.Module):
         """Returns the crops' embeddings, and the tokens of the patches that are projected."""
         if self.outputs.patches == "none" or patches is None:
             return self.backbone(crops), None
+        if "visible" in patches:
+            assert self.predictor is not None
+            embedding, seen = self.backbone(crops, tokens=True, visible=patches["visible"])
+            grid: Any = self.backbone.patch_embed.grid_size  # type: ignore[union-attr]
+            predicted = self.predictor(seen, patches["visible"], patches["predicted"], grid)
+            return embedding, predicted.flatten(0, 1)
         hiding = {"hidden": patches["hidden"], "mask_token": self.mask_token} if "hidden" in patches else {}
         embedding, seen = self.backbone(crops, tokens=True, **hiding)
         return embedding, seen.flatten(0, 1).index_select(0, patches["rows"])

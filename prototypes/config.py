@@ -143,6 +143,7 @@ _USUAL: dict[str, TermSettings] = {
     "carp": TermSettings("dot", "entropy", 0.1, 0.1),
     "dino": TermSettings("cosine", "centre", 0.1, 0.04),
     "ibot": TermSettings("cosine", "centre", 0.1, 0.07),
+    "capi": TermSettings("cosine", "sinkhorn", 0.12, 0.06),
 }
 
 
@@ -225,8 +226,10 @@ class InstanceConfig(TermConfig):
 class PatchConfig(TermConfig):
     """The term that compares patches which the student did not see with what the teacher makes of them."""
 
-    name: Literal["none", "ibot"] = "none"
-    """`ibot`: hidden behind a mask token (`data.masks.kind` block); cross-entropy with the teacher's targets."""
+    name: Literal["none", "ibot", "capi"] = "none"
+    """`ibot`: hidden behind a mask token (`data.masks.kind` block). `capi`: left out and predicted by cross-attention
+    (`data.masks.kind` inverse_block); Sinkhorn balances each position by itself.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

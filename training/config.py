@@ -219,6 +219,14 @@ class InTrainingEvaluationConfig:
                 )
 
 
+# What the networks do with hidden patches, by `objective.patch.name`.
+_PATCHES: dict[str, Literal["none", "hidden", "left_out"]] = {
+    "none": "none",
+    "ibot": "hidden",
+    "capi": "left_out",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Everything that `pretrain.py` reads from a YAML file and its overrides."""
@@ -271,7 +279,7 @@ class PretrainConfig:
         return OutputsConfig(
             projections=self.objective.instance.name != "none",
             embeddings=self.objective.koleo_weight > 0,
-            patches="none" if self.objective.patch.name == "none" else "hidden",
+            patches=_PATCHES[self.objective.patch.name],
         )
 
     @property
@@ -295,12 +303,14 @@ class PretrainConfig:
 
     @property
     def patch_rows_per_image(self) -> float:
-        """Patches of an image that the teacher projects, on average."""
+        """Patches of an image that the teacher projects, on average: CAPI balances all of them."""
         masks = self.data.masks
         if masks.kind == "none":
             return 0.0
         share = sum(masks.resolved_ratio) / 2 * masks.resolved_predicted * masks.resolved_crops
         num_patches = (self.data.global_crop_size // masks.patch_size) ** 2
+        if self.objective.patch.name == "capi":
+            share = 1.0
         return self.data.num_global_crops * num_patches * share
 
     def _check_levels(self) -> None:
@@ -336,9 +346,16 @@ class PretrainConfig:
     def _check_patches(self) -> None:
         """Refuses a term on patches without the masks that it needs."""
         masks, name = self.data.masks, self.objective.patch.name
-        if masks.kind == "none":
+        kind = "inverse_block" if name == "capi" else "block"
+        if masks.kind != kind:
             raise ValueError(
-                f"data.masks.kind is none; expected masks with objective.patch.name {name}; set data.masks.kind=block"
+                f"data.masks.kind is {masks.kind}; expected {kind} with objective.patch.name {name}; "
+                "set data.masks.kind"
+            )
+        if name == "capi" and masks.resolved_crops < 1:
+            raise ValueError(
+                f"data.masks.crops is {masks.crops}; expected 1 with objective.patch.name capi, which leaves out as "
+                "many patches of every crop; set data.masks.crops=1"
             )
         if self.model.patch_size not in (None, masks.patch_size):
             raise ValueError(

@@ -129,6 +129,7 @@ def measure_cost(config: PretrainConfig) -> Cost:
         fsdp2 = _measure_activations(config, fsdp2_network.to_empty(device="cpu"), autocast=False)
     heads = [head for head in (network.projection_head, network.patch_head) if head is not None]
     units = [*getattr(network.backbone, "blocks", ()), *heads]
+    units += [] if network.predictor is None else [network.predictor]
     num_averaged = sum(map(count_parameters, (network.backbone, *heads)))
     return Cost(
         backbone_parameters=count_parameters(network.backbone),
@@ -251,6 +252,14 @@ def _fake_inputs(
     def fake(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
+    if config.outputs.patches == "left_out":
+        if role == "teacher":
+            return crops, {"rows": fake(num_crops * num_patches)}
+        num_visible = num_patches - int(hidden_share * num_patches)
+        return crops, {
+            "visible": fake(num_crops, num_visible),
+            "predicted": fake(num_crops, max(1, int(num_predicted))),
+        }
     rows = {"rows": fake(round(num_crops * data.masks.resolved_crops * num_predicted))}
     hidden = {"hidden": fake(num_crops, num_patches, dtype=torch.bool)}
     return crops, rows | (hidden if role == "student" else {})

@@ -56,6 +56,7 @@ def describe_run(config: PretrainConfig, process: Process) -> str:
         "--- model",
         f"backbone parameters     {cost.backbone_parameters:>15,}",
         f"head parameters         {cost.head_parameters:>15,}",
+        f"mask token, predictor   {cost.predictor_parameters:>15,}",
         f"trained prototypes      {cost.prototype_parameters:>15,}",
         f"FLOPs per image         {cost.dense_flops:>15.4g} dense, {cost.executed_flops:.4g} executed",
         "--- batch",

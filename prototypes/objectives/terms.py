@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..alarms import Collapse
-from ..config import TermConfig
+from ..config import PatchConfig, TermConfig
 from ..statistics import Collectives
 from .dino import dino_loss
 from .entropy import compute_entropy_deficit
@@ -138,20 +138,33 @@ class DinoTerm(TargetTerm):
 
 
 class PatchTerm(TargetTerm):
-    """iBOT on all prototypes: see `patch_loss`."""
+    """iBOT and CAPI on all prototypes: see `patch_loss`. CAPI's Sinkhorn balances each position by itself."""
+
+    def __init__(self, config: PatchConfig, **shared: Any) -> None:
+        super().__init__(config, **shared)
+        self.by_position = config.name == "capi"
 
     def forward(self, batch: RankBatch, *, step: int, micro_step: int = 0) -> dict[str, Tensor]:
         """See `Term`. Collective."""
         del micro_step
         assert batch.patches is not None
         patches = batch.patches
+        by_position = self.by_position and self.settings.targets == "sinkhorn"
+        group = patches.position if by_position else None
+        num_groups = patches.num_positions if by_position else 1
+        offsets = self._compute_offsets(patches.teacher, step, group, num_groups)
+        teacher = patches.teacher.rows.detach()
+        if patches.target is not None:
+            teacher = teacher[patches.target]
+            group = None if group is None else group[patches.target]
         loss = patch_loss(
             patches.student.rows / self.temperature("student", step),
-            patches.teacher.rows.detach() / self.temperature("teacher", step),
+            teacher / self.temperature("teacher", step),
             patches.student.columns,
             patches.teacher.columns.detach(),
             patches.weight,
-            offsets=self._compute_offsets(patches.teacher, step),
+            offsets=offsets,
+            group=group,
             mean_over_ranks=self._mean_over_ranks,
         )
         return self._complete(loss, patches.student, step)

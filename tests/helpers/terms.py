@@ -10,7 +10,7 @@ import torch
 
 from data.config import DataConfig, MaskConfig
 from data.views.masking import Masks, draw_masks
-from models.config import HeadConfig, ModelConfig
+from models.config import HeadConfig, ModelConfig, PredictorConfig
 from prototypes.config import (
     CouplingConfig,
     InstanceConfig,
@@ -32,7 +32,11 @@ VIT = ModelConfig(
     channels=1,
     head=HeadConfig(num_layers=2, hidden_dim=32, projection_dim=DIM),
 )
-BLOCKS = MaskConfig(kind="block", patch_size=4, crops=0.7, ratio=(0.2, 0.6), min_patches=1)
+MASKS = {
+    "none": MaskConfig(),
+    "ibot": MaskConfig(kind="block", patch_size=4, crops=0.7, ratio=(0.2, 0.6), min_patches=1),
+    "capi": MaskConfig(kind="inverse_block", patch_size=4, predicted=0.3),
+}
 TIE = CouplingConfig(tie=0.5)
 
 
@@ -80,7 +84,7 @@ def build_config(
         patch_prototypes = replace(patch_prototypes, partition=PartitionConfig(size=16))
         model = replace(model, patch_head=model.head)
     if patch is not None:
-        model = replace(model, patch_size=4)
+        model = replace(model, patch_size=4, predictor=PredictorConfig(depth=2, num_heads=2))
     return PretrainConfig(
         data=DataConfig(
             shards="none",
@@ -89,8 +93,8 @@ def build_config(
             std=(0.5,),
             global_crop_size=SIDE,
             local_crop_size=8,
-            num_local_crops=1,
-            masks=MaskConfig() if patch is None else BLOCKS,
+            num_local_crops=0 if instance is not None and instance.name == "none" else 1,
+            masks=MASKS["none" if patch is None else patch.name],
         ),
         model=model,
         prototypes=own,

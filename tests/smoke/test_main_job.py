@@ -100,6 +100,26 @@ def test_views_and_patches_train_together_and_both_are_exported(digit_shards, tm
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["partial", "full"])
+def test_patches_alone_train_and_are_exported(digit_shards, tmp_path, mode):
+    capi = (
+        "objective.instance.name=none",
+        "objective.patch.name=capi",
+        "data.num_local_crops=0",
+        "data.masks.kind=inverse_block",
+        "data.masks.patch_size=7",
+        "model.patch_size=7",
+        "model.predictor.depth=2",
+        "model.predictor.num_heads=1",
+        f"prototypes.mode={mode}",
+    )
+    run(digit_shards, tmp_path, "capi", *capi, "optim.steps=6")
+    lines = [json.loads(line) for line in (tmp_path / "capi" / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss/patch_cross_entropy", "prototypes/used", "features/norm"} <= lines[-1].keys()
+    assert (tmp_path / "capi/checkpoints/step-00000006/teacher/prototypes.safetensors").is_file()
+
+
 @pytest.mark.parametrize("terms", [(), pytest.param(IBOT, marks=pytest.mark.slow)], ids=["carp", "ibot"])
 def test_kill_9_and_again_equals_an_uninterrupted_run_bit_for_bit(digit_shards, tmp_path, terms):
     options = ("optim.steps=20", "checkpoint.every_steps=4", "model.drop_path_rate=0.1", "data.num_workers=1")

@@ -22,7 +22,7 @@ from training.schedules import StepSchedule
 class FSDPEngine(Engine):
     """See `Engine`. Student and teacher are cut alike, so that the average moves on local shards.
 
-    Units: each block of the backbone, the backbone's rest, learned prototypes, the root (heads). All
+    Units: each block of the backbone, the backbone's rest, a predictor, learned prototypes, the root (heads). All
     are cut again after the forward pass: nobody can see a stale whole copy after an update. Gradients are reduced after
     every micro-batch (memory does not grow with accumulation), in fp32.
 
@@ -163,6 +163,8 @@ def _cut(network: TrainedNetwork, mesh: DeviceMesh, precision: str) -> None:
     for block in getattr(backbone, "blocks", []):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if network.network.predictor is not None:
+        fully_shard(network.network.predictor, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for learned in (network.learned_prototypes, network.learned_patch_prototypes):
         if learned is not None:
             # Prototypes and the logits against them are fp32 whatever the encoder computes in.

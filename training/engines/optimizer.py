@@ -49,7 +49,7 @@ def build_parameter_groups(student: TrainedNetwork, config: OptimConfig) -> list
         )
     else:
         groups = timm.optim.param_groups_weight_decay(backbone, weight_decay=decay, no_weight_decay_list=skip)
-    # Heads, mask token.
+    # Heads, mask token, predictor.
     rest = [p for name, p in student.network.named_parameters() if not name.startswith("backbone.")]
     groups = [dict(group) for group in groups]
     groups.append({"params": [p for p in rest if p.ndim > 1], "weight_decay": decay})

@@ -59,8 +59,8 @@ def draw_micro_batches(number, seed=0, config=None):
     """The same images, two global views and one local, in `number` micro-batches; masks, where the run has any."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(2, IMAGES, 1, 16, 16, generator=generator)
-    views = images[:1, :, :, :8, 4:12]
     masks = None if config is None else masks_of(config, IMAGES, seed)
+    views = images[: 1 if config is None else config.data.num_local_crops, :, :, :8, 4:12]
     pairs = zip(images.chunk(number, 1), views.chunk(number, 1), strict=True)
     return [Crops(a, b, part_of(masks, index, number)) for index, (a, b) in enumerate(pairs)]
 
@@ -183,7 +183,19 @@ PATCH_ARMS = {
     },
     "ibot centre, frozen": {**ARMS["frozen_random"], "patch_mode": "frozen_random", **ibot(targets="centre")},
 }
-TERM_ARMS = DINO_ARMS | PATCH_ARMS
+NO_VIEWS = {"instance": InstanceConfig(name="none")}
+CAPI_ARMS = {
+    "capi alone, partial": {**ARMS["partial"], **NO_VIEWS, "patch": PatchConfig(name="capi")},
+    "capi alone, full": {**NO_VIEWS, "patch": PatchConfig(name="capi")},
+    "capi alone, sinkhorn codes": {**ARMS["sinkhorn"], **NO_VIEWS, "patch": PatchConfig(name="capi")},
+    "capi centre, dino joint, own joint": {
+        "mode": "joint",
+        "patch_mode": "joint",
+        **dino(targets="sinkhorn"),
+        "patch": PatchConfig(name="capi", targets="centre"),
+    },
+}
+TERM_ARMS = DINO_ARMS | PATCH_ARMS | CAPI_ARMS
 
 
 @pytest.mark.parametrize("arm", TERM_ARMS)
@@ -194,10 +206,13 @@ def test_micro_batches_equal_one_batch_with_other_terms(arm):
     check_equal_steps(found, expected)
     check_equal_sets(four, one)
     state = one.objective.state_dict()
-    assert ("terms.patch.centre" in state) == ("ibot centre" in arm)
-    assert ("terms.instance.centre" in state) == (
-        ("ibot" not in arm and ("centre" in arm or "dot" in arm)) or arm == "ibot sinkhorn, dino full, shared"
-    )
+    terms = {"instance": one.config.objective.instance, "patch": one.config.objective.patch}
+    centred = {
+        f"terms.{level}.centre"
+        for level, term in terms.items()
+        if term.name not in ("carp", "none") and term.resolved.targets == "centre"
+    }
+    assert set(state) == centred
     for name, value in four.objective.state_dict().items():
         assert value.abs().max() > 0
         assert_close(value, state[name], name)

@@ -129,6 +129,20 @@ def test_a_term_on_patches_is_counted_with_its_head_rows_and_prototypes():
     assert plain.patch_rows_per_image == 0 and config.patch_rows_per_image == pytest.approx(4.8)
 
 
+def test_patches_that_are_left_out_cost_the_student_nothing_and_the_predictor_something():
+    masks = ("data.masks.kind=inverse_block", "data.masks.patch_size=7", "model.patch_size=7")
+    alone = ("objective.instance.name=none", "objective.patch.name=capi", "data.num_local_crops=0")
+    predictor = ("model.predictor.depth=2", "model.predictor.num_heads=1")
+    config = tiny(*masks, *alone, *predictor)
+    cost = measure_cost(config)
+    network = SelfSupervisedNetwork(config.model, "student", config.outputs)
+    assert cost.predictor_parameters == sum(p.numel() for p in network.predictor.parameters())
+    # The teacher sees 16 patches, the student 6 (of 16, .65 are hidden), three times over.
+    plain = measure_cost(tiny("data.num_local_crops=0", "model.patch_size=7"))
+    assert 0.4 * plain.dense_flops < cost.dense_flops < plain.dense_flops
+    assert config.patch_rows_per_image == 2 * 16
+
+
 @pytest.mark.parametrize("mode", ["full", "joint"])
 def test_states_without_a_cut_equal_the_networks_bytes(mode):
     config = tiny(f"prototypes.mode={mode}")
