@@ -294,7 +294,25 @@ def report_accuracy(device: str) -> bool:
 def compute_l1_error(
     cosine: float, num_prototypes: int = 2048, dim: int = 256, num_rows: int = 128, device: str = "cpu"
 ) -> float:
-    """Returns the largest L1 error of a row's responsibilities, with every variance at the floor.
+    """Returns the largest L1 error of a row's responsibilities, with every variance at the floor."""
+    estimator, rows = place_at_the_variance_floor(cosine, num_prototypes, dim, num_rows)
+    seen = estimator.preprocess(rows).double()
+    responsibilities = estimator.to(device).responsibilities(rows.to(device)).cpu().double()
+    estimator.cpu()
+    exact = torch.stack(
+        [
+            -0.5 * ((row - estimator.means.double()) ** 2 / estimator.variances.double()).sum(1)
+            - 0.5 * estimator.variances.double().log().sum(1)
+            for row in seen
+        ]
+    ).softmax(1)
+    return float((responsibilities - exact).abs().sum(1).max())
+
+
+def place_at_the_variance_floor(
+    cosine: float, num_prototypes: int, dim: int, num_rows: int
+) -> tuple[DiagonalGmm, torch.Tensor]:
+    """Returns a mixture whose variances are all at the floor, and rows [num_rows, dim].
 
     Rows lie between pairs of means, so that several components compete for each.
     """
@@ -303,6 +321,7 @@ def compute_l1_error(
     config = PrototypesConfig(
         num_prototypes=num_prototypes,
         dim=dim,
+        partition=PartitionConfig(size=min(512, num_prototypes)),
         gmm=GmmConfig(variance=VarianceConfig(floor=floor, shrinkage=0.0)),
     )
     estimator = build_estimator(config, seed=0, num_observations_per_epoch=1000, total_steps=10)
@@ -317,17 +336,7 @@ def compute_l1_error(
     estimator.variances.copy_(floor * estimator.row_covariance.diagonal().expand_as(means))
     partner = means[torch.randperm(num_prototypes, generator=generator)[:num_rows]]
     rows = torch.nn.functional.normalize(means[:num_rows] + partner, dim=1)
-    seen = estimator.preprocess(rows).double()
-    responsibilities = estimator.to(device).responsibilities(rows.to(device)).cpu().double()
-    estimator.cpu()
-    exact = torch.stack(
-        [
-            -0.5 * ((row - estimator.means.double()) ** 2 / estimator.variances.double()).sum(1)
-            - 0.5 * estimator.variances.double().log().sum(1)
-            for row in seen
-        ]
-    ).softmax(1)
-    return float((responsibilities - exact).abs().sum(1).max())
+    return estimator, rows
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from models.vit import compile_blocks
 from prototypes.build import build_estimator, build_objective
 from prototypes.diagnostics import UsageCounter
 from prototypes.estimator import PrototypeEstimator
+from prototypes.mixture.kernel import require_kernel
 from prototypes.statistics import Collectives
 from runtime.config import config_hash
 from runtime.distributed import Process
@@ -253,6 +254,8 @@ def _build_estimator(
     options = config.prototypes_of(section)
     rows_per_image = config.rows_per_image(section)
     rows_per_rank = round(rows_per_image * config.batch.global_batch_size / process.world_size)
+    if options.mode == "full":
+        require_kernel(options.gmm.kernel, process.device)
     return build_estimator(
         options,
         # Prototypes of their own are others, also where there are as many.

@@ -222,6 +222,13 @@ class GmmConfig:
     """Whether `sph_kmeans` assigns to the nearest centroid alone."""
     variational: VariationalConfig = field(default_factory=VariationalConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
+    kernel: Literal["auto", "torch", "triton"] = "auto"
+    """What finds the responsibilities of a sparse step: "torch", "triton" (logits are never written; a GPU only) or
+    "auto" (on a GPU with triton the faster of the two by a timing at the first sparse step, if their responsibilities
+    agree within 5e-3 in L1; torch elsewhere; the log says by how much, the checkpoint keeps the choice).
+    """
+    kernel_product: Literal["fp32", "bf16x3"] = "bf16x3"
+    """Products of "triton": "fp32" as written, or "bf16x3" of numbers in two bfloat16 parts, for tensor cores."""
     synchronization: SynchronizationConfig = field(default_factory=SynchronizationConfig)
     revival: RevivalConfig = field(default_factory=RevivalConfig)
 
@@ -231,4 +238,10 @@ class GmmConfig:
             "prototypes.gmm.sparse.threshold",
             self.sparse.threshold,
             "more than 0 with synchronization.method=sparse",
+        )
+        require(
+            self.sparse.threshold > 0 or self.kernel != "triton",
+            "prototypes.gmm.sparse.threshold",
+            self.sparse.threshold,
+            "more than 0 with kernel=triton",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from ..statistics import Collectives, FlatStatistics
 from . import sparse
 from .assignments import count_winners_, probe_assignments, tile_rows
 from .exchange import Exchange, choose_method
+from .kernel import KEPT, choose_kernel, find_obstacle, require_kernel
 from .model import Mixture, iterate_chunks
 from .sparse import (
     SparseResponsibilities,
@@ -65,6 +67,7 @@ class ObservingMixture(Mixture):
         self._natural: tuple[Tensor, Tensor] | None = None
         self._natural_is_current = False
         self._said_why_dense = False
+        self.kernel: str | None = None  # until the first sparse step
 
     def choose_exchange(self, method: str | None = None) -> Exchange:
         """Returns the exchange by `method`, or by the configured one."""
@@ -130,6 +133,8 @@ class ObservingMixture(Mixture):
                 gamma, weight = self.assign_(logits[tile], penalty, across), batch.weight[rows][tile]
                 count_winners_(self._hits[own], gamma, weight, across)
                 if self.is_sparse:
+                    if self.kernel == "triton":  # which keeps no more than these
+                        gamma = gamma.topk(min(KEPT, gamma.shape[1]), dim=1).values
                     found.sums["dropped"].add_(weight @ bound_dropped(gamma, threshold, places, across))
             mass.addmv_(logits.T, batch.weight[rows])
             torch.addmm(sums, logits.T, observed[rows], beta=0 if rows.start == 0 else 1, out=sums)
@@ -167,6 +172,8 @@ class ObservingMixture(Mixture):
             top = self._find_top(features[rows], own, penalty, filled)
             found = keep_largest(top, threshold, hard=is_hard, across=across)
             if rows.start == 0:
+                if self.kernel == "triton" and not self._probe_follows(penalty):
+                    self._write_logits(features[rows][:_PROBED_ROWS], own, penalty, filled[:_PROBED_ROWS])
                 self._probe_found(filled[:_PROBED_ROWS], found, sums, penalty, across)
             counted = found.has_winner & (batch.weight[rows] > 0)
             self._hits[own].scatter_add_(0, found.winner, counted.to(self._hits.dtype))
@@ -178,18 +185,74 @@ class ObservingMixture(Mixture):
     def _find_top(
         self, features: Tensor, own: slice, penalty: Tensor | None, blocks: Float[Tensor, "N C B"]
     ) -> TopLogits:
-        """Writes t_ik = beta log rho_ik - penalty_k to `blocks` and returns the largest of each row."""
-        logits, beta = blocks.flatten(1), self.annealing.beta
-        for part in [own] if self._natural_is_current else iterate_chunks(own, self.means.device):
-            theta, bias = self._read_natural(part)
-            offset = beta * (bias + self.log_mixing_weights(part))
-            if penalty is not None:
-                offset -= penalty[part]
-            columns = logits[:, part.start - own.start : part.stop - own.start]
-            torch.addmm(offset, features, theta.T, alpha=beta, out=columns)
-        self._natural_is_current = self._keeps_natural
+        """Returns the largest t_ik = beta log rho_ik - penalty_k of each row; the torch path leaves all in `blocks`."""
+        paths = {
+            "torch": lambda: self._find_top_with_torch(features, own, penalty, blocks),
+            "triton": lambda: self._find_top_with_triton(features, own, penalty),
+        }
+        if self.kernel is None:
+            self.kernel = self._choose_kernel(paths, features.device)
+        return paths[self.kernel]()
+
+    def _choose_kernel(self, paths: dict[str, Callable[[], TopLogits]], device: torch.device) -> str:
+        require_kernel(self.gmm.kernel, device)
+        if self.gmm.kernel != "auto":
+            return self.gmm.kernel
+        obstacle = find_obstacle(device)
+        if obstacle is None:
+            return choose_kernel(paths, self.context.collectives)
+        if device.type == "cuda":
+            logger.info("E-step kernel: torch, because %s", obstacle)
+        return "torch"
+
+    def resume_kernel(self, kernel: str | None) -> None:
+        """Takes over what a timing has chosen before, where it can run here."""
+        if self.gmm.kernel == "auto" and find_obstacle(self.means.device) is None:
+            self.kernel = kernel
+
+    def _find_top_with_torch(
+        self, features: Tensor, own: slice, penalty: Tensor | None, blocks: Float[Tensor, "N C B"]
+    ) -> TopLogits:
+        self._write_logits(features, own, penalty, blocks)
         places = count_places(own.stop - own.start, self.means.device)
         return find_top_logits(blocks, self.gmm.sparse.threshold, places)
+
+    def _find_top_with_triton(self, features: Tensor, own: slice, penalty: Tensor | None) -> TopLogits:
+        from .triton_e_step import scan_components
+
+        if self._keeps_natural and not self._natural_is_current:
+            for part in iterate_chunks(own, self.means.device):
+                self._read_natural(part)
+            self._natural_is_current = True
+        theta, bias = self._read_natural(own)
+        return scan_components(
+            features.contiguous(),
+            theta.contiguous(),
+            self._offset(bias, own, penalty),
+            self.annealing.beta,
+            min(KEPT, 1 << (len(theta).bit_length() - 1)),
+            self.gmm.kernel_product,
+        )
+
+    def _write_logits(
+        self, features: Tensor, own: slice, penalty: Tensor | None, blocks: Float[Tensor, "N C B"]
+    ) -> None:
+        """Writes t_ik of all components to `blocks`."""
+        logits = blocks.flatten(1)
+        for part in [own] if self._natural_is_current else iterate_chunks(own, self.means.device):
+            theta, bias = self._read_natural(part)
+            columns = logits[:, part.start - own.start : part.stop - own.start]
+            offset = self._offset(bias, part, penalty)
+            torch.addmm(offset, features, theta.T, alpha=self.annealing.beta, out=columns)
+        self._natural_is_current = self._keeps_natural
+
+    def _offset(self, bias: Tensor, part: slice, penalty: Tensor | None) -> Float[Tensor, " k"]:
+        offset = self.annealing.beta * (bias + self.log_mixing_weights(part))
+        return offset if penalty is None else offset - penalty[part]
+
+    def _probe_follows(self, penalty: Tensor | None) -> bool:
+        """Whether what was kept of a row says its likelihood, which is that at beta 1, and its perplexity."""
+        return self.annealing.beta == 1.0 and penalty is None and not self.assigns_hard
 
     def _probe_found(
         self,
@@ -199,9 +262,9 @@ class ObservingMixture(Mixture):
         penalty: Float[Tensor, " K"] | None,
         across: Collectives | None,
     ) -> None:
-        """As `_probe`, where what was kept does not say it: the likelihood is that at beta 1."""
+        """As `_probe`, from the logits where what was kept does not say it."""
         number, beta = len(blocks), self.annealing.beta
-        if beta != 1.0 or penalty is not None or self.assigns_hard:
+        if not self._probe_follows(penalty):
             own = self.exchange.own
             tempered = blocks.flatten(1)[:, : own.stop - own.start]
             log_joint = (tempered if penalty is None else tempered + penalty[own]) / beta

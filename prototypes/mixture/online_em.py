@@ -317,6 +317,7 @@ class OnlineMixture(UpdatingMixture):
             "num_placed": self.collected.placed,
             "is_dense": self._is_dense,
             "synchronization": self.exchange.method,
+            "kernel": self.kernel,
         }
 
     def set_extra_state(self, state: Any) -> None:
@@ -327,6 +328,7 @@ class OnlineMixture(UpdatingMixture):
         self.collected = Collected(int(state["num_seen"]), int(state["num_placed"]))
         if self.gmm.synchronization.method == "auto":
             self.exchange = self.choose_exchange(str(state["synchronization"]))
+        self.resume_kernel(state.get("kernel"))
         self._is_dense, self._unread_share = bool(state.get("is_dense", True)), None
         self._forget_observations()
         self.forget_derived()
