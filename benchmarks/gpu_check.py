@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -64,13 +65,15 @@ def list_parts() -> dict[str, Part]:
         "benchmarks.loss --device {device} --K 2048 --rounds 1",
         ("docs/estimator.md",),
     )
+    workers = min(16, max(1, (os.cpu_count() or 1) - 2))  # with none the step would wait for its own images
     for crops, batch, options in (
         (10, 64, ""), (10, 64, " --compile"), (8, 64, ""), (10, 32, ""), (10, 96, ""), (10, 128, ""),
     ):  # fmt: skip
         name = f"step-2x{crops}-batch{batch}{options.replace(' --', '-')}"
         shared = "benchmarks.step --device {device} --ranks 1 --engines zero1"
+        large = f"{shared} --model vitl --precision bf16 --workers {workers}"
         parts[name] = Part(
-            f"{shared} --model vitl --precision bf16 --local-crops {crops} --batch {batch}{options}",
+            f"{large} --local-crops {crops} --batch {batch}{options}",
             f"{shared} --model tiny --local-crops {crops // 4} --batch {batch // 16} --rounds 1 --steps 1",
             ("docs/engines.md", "docs/slurm.md", "configs/pretrain_vitl16_imagenet_full.yaml"),
         )

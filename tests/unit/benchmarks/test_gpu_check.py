@@ -134,6 +134,7 @@ def test_every_part_names_files_and_every_gpu_test_is_in_one():
         assert kind in PARTS
     batches = {name for name in PARTS if name.startswith("step-2x10-batch")}
     assert len(batches) >= 4 and any(name.startswith("step-2x8") for name in PARTS)
+    assert all("--workers" in PARTS[name].command for name in PARTS if name.startswith("step-"))
     assert PART_LIMIT_S <= 8 * 60
     assert all(
         "{device}" in part.command for name, part in PARTS.items() if name.startswith(("gmm", "loss", "step"))
