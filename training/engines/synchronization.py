@@ -49,13 +49,14 @@ class Synchronization:
         self.world_size = world_size
         # Collective: every rank makes the group at the same point of its program. A new group takes the backend's
         # timeout and not the first group's.
-        options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+        timeout = timedelta(seconds=timeout_s)
+        options: dict[str, Any] = {}
         if torch.device(device).type == "cuda":
-            options |= {
+            options = {
                 "backend": "nccl",
                 "pg_options": dist.ProcessGroupNCCL.Options(is_high_priority_stream=True),
             }
-        self._statistics_group: Any = dist.new_group(**options) if world_size > 1 else None
+        self._statistics_group: Any = dist.new_group(timeout=timeout, **options) if world_size > 1 else None
 
     def reduce_sum(self, tensor: Tensor) -> Handle:
         """Starts an in-place sum over ranks and returns its handle. Asynchronous collective, no gradient."""
