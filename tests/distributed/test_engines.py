@@ -132,6 +132,7 @@ def test_the_dry_run_knows_what_a_rank_holds(two_ranks: list[dict[str, Any]], en
     cost = Cost(
         backbone_parameters=found["parameters"],
         head_parameters=0,
+        predictor_parameters=0,
         prototype_parameters=0,
         dense_flops=0,
         executed_flops=0,

@@ -86,7 +86,9 @@ def test_a_part_that_hangs_is_ended(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_who_stops_it_stops_what_it_runs(number, tmp_path):
     program = (
-        "import pathlib, sys; from benchmarks import report\n"
+        # A job that a shell has put into the background ignores SIGINT, and so would its children.
+        "import pathlib, signal, sys; from benchmarks import report\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "report.run('sleeper', 'sleeper', pathlib.Path(sys.argv[1]))"
     )
     (tmp_path / "sleeper.py").write_text(
