@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import uint8 as torch_uint8
 
+from runtime.files import ordinary_mode
+
 
 class DamagedFileError(ValueError):
     """A tensor file that is cut, changed or not ours; the message is one line."""
@@ -38,7 +40,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, Any]) 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest = checksum(tensors)
     try:
-        save_file(tensors, temporary, metadata={"about": json.dumps(about), "sha256": digest})
+        with ordinary_mode(temporary):
+            save_file(tensors, temporary, metadata={"about": json.dumps(about), "sha256": digest})
         temporary.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({' '.join(str(error).split())[:200]})") from error

@@ -256,3 +256,13 @@ class ObjectiveConfig:
             self.patch.name,
             "a term, as objective.instance.name is none",
         )
+        for name, term, other in (
+            ("instance", self.instance, self.patch),
+            ("patch", self.patch, self.instance),
+        ):
+            require(
+                term.name == "none" or term.weight > 0 or (other.name != "none" and other.weight > 0),
+                f"objective.{name}.weight",
+                term.weight,
+                "more than 0 for one term",
+            )

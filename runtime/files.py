@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Large enough that the loop costs nothing beside SHA-256 itself (about 1-2 GB/s with SHA extensions).
 READ_CHUNK_BYTES = 8 * 1024 * 1024
+
+
+@contextmanager
+def ordinary_mode(path: Path) -> Iterator[None]:
+    """Gives the file that is written inside the permissions of any new file, as the umask has them.
+
+    safetensors writes files that nobody else may read, beside a README that everybody may.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -248,7 +248,9 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         """Refuses sections that contradict each other."""
         self._check_levels()
-        if self.objective.patch.name != "none":
+        if self.objective.patch.name == "none":
+            self._check_no_patches()
+        else:
             self._check_patches()
         every = self.evaluation.knn_every_steps
         if self.evaluation.runs_as == "slurm_job" and every % self.checkpoint.every_steps:
@@ -342,6 +344,18 @@ class PretrainConfig:
                     f"objective.{level}.{what} is posterior; expected {section}.mode full with a mixture and "
                     f"{section}.coupling.strength 0; set objective.{level}.{what}"
                 )
+
+    def _check_no_patches(self) -> None:
+        """Refuses what only a term on patches would read."""
+        if self.data.masks.kind != "none":
+            raise ValueError(
+                f"data.masks.kind is {self.data.masks.kind}; expected none without a term on patches; "
+                "set objective.patch.name or data.masks.kind=none"
+            )
+        if self.model.patch_head is not None:
+            raise ValueError(
+                "model.patch_head is a section; expected null without a term on patches; set model.patch_head=null"
+            )
 
     def _check_patches(self) -> None:
         """Refuses a term on patches without the masks that it needs."""

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from runtime.files import ordinary_mode
 from training.checkpoints.files import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         OSError: the disk is full or not writable (safetensors' own error is translated).
     """
     whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    with as_os_error(path.name):
+    with as_os_error(path.name), ordinary_mode(path):
         save_file(whole, str(path))
 
 

@@ -109,7 +109,8 @@ def test_a_term_on_patches_is_counted_with_its_head_rows_and_prototypes():
         "patch_prototypes.partition.size=16",
     )
     without, one, two = (
-        measure_cost(tiny("prototypes.mode=joint", *more)) for more in (masks, shared, (*shared, *own))
+        measure_cost(tiny("prototypes.mode=joint", *more))
+        for more in (("model.patch_size=7",), shared, (*shared, *own))
     )
     assert without.predictor_parameters == 0 and one.predictor_parameters == tiny().model.embed_dim
     assert one.head_parameters == without.head_parameters
