@@ -55,8 +55,8 @@ class Predictor(nn.Module):
         super().__init__()
         if embed_dim % (4 * num_heads):
             raise ValueError(
-                f"num_heads of the predictor is {num_heads}; expected a number that divides {embed_dim} / 4: rows and "
-                "columns rotate pairs of a head's channels; set another number of heads"
+                f"model.predictor.num_heads is {num_heads}; expected a number that divides {embed_dim} / 4: rows and "
+                "columns rotate pairs of a head's channels; set model.predictor.num_heads"
             )
         self.mask_token = nn.Parameter(torch.empty(embed_dim))
         self.blocks = nn.ModuleList(_Block(embed_dim, num_heads, drop_path_rate) for _ in range(num_layers))

@@ -135,6 +135,10 @@ def main(arguments: list[str]) -> int:
         checkpoint, takes = export_onnx(options.run, options.out, options.which)
         print(f"exported the {options.which} of {checkpoint} to {options.out}: {takes}")
         return 0
+    if options.out.suffix == ".onnx":
+        raise UserError(
+            f"OUT is {options.out}; expected the name of a folder; set --format onnx for one file"
+        )
     checkpoint = export_from_run(options.run, options.out, options.which)
     print(f"exported the {options.which} of {checkpoint} to {options.out}")
     return 0

@@ -107,6 +107,6 @@ def test_drop_path_drops_whole_images_while_training_only():
 
 def test_heads_whose_channels_rows_and_columns_cannot_share_are_refused():
     with pytest.raises(
-        ValueError, match=r"num_heads of the predictor is 16; expected a number that divides 32 / 4"
+        ValueError, match=r"model.predictor.num_heads is 16; expected a number that divides 32 / 4"
     ):
         Predictor(32, num_heads=16)

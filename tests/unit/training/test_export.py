@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from models import vit
 from models.config import ModelConfig
+from runtime.program import UserError
 from training.checkpoints.exported_encoder import assemble_backbone, export_encoder, load_exported
 from training.checkpoints.files import CheckpointError
+from training.export import main
 
 CONFIGS = {
     "small ViT, grey": ModelConfig(
@@ -142,3 +144,8 @@ def test_a_backbone_is_assembled_strictly_from_a_checkpoint_state() -> None:
     del state["teacher/network.backbone.norm.weight"]
     with pytest.raises(CheckpointError, match=r"norm\.weight"):
         assemble_backbone(config, state, "teacher")
+
+
+def test_a_file_s_name_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected the name of a folder; set --format onnx"):
+        main([str(tmp_path / "run"), str(tmp_path / "x.onnx")])
