@@ -19,8 +19,8 @@ def ordinary_mode(path: Path) -> Iterator[None]:
 
     safetensors writes files that nobody else may read, beside a README that everybody may.
     """
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
+    with path.open("ab") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     yield
     path.chmod(mode)
 
