@@ -22,18 +22,14 @@ from data.views.collate import CropBatch
 from data.writing.shard_writing import write_split
 from data.writing.sources import ImageSource, SourceSample
 from models.config import HeadConfig, ModelConfig
-from models.student_teacher import SelfSupervisedNetwork
-from models.vit import compile_blocks
 from prototypes.build import build_estimator, build_objective
 from prototypes.config import Mode, PartitionConfig, PrototypesConfig
 from prototypes.diagnostics import UsageCounter
-from prototypes.estimator import PrototypeEstimator
 from runtime.distributed import Process
 from runtime.seeding import seed_everything
+from training.build import assemble_engine, build_trained_network, make_ready
 from training.config import BatchConfig, EngineConfig, PretrainConfig
-from training.engines.deepspeed import DeepSpeedEngine
-from training.engines.fsdp import FSDPEngine
-from training.engines.interface import Engine, TrainedNetwork
+from training.engines.interface import Engine
 from training.engines.synchronization import Synchronization
 from training.feed import Feed
 from training.guards import LossSpikeGuard
@@ -191,9 +187,10 @@ class Contestant:
             device=process.device,
         )
         usage = UsageCounter(config.prototypes.num_prototypes, device=process.device)
+        prototypes = PrototypeSet("prototypes", ["instance"], estimator, usage)
         self._step = TrainingStep(
-            engine=build_engine(name, config, estimator, process),
-            sets=[PrototypeSet("prototypes", ["instance"], estimator, usage)],
+            engine=build_engine(name, config, prototypes, process),
+            sets=[prototypes],
             objective=build_objective(
                 config.objective,
                 config.prototypes,
@@ -237,37 +234,13 @@ class Contestant:
         return {stage: seconds / count for stage, seconds in self.clock.seconds.items()}
 
 
-def build_engine(
-    name: str, config: PretrainConfig, estimator: PrototypeEstimator, process: Process
-) -> Engine:
+def build_engine(name: str, config: PretrainConfig, prototypes: PrototypeSet, process: Process) -> Engine:
     """Returns one contestant's engine; all start from the same weights."""
     torch.manual_seed(0)
     student, teacher = (
-        TrainedNetwork(SelfSupervisedNetwork(config.model, role), estimator.build_learned()).to(
-            process.device
-        )
-        for role in ("student", "teacher")
+        build_trained_network(config, role, sets=[prototypes]) for role in ("student", "teacher")
     )
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    if config.model.compile_blocks:
-        compile_blocks(student.network.backbone)
-        compile_blocks(teacher.network.backbone)
+    make_ready(config, student, teacher, process)
     if name == "ddp":
         return ReplicaEngine(student, teacher, config.optim, config.engine.precision)
-    if name == "fsdp2":
-        return FSDPEngine(
-            student,
-            teacher,
-            optim=config.optim,
-            world_size=process.world_size,
-            precision=config.engine.precision,
-        )
-    return DeepSpeedEngine(
-        student,
-        teacher,
-        optim=config.optim,
-        batch=config.batch,
-        world_size=process.world_size,
-        deepspeed_config=config.engine.deepspeed_config,
-    )
+    return assemble_engine(config, student, teacher, process)

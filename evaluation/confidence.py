@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,11 +68,7 @@ def bootstrap_statistic(
         level: of the interval.
         seed: of the resampling.
     """
-    generator = np.random.default_rng(seed)
-    drawn: list[np.ndarray] = []
-    for start in range(0, resamples, _CHUNK):
-        count = min(_CHUNK, resamples - start)
-        drawn.append(statistic(generator.integers(num_images, size=(count, num_images))))
+    drawn = [statistic(index) for index in _draw_resamples(num_images, resamples, seed)]
     tail = (1.0 - level) / 2.0
     low, high = np.nanquantile(np.concatenate(drawn), [tail, 1.0 - tail])
     return Interval(value=value, low=float(low), high=float(high))
@@ -83,10 +79,16 @@ def draw_weights(num_images: int, *, resamples: int, seed: int) -> Float[np.ndar
 
     For statistics of sums, such as an intersection over a union. The images are those that `bootstrap` draws.
     """
-    generator = np.random.default_rng(seed)
-    drawn: list[np.ndarray] = []
-    for start in range(0, resamples, _CHUNK):
-        count = min(_CHUNK, resamples - start)
-        indices = generator.integers(num_images, size=(count, num_images))
-        drawn += [np.bincount(row, minlength=num_images) for row in indices]
+    drawn = [
+        np.bincount(row, minlength=num_images)
+        for index in _draw_resamples(num_images, resamples, seed)
+        for row in index
+    ]
     return np.stack(drawn).astype(np.float64)
+
+
+def _draw_resamples(num_images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yields image indices [n, images] of a few resamples at a time, `resamples` in all."""
+    generator = np.random.default_rng(seed)
+    for start in range(0, resamples, _CHUNK):
+        yield generator.integers(num_images, size=(min(_CHUNK, resamples - start), num_images))

@@ -284,15 +284,30 @@ def _build_engine(
         initialise_network(config.model, source, student)
         for one in sets:
             initialise_estimator(config.model, source, one.estimator, f"{one.prefix}estimator")
+    make_ready(config, student, teacher, process)
+    return assemble_engine(config, student, teacher, process)
+
+
+def make_ready(
+    config: PretrainConfig, student: TrainedNetwork, teacher: TrainedNetwork, process: Process
+) -> None:
+    """Lets the teacher begin as the student, and prepares both for the device, in place. Not collective."""
     teacher.begin_as(student)
     teacher.requires_grad_(False)
     _synchronise_batch_norm(student, teacher, process)
-    if config.model.compile_blocks:
-        compile_blocks(student.network.backbone)
-        compile_blocks(teacher.network.backbone)
+    for network in (student, teacher):
+        if config.model.compile_blocks:
+            compile_blocks(network.network.backbone)
+        network.to(process.device)
+
+
+def assemble_engine(
+    config: PretrainConfig, student: TrainedNetwork, teacher: TrainedNetwork, process: Process
+) -> Engine:
+    """Returns the run's engine of networks that are ready. Collective under sharded parameters."""
     arguments: dict[str, Any] = {
-        "student": student.to(process.device),
-        "teacher": teacher.to(process.device),
+        "student": student,
+        "teacher": teacher,
         "optim": config.optim,
         "world_size": process.world_size,
     }

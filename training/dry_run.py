@@ -27,7 +27,7 @@ from training.initialisation import (
     initialise_estimator,
     initialise_network,
 )
-from training.prototype_sets import ESTIMATORS, SECTIONS
+from training.prototype_sets import SECTIONS, estimator_name
 from training.run_length import check_length
 
 _GIB = 2**30
@@ -50,6 +50,7 @@ def describe_run(config: PretrainConfig, process: Process) -> str:
     check_crop_sizes(config)
     _try_initialisation(config)
     cost = measure_cost(config)
+    num_samples = _count_samples(config)
     lines = [
         "--- configuration",
         config_to_yaml(config).rstrip(),
@@ -62,8 +63,8 @@ def describe_run(config: PretrainConfig, process: Process) -> str:
         "--- batch",
         f"global {config.batch.global_batch_size} = {micro_batch} images x "
         f"{config.batch.gradient_accumulation_steps} micro-batches x {world_size} ranks",
-        *_describe_steps(config),
-        *_forecast(config, cost, world_size),
+        *_describe_steps(config, num_samples),
+        *_forecast(config, cost, world_size, num_samples),
         f"--- memory per rank (GiB) at {micro_batch} images, {world_size} ranks",
         *_describe_memory(config, cost, micro_batch, world_size),
     ]
@@ -81,36 +82,37 @@ def _try_initialisation(config: PretrainConfig) -> None:
     # Asked by one process alone, whatever the launcher: a dry run is not collective.
     source = find_source_checkpoint(config.model, Process(0, 1, 0, torch.device("cpu")))
     initialise_network(config.model, source, student)
-    for name, section in zip(ESTIMATORS, SECTIONS, strict=True):
-        if section in estimators:
-            initialise_estimator(config.model, source, estimators[section], name)
+    for section, estimator in estimators.items():
+        initialise_estimator(config.model, source, estimator, estimator_name(section))
 
 
-def _describe_steps(config: PretrainConfig) -> list[str]:
+def _count_samples(config: PretrainConfig) -> int | str:
+    """Returns the images of an epoch, or why they are not known."""
     if config.data.images is not None:
-        return ["steps per epoch unknown: the first start that is no dry run writes data.images as shards"]
+        return "the first start that is no dry run writes data.images as shards"
     try:
-        num_samples = load_manifest(config.data.shards, config.data.split).num_samples
+        return load_manifest(config.data.shards, config.data.split).num_samples
     except DataError as error:
-        return [f"steps per epoch unknown: {error}"]
+        return str(error)
+
+
+def _describe_steps(config: PretrainConfig, num_samples: int | str) -> list[str]:
+    if isinstance(num_samples, str):
+        return [f"steps per epoch unknown: {num_samples}"]
     check_length(config, num_samples)
     per_epoch, steps = num_samples / config.batch.global_batch_size, config.num_steps(num_samples)
     return [f"{num_samples:,} images, {per_epoch:,.1f} steps per epoch, {steps:,} steps"]
 
 
-def _forecast(config: PretrainConfig, cost: Cost, world_size: int) -> list[str]:
+def _forecast(config: PretrainConfig, cost: Cost, world_size: int, num_samples: int | str) -> list[str]:
     """Returns what speed and duration follow from the FLOPs under assumptions that are said."""
     precision = "bf16" if computes_in_bf16(config) else "fp32"
     ceiling = ASSUMED_CEILING[precision]
     per_rank = ASSUMED_MFU * ceiling / cost.dense_flops
     speed = f"{per_rank:,.0f} images/s a rank, {per_rank * world_size:,.0f} on {world_size} ranks"
-    try:
-        num_images = config.batch.global_batch_size * config.num_steps(
-            load_manifest(config.data.shards, config.data.split).num_samples
-        )
+    if isinstance(num_samples, int):
+        num_images = config.batch.global_batch_size * config.num_steps(num_samples)
         speed += f": {num_images / (per_rank * world_size) / 3600:,.2f} h for this run"
-    except DataError:
-        pass  # said above
     return [
         "--- forecast for GPUs, assumed and not measured",
         f"{ASSUMED_MFU:.0%} of a product's {ceiling / 1e12:.0f} TFLOP/s ({precision}, H100 or H200): {speed}",

@@ -17,8 +17,14 @@ from training.patches import MaskedPatches
 
 SECTIONS = ("prototypes", "patch_prototypes")
 """The sections of the configuration that hold prototypes; the figures of a set bear what precedes `prototypes`."""
-ESTIMATORS = ("estimator", "patch_estimator")
-"""The names that checkpoints know their estimators by."""
+
+
+def estimator_name(section: str) -> str:
+    """Returns the name that checkpoints know a section's estimator by."""
+    return section.removesuffix("prototypes") + "estimator"
+
+
+ESTIMATORS = tuple(map(estimator_name, SECTIONS))
 
 
 class SetOutcome(NamedTuple):
@@ -128,7 +134,7 @@ class PrototypeSet:
 
 def modules_of(sets: Sequence[PrototypeSet]) -> Mapping[str, PrototypeEstimator]:
     """Returns the estimators by the names that checkpoints know them by."""
-    return {f"{one.prefix}estimator": one.estimator for one in sets}
+    return {estimator_name(one.section): one.estimator for one in sets}
 
 
 def _rows(output: NetworkOutput, level: Level) -> Tensor:

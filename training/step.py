@@ -54,10 +54,16 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class _Share:
-    """Micro-batches under one loss, and the teacher's rows of them: the whole batch, or each micro-batch its own."""
+    """Micro-batches under one loss, the teacher's rows and the patches of them: the whole batch, or each its own."""
 
     micro_batches: list[MicroBatch]
     teacher: NetworkOutput
+    patches: MaskedPatches | None
+
+    @classmethod
+    def of(cls, micro_batches: list[MicroBatch], teacher: NetworkOutput) -> _Share:
+        parts = [micro.patches for micro in micro_batches if micro.patches is not None]
+        return cls(micro_batches, teacher, join_patches(parts) if parts else None)
 
     @property
     def num_images(self) -> int:
@@ -106,10 +112,11 @@ class TrainingStep:
         """
         micro_batches = [self._prepare(micro) for micro in crops]
         # The mixture sees the whole batch, however many micro-batches it comes in: one observation, one commit.
-        shares, teacher = self._forward_teacher(micro_batches)
-        patches = _patches_of(micro_batches)
+        whole, shares = self._forward_teacher(micro_batches)
         by_position = self.objective.balances_positions
-        observations = [one.observe(teacher, patches, by_position=by_position) for one in self.sets]
+        observations = [
+            one.observe(whole.teacher, whole.patches, by_position=by_position) for one in self.sets
+        ]
         # The student's first forward pass needs no prototypes: it overlaps the reduction of the statistics.
         student = StudentPass(self.engine, shares[0].micro_batches)
         for one, observation in zip(self.sets, observations, strict=True):
@@ -129,10 +136,10 @@ class TrainingStep:
         applied, grad_norm = self._apply(mean_loss["total"], finite, schedule)
         if applied:
             for one in self.sets:
-                one.count_usage(teacher, self.objective, len(crops))
+                one.count_usage(whole.teacher, self.objective, len(crops))
             if self.drift is not None:
                 self.drift.observe(crops[0].global_crops[0], step + 1)
-        outcomes = {one.section: one.describe(teacher) for one in self.sets}
+        outcomes = {one.section: one.describe(whole.teacher) for one in self.sets}
         if applied:
             # Last: figures taken after a repair, on the rows that the repair has seen, would praise the repair.
             for one in self.sets:
@@ -185,17 +192,19 @@ class TrainingStep:
             groups.append(crops.local_crops.flatten(0, 1))
         return MicroBatch(groups, crops.global_crops.shape[1], patches)
 
-    def _forward_teacher(self, micro_batches: list[MicroBatch]) -> tuple[list[_Share], NetworkOutput]:
-        """Returns what shares a loss with the teacher's rows of it, and the teacher's rows of the whole batch."""
+    def _forward_teacher(self, micro_batches: list[MicroBatch]) -> tuple[_Share, list[_Share]]:
+        """Returns the whole batch with the teacher's rows of it, and what shares a loss."""
         outputs = [
             self.engine.forward_teacher(micro.crops[:1], micro.patches.teacher if micro.patches else None)
             for micro in micro_batches
         ]
         counts = [micro.patches.teacher_counts for micro in micro_batches if micro.patches]
-        whole = join(outputs, micro_batches[0].num_images, counts)
+        whole = _Share.of(micro_batches, join(outputs, micro_batches[0].num_images, counts))
         if self._accumulation == "exact":
-            return [_Share(micro_batches, whole)], whole
-        return [_Share([micro], output) for micro, output in zip(micro_batches, outputs, strict=True)], whole
+            return whole, [whole]
+        return whole, [
+            _Share.of([micro], output) for micro, output in zip(micro_batches, outputs, strict=True)
+        ]
 
     def _row_loss(self, share: _Share, step: int, index: int) -> RowLoss:
         """Returns the loss of a share as a function of the student's rows: where objective and estimators meet."""
@@ -232,7 +241,7 @@ class TrainingStep:
         )
 
     def _patch_rows(self, share: _Share, student: NetworkOutput) -> PatchRows | None:
-        patches = _patches_of(share.micro_batches)
+        patches = share.patches
         if patches is None:
             return None
         return PatchRows(
@@ -251,8 +260,3 @@ class TrainingStep:
             of_level.operands(student, level, "student", self.objective),
             of_level.operands(share.teacher, level, "teacher", self.objective),
         )
-
-
-def _patches_of(micro_batches: Sequence[MicroBatch]) -> MaskedPatches | None:
-    parts = [micro.patches for micro in micro_batches if micro.patches is not None]
-    return join_patches(parts) if parts else None

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from evaluation.features.session import Outcome, Session
 from evaluation.probes.config import AttentiveConfig
-from evaluation.probes.linear import split_held_out
+from evaluation.probes.linear import draw_batches, split_held_out
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -202,11 +202,7 @@ def fit_attentive(
     sample = tokens[torch.randperm(len(tokens), generator=generator)[:_PREDICT_BLOCK]]
     scale = max(float(sample.float().square().mean().sqrt()), 1e-12)
     batch_size = min(config.batch_size, len(tokens))
-    waiting = torch.empty(0, dtype=torch.int64)
-    for step in range(steps):
-        if len(waiting) < batch_size:
-            waiting = torch.cat([waiting, torch.randperm(len(tokens), generator=generator)])
-        index, waiting = waiting[:batch_size], waiting[batch_size:]
+    for step, index in enumerate(draw_batches(len(tokens), batch_size, steps, generator, tokens.device)):
         for group in optimizer.param_groups:
             group["lr"] = (
                 group["base_lr"] * batch_size / _REFERENCE_BATCH * rate_at(step, steps, config.warmup)

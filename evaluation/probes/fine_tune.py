@@ -169,9 +169,13 @@ def _train(classifier: Classifier, session: Session) -> list[float]:
 
 
 def rate_at(step: int, total: int, config: FineTuneConfig) -> float:
-    """Returns the learning rate of a step: linear warmup, then cosine to 0, scaled by the batch."""
-    peak = config.lr * config.batch_size / _REFERENCE_BATCH
-    warmup = round(config.warmup * total)
+    """Returns the learning rate of a step: `warm_up_and_decay`, scaled by the batch."""
+    return warm_up_and_decay(step, total, config.lr * config.batch_size / _REFERENCE_BATCH, config.warmup)
+
+
+def warm_up_and_decay(step: int, total: int, peak: float, warmup_share: float) -> float:
+    """Returns the learning rate of a step: linear over a share of all, up to `peak`, then cosine to 0."""
+    warmup = round(warmup_share * total)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))

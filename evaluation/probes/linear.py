@@ -102,11 +102,7 @@ def train_linear_grid(
     peak = torch.tensor(learning_rates, device=device).repeat_interleave(num_classes)[:, None]
     batch_size = min(batch_size, num)
     peak = peak * batch_size / _REFERENCE_BATCH
-    waiting = torch.empty(0, dtype=torch.int64, device=device)
-    for step in range(steps):
-        if len(waiting) < batch_size:
-            waiting = torch.cat([waiting, torch.randperm(num, generator=generator).to(device)])
-        index, waiting = waiting[:batch_size], waiting[batch_size:]
+    for step, index in enumerate(draw_batches(num, batch_size, steps, generator, device)):
         batch = inputs[index]
         logits = torch.addmm(biases, table, batch.T).view(rates, num_classes, batch_size)
         gradient = _logit_gradient(logits, targets[index])
@@ -117,6 +113,26 @@ def train_linear_grid(
         biases.addcmul_(bias_velocity, lr, value=-1)
     weights = (table / scale.to(device)).view(rates, num_classes, dim).permute(2, 0, 1).contiguous()
     return LinearGrid(weights, biases.view(rates, num_classes))
+
+
+def draw_batches(
+    num: int, batch_size: int, steps: int, generator: torch.Generator, device: torch.device
+) -> Iterator[Int64[Tensor, " b"]]:
+    """Yields the images of every step on a device: passes over all of them follow each other, in a new order each.
+
+    Args:
+        num: images.
+        batch_size: of a step, at most `num`.
+        steps: how many.
+        generator: on the CPU.
+        device: where the images are.
+    """
+    waiting = torch.empty(0, dtype=torch.int64, device=device)
+    for _ in range(steps):
+        if len(waiting) < batch_size:
+            waiting = torch.cat([waiting, torch.randperm(num, generator=generator).to(device)])
+        index, waiting = waiting[:batch_size], waiting[batch_size:]
+        yield index
 
 
 def _logit_gradient(logits: Float[Tensor, "L C B"], labels: Int64[Tensor, " B"]) -> Float[Tensor, "LC B"]:

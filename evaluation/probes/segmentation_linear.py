@@ -26,8 +26,7 @@ from evaluation.features.extract import first_id_after, open_stream
 from evaluation.features.patches import DensePreprocessing, PatchTokens, grid_side, square_preprocessing
 from evaluation.features.processes import Processes
 from evaluation.features.session import Outcome, Session
-from evaluation.probes.config import SegmentationLinearConfig
-from evaluation.probes.fine_tune import shuffle_batches
+from evaluation.probes.fine_tune import shuffle_batches, warm_up_and_decay
 from evaluation.probes.mean_iou import PixelCounts, count_pixels, describe_counts
 
 if TYPE_CHECKING:
@@ -197,7 +196,7 @@ def _train(head: LinearHead, session: Session, preprocessing: Preprocessing) -> 
     head.norm.train()
     for step, (images, labels) in zip(range(config.steps), _batches(session, preprocessing), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * _rate_at(step, config)
+            group["lr"] = warm_up_and_decay(step, config.steps, config.lr, config.warmup)
         with torch.autocast(device.type, torch.bfloat16, enabled=session.config.features.precision == "bf16"):
             logits = head(images.to(device, non_blocking=True)).float()
         truth = labels.to(device).long()
@@ -215,14 +214,6 @@ def _train(head: LinearHead, session: Session, preprocessing: Preprocessing) -> 
             )
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last)
-
-
-def _rate_at(step: int, config: SegmentationLinearConfig) -> float:
-    """Returns the factor on the learning rate: linear warmup, then cosine to 0."""
-    warmup = round(config.warmup * config.steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(config.steps - warmup, 1)))
 
 
 def _batches(session: Session, preprocessing: Preprocessing) -> Iterator[tuple[Tensor, Tensor]]:

@@ -67,6 +67,18 @@ def make_steps():
     return steps
 
 
+def run_stream(recorded, world_size, tmp_path):
+    """Returns each rank's state after its share of every case's steps."""
+    torch.save(recorded, tmp_path / "stream.pt")
+    run_ranks(
+        "tests.distributed.estimator_ranks",
+        [str(tmp_path / "stream.pt"), str(tmp_path)],
+        world_size,
+        log_dir=tmp_path / "logs",
+    )
+    return [torch.load(tmp_path / f"state-{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
 @pytest.mark.learned
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_equal_one_rank_on_the_concatenation(world_size, tmp_path, record_property):
@@ -75,14 +87,7 @@ def test_ranks_equal_one_rank_on_the_concatenation(world_size, tmp_path, record_
         name: {"config": config, "steps": steps, "splits": [splits] * NUM_STEPS, "gather": gather}
         for name, (config, splits, gather) in cases.items()
     }
-    torch.save(recorded, tmp_path / "stream.pt")
-    run_ranks(
-        "tests.distributed.estimator_ranks",
-        [str(tmp_path / "stream.pt"), str(tmp_path)],
-        world_size,
-        log_dir=tmp_path / "logs",
-    )
-    ranks = [torch.load(tmp_path / f"state-{rank}.pt", weights_only=False) for rank in range(world_size)]
+    ranks = run_stream(recorded, world_size, tmp_path)
     # Sums in another order, over twenty steps: 4e-6 was seen.
     tolerance = 5e-5
     for name, (config, _, _) in cases.items():
@@ -141,14 +146,7 @@ def test_gathered_responsibilities_are_the_sum_of_statistics(world_size, tmp_pat
         name: {"config": config, "steps": steps, "splits": splits, "gather": True}
         for name, config in cases.items()
     }
-    torch.save(recorded, tmp_path / "stream.pt")
-    run_ranks(
-        "tests.distributed.estimator_ranks",
-        [str(tmp_path / "stream.pt"), str(tmp_path)],
-        world_size,
-        log_dir=tmp_path / "logs",
-    )
-    ranks = [torch.load(tmp_path / f"state-{rank}.pt", weights_only=False) for rank in range(world_size)]
+    ranks = run_stream(recorded, world_size, tmp_path)
     worst = 0.0
     for key, value in ranks[0]["sparse"].items():
         if not isinstance(value, torch.Tensor):

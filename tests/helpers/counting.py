@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,21 @@ def _find_place() -> tuple[str, bool]:
             return f"{Path(path).relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}", False
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere", False
+
+
+def largest_tensor(body: Callable[[], object]) -> int:
+    """Returns the elements of the largest tensor that an operation gives while `body` runs, backward included."""
+    biggest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal biggest
+            result = function(*args, **(kwargs or {}))
+            for value in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(value, torch.Tensor):
+                    biggest = max(biggest, value.numel())
+            return result
+
+    with Watch():
+        body()
+    return biggest

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from prototypes.objectives.carp import carp_loss
 from prototypes.objectives.koleo import compute_koleo
 from prototypes.objectives.partitions import draw_partition
+from tests.helpers.counting import largest_tensor
 from tests.unit.prototypes import oracle
 
 
@@ -126,19 +127,11 @@ def test_permuting_the_components_with_the_partition_leaves_the_loss():
 
 def test_no_tensor_of_all_logits_is_made():
     student, teacher, prototypes, partition = make_inputs(num_prototypes=480, size=6)
-    biggest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal biggest
-            result = function(*args, **(kwargs or {}))
-            for value in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(value, torch.Tensor):
-                    biggest = max(biggest, value.numel())
-            return result
-
-    with Watch():
+    def body():
         carp_loss(student, teacher, prototypes, prototypes, partition, blocks_per_chunk=4).total.backward()
+
+    biggest = largest_tensor(body)
     all_logits = 4 * 6 * 480
     assert biggest < all_logits / 2
 

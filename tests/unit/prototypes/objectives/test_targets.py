@@ -13,6 +13,7 @@ from prototypes.objectives.logits import ChunkedLogits
 from prototypes.objectives.patches import patch_loss
 from prototypes.objectives.sinkhorn import compute_sinkhorn_offsets, count_groups, pick_offsets
 from prototypes.statistics import Collectives
+from tests.helpers.counting import largest_tensor
 from tests.unit.prototypes.lockstep import Lockstep
 
 
@@ -66,23 +67,6 @@ def test_gradients_come_in_the_dtype_of_their_leaves():
     gradients = torch.autograd.grad(loss, (student, prototypes))
     assert loss.dtype == torch.float32
     assert [gradient.dtype for gradient in gradients] == [torch.bfloat16, torch.float32]
-
-
-def largest_tensor(body):
-    biggest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal biggest
-            result = function(*args, **(kwargs or {}))
-            for value in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(value, torch.Tensor):
-                    biggest = max(biggest, value.numel())
-            return result
-
-    with Watch():
-        body()
-    return biggest
 
 
 def test_never_more_logits_than_asked_for():
