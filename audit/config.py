@@ -20,8 +20,8 @@ class AuditConfig:
     """Runs live in `output_dir/name/ARM-seedS`, the page in `output_dir/name/report`."""
     output_dir: str = "outputs"
     """Parent of the audit's folder."""
-    pretrain: str
-    """Configuration of `pretrain.py` that every arm starts from."""
+    pretrain: str = ""
+    """Configuration of `pretrain.py` that every arm starts from; empty where each arm names its own."""
     evaluate: str
     """Configuration of `evaluate.py` that every run is measured with."""
     overrides: tuple[str, ...] = ()
@@ -30,12 +30,16 @@ class AuditConfig:
     """Overrides of `evaluate`."""
     probes: tuple[str, ...] = ("prototypes", "knn", "linear")
     """Probes of every run."""
+    segment: str = ""
+    """Configuration of `evaluate.py` whose probe `segmentation` measures the patches of every run; empty for none."""
     seeds: tuple[Annotated[int, "[0, 4294967295]"], ...] = (0, 1, 2)
     """Seeds of every arm. The order of the samples and their crops depend on the seed alone, so that arms of
     one seed see the same batches.
     """
     arms: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Arm to its overrides of `pretrain`, on top of `overrides`."""
+    """Arm to its overrides of `pretrain`, on top of `overrides`. A first entry that ends with .yaml is the
+    configuration that this arm starts from instead.
+    """
     only: tuple[str, ...] = ()
     """The arms to run; empty for all. Finished runs of the others still stand in the tables."""
     references: tuple[str, ...] = ()
@@ -59,8 +63,10 @@ class AuditConfig:
                 refuse_unless(arm in self.arms, key, repr(arm), f"one of the arms {', '.join(self.arms)}")
         for probe in self.probes:
             refuse_unless(probe in PROBES, "probes", repr(probe), f"one of {', '.join(PROBES)}")
-        for arm, overrides in self.arms.items():
-            for override in (*self.overrides, *overrides):
+        for arm in self.arms:
+            pretrain, overrides = self.start_of(arm)
+            refuse_unless(bool(pretrain), f"arms.{arm}", "without a configuration", "pretrain, or FILE.yaml first")
+            for override in overrides:
                 key = override.partition("=")[0]
                 taken = ("run.name", "run.output_dir", "run.seed")
                 refuse_unless(
@@ -69,6 +75,18 @@ class AuditConfig:
                     repr(override),
                     f"key=value, and none of {', '.join(taken)}, which the audit sets",
                 )
+
+    def start_of(self, arm: str) -> tuple[str, tuple[str, ...]]:
+        """Returns the configuration that an arm starts from and all its overrides."""
+        own = self.arms[arm]
+        if own and own[0].endswith(".yaml") and "=" not in own[0]:
+            return own[0], (*self.overrides, *own[1:])
+        return self.pretrain, (*self.overrides, *own)
+
+    @property
+    def all_probes(self) -> tuple[str, ...]:
+        """Every probe whose result a finished run has."""
+        return (*self.probes, "segmentation") if self.segment else self.probes
 
     @property
     def chosen_arms(self) -> tuple[str, ...]:

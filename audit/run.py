@@ -62,21 +62,24 @@ class Cell:
     @property
     def is_done(self) -> bool:
         """Whether every probe has its result."""
-        return all((self.directory / "results" / f"{probe}.json").is_file() for probe in self.config.probes)
+        return all((self.directory / "results" / f"{probe}.json").is_file() for probe in self.config.all_probes)
 
     def commands(self) -> list[list[str]]:
-        """Returns the command lines of pretraining and evaluation."""
+        """Returns the command lines of pretraining and of its evaluations."""
         config = self.config
         place = [
             f"run.name={self.name}",
             f"run.output_dir={audit_directory(config)}",
             f"run.seed={self.seed}",
         ]
-        pretrain = ["pretrain.py", config.pretrain, *config.overrides, *config.arms[self.arm], *place]
+        start, overrides = config.start_of(self.arm)
+        commands = [["pretrain.py", start, *overrides, *place]]
+        measured = [f"encoder={self.directory}", "controls=[]"]
         probes = f"probes=[{','.join(config.probes)}]"
-        evaluate = ["evaluate.py", config.evaluate, *config.evaluate_overrides]
-        evaluate += [f"encoder={self.directory}", "controls=[]", probes]
-        return [[sys.executable, *pretrain], [sys.executable, *evaluate]]
+        commands.append(["evaluate.py", config.evaluate, *config.evaluate_overrides, *measured, probes])
+        if config.segment:
+            commands.append(["evaluate.py", config.segment, *measured, "probes=[segmentation]"])
+        return [[sys.executable, *command] for command in commands]
 
 
 def main(arguments: list[str]) -> int:
@@ -160,14 +163,14 @@ def submit_commands(config: AuditConfig, options: Sequence[str]) -> list[str]:
     chained = ["--evaluate", ",".join(config.probes), "--evaluate-config", str(path)]
     lines = []
     for arm in config.chosen_arms:
+        start, overrides = config.start_of(arm)
         place = [f"run.name={arm}", f"run.output_dir={audit_directory(config)}"]
         command = [
             "python",
             "-m",
             "slurm.submit",
-            config.pretrain,
-            *config.overrides,
-            *config.arms[arm],
+            start,
+            *overrides,
             *place,
         ]
         command += ["--array", f"seeds={seeds}", *chained, *options]

@@ -100,7 +100,7 @@ def collect_figures(config: AuditConfig, directory: Path) -> dict[str, dict[str,
     for arm in config.arms:
         for seed in config.seeds:
             path = directory / f"{arm}-seed{seed}"
-            if all((path / "results" / f"{probe}.json").is_file() for probe in config.probes):
+            if all((path / "results" / f"{probe}.json").is_file() for probe in config.all_probes):
                 figures.setdefault(arm, {})[str(seed)] = run_figures(load_runs([path])[0])
     return figures
 
@@ -118,6 +118,9 @@ def run_figures(run: Run) -> dict[str, float]:
         ("used by logits", "prototypes/used_by_logits"),
         ("usage perplexity", "prototypes/usage_perplexity"),
         ("effective rank", "features/effective_rank"),
+        (f"patch u({_SHOWN_EPS[0]})", f"patch_prototypes/unique_{_SHOWN_EPS[0]}"),
+        ("patch used", "patch_prototypes/used"),
+        ("patch used by logits", "patch_prototypes/used_by_logits"),
     ):
         values = [record[key] for record in run.metrics if key in record]
         if values:
@@ -129,6 +132,10 @@ def run_figures(run: Run) -> dict[str, float]:
         if result:
             figures[column] = result["figures"]["headline"]["top1"]
             figures |= {f"{column} {group}": value for group, value in _by_group(result, groups).items()}
+    result = run.result("segmentation")
+    if result:
+        found = result["figures"]["headline"]
+        figures |= {"mIoU k-NN": found["knn_miou"], "mIoU logistic": found["logistic_miou"]}
     return figures
 
 
@@ -178,7 +185,7 @@ def difference_rows(figures: Mapping[str, Mapping[str, Mapping[str, float]]], re
             continue
         row: Row = {"arm": arm, "seeds": str(len(shared))}
         for column in _columns(seeds):
-            if not column.startswith(("k-NN", "linear", "logistic")):
+            if not column.startswith(("k-NN", "linear", "logistic", "mIoU")):
                 continue
             differences = [
                 100 * (seeds[seed][column] - figures[reference][seed][column])

@@ -92,6 +92,19 @@ def write_all(tmp_path):
             write_run(tmp_path / "audit" / f"{arm}-seed{seed}", used=0.25 * number, right=right)
 
 
+def test_an_arm_may_start_elsewhere_and_its_patches_be_measured(tmp_path):
+    arms = {"joint": ("configs/other.yaml", "optim.lr=1"), "full": ()}
+    config = make_config(tmp_path, arms=arms, overrides=("optim.steps=3",), segment="configs/eval_camvid.yaml")
+    pretrain, _, segment = Cell(config, "joint", 0).commands()
+    assert pretrain[2:5] == ["configs/other.yaml", "optim.steps=3", "optim.lr=1"]
+    assert segment[2] == "configs/eval_camvid.yaml" and segment[-1] == "probes=[segmentation]"
+    assert "configs/other.yaml" in submit_commands(config, [])[0]
+    write_all(tmp_path)
+    assert not Cell(config, "joint", 0).is_done
+    with pytest.raises(ValueError, match=r"arms.full is without a configuration; expected pretrain, or FILE.yaml"):
+        make_config(tmp_path, arms=arms, pretrain="")
+
+
 def test_spread_of_three_is_students():
     found = spread([1.0, 2.0, 3.0])
     assert found.mean == 2 and found.deviation == 1
