@@ -27,6 +27,8 @@ RUN = (
     "data.num_workers=1",
 )
 TIMING = ("throughput/", "memory/")
+# Read over several steps by a gauge that is no part of the state: the reading under way at a requeue is lost.
+GAUGE = ("gmm/drift_per_revisit", "gmm/spacing")
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +61,9 @@ class Run:
         return {line["step"]: line for line in lines}
 
     def learned(self) -> dict[int, dict[str, float]]:
-        """The record without what a clock measured."""
+        """The record without what a clock or a gauge measured."""
         return {
-            step: {key: value for key, value in line.items() if not key.startswith(TIMING)}
+            step: {key: value for key, value in line.items() if not key.startswith((*TIMING, *GAUGE))}
             for step, line in self.record().items()
         }
 
