@@ -65,7 +65,9 @@ class AuditConfig:
             refuse_unless(probe in PROBES, "probes", repr(probe), f"one of {', '.join(PROBES)}")
         for arm in self.arms:
             pretrain, overrides = self.start_of(arm)
-            refuse_unless(bool(pretrain), f"arms.{arm}", "without a configuration", "pretrain, or FILE.yaml first")
+            refuse_unless(
+                bool(pretrain), f"arms.{arm}", "without a configuration", "pretrain, or FILE.yaml first"
+            )
             for override in overrides:
                 key = override.partition("=")[0]
                 taken = ("run.name", "run.output_dir", "run.seed")

@@ -62,7 +62,9 @@ class Cell:
     @property
     def is_done(self) -> bool:
         """Whether every probe has its result."""
-        return all((self.directory / "results" / f"{probe}.json").is_file() for probe in self.config.all_probes)
+        return all(
+            (self.directory / "results" / f"{probe}.json").is_file() for probe in self.config.all_probes
+        )
 
     def commands(self) -> list[list[str]]:
         """Returns the command lines of pretraining and of its evaluations."""

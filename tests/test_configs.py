@@ -128,8 +128,9 @@ def test_every_arm_of_an_audit_is_a_configuration(path):
     config = load_config(AuditConfig, str(path))
     resolved = set()
     for cell in iterate_cells(config, tuple(config.arms)):
-        pretrain, evaluate = (command[2:] for command in cell.commands())
-        load_config(EvaluationConfig, evaluate[0], evaluate[1:])
+        pretrain, *evaluations = (command[2:] for command in cell.commands())
+        for evaluate in evaluations:
+            load_config(EvaluationConfig, evaluate[0], evaluate[1:])
         built = load_config(PretrainConfig, pretrain[0], pretrain[1:])
         resolved.add(config_hash(dataclasses.replace(built, run=dataclasses.replace(built.run, name="same"))))
     assert len(resolved) == len(config.arms) * len(config.seeds), "two arms are the same run"

@@ -94,14 +94,18 @@ def write_all(tmp_path):
 
 def test_an_arm_may_start_elsewhere_and_its_patches_be_measured(tmp_path):
     arms = {"joint": ("configs/other.yaml", "optim.lr=1"), "full": ()}
-    config = make_config(tmp_path, arms=arms, overrides=("optim.steps=3",), segment="configs/eval_camvid.yaml")
+    config = make_config(
+        tmp_path, arms=arms, overrides=("optim.steps=3",), segment="configs/eval_camvid.yaml"
+    )
     pretrain, _, segment = Cell(config, "joint", 0).commands()
     assert pretrain[2:5] == ["configs/other.yaml", "optim.steps=3", "optim.lr=1"]
     assert segment[2] == "configs/eval_camvid.yaml" and segment[-1] == "probes=[segmentation]"
     assert "configs/other.yaml" in submit_commands(config, [])[0]
     write_all(tmp_path)
     assert not Cell(config, "joint", 0).is_done
-    with pytest.raises(ValueError, match=r"arms.full is without a configuration; expected pretrain, or FILE.yaml"):
+    with pytest.raises(
+        ValueError, match=r"arms.full is without a configuration; expected pretrain, or FILE.yaml"
+    ):
         make_config(tmp_path, arms=arms, pretrain="")
 
 
