@@ -224,24 +224,34 @@ def assemble_step(
         synchronization=synchronization,
         spike_guard=LossSpikeGuard(config.optim.spike_factor),
         patches=config.outputs.patches,
-        drift=_build_drift_gauge(config, synchronization, sets, engine),
+        drift=_build_drift_gauges(config, synchronization, sets, engine),
     )
 
 
-def _build_drift_gauge(
+def _build_drift_gauges(
     config: PretrainConfig, synchronization: Synchronization, sets: Sequence[PrototypeSet], engine: Engine
-) -> DriftGauge | None:
-    """Returns the gauge of the mixture that follows views; None without a term on views."""
-    of_views = [one for one in sets if "instance" in one.levels]
-    if not of_views:
-        return None
-    return DriftGauge(
-        engine,
-        of_views[0].estimator,
-        rows_per_step=round(config.rows_per_image(of_views[0].section) * config.batch.global_batch_size),
-        every_steps=config.logging.every_steps,
-        mean_over_ranks=synchronization.mean_over_ranks,
-    )
+) -> list[DriftGauge]:
+    """Returns a gauge for each set; where views and patches share one, it looks at the views."""
+    num_patches = (config.data.global_crop_size // config.data.masks.patch_size) ** 2
+    return [
+        DriftGauge(
+            engine,
+            one.estimator,
+            rows_per_step=synchronization.world_size
+            * _rows_per_rank(config, one.section, synchronization.world_size),
+            every_steps=config.logging.every_steps,
+            mean_over_ranks=synchronization.mean_over_ranks,
+            num_patches=None if "instance" in one.levels else num_patches,
+            prefix=one.prefix,
+        )
+        for one in sets
+    ]
+
+
+def _rows_per_rank(config: PretrainConfig, section: str, world_size: int) -> int:
+    """Returns how many rows a section's prototypes are shown by one rank in one step, on average."""
+    rows = round(config.rows_per_image(section) * config.batch.global_batch_size / world_size)
+    return min(rows, config.prototypes_of(section).max_rows_per_rank or rows)
 
 
 def _build_estimator(
@@ -252,19 +262,17 @@ def _build_estimator(
     synchronization: Synchronization,
 ) -> PrototypeEstimator:
     options = config.prototypes_of(section)
-    rows_per_image = config.rows_per_image(section)
-    rows_per_rank = round(rows_per_image * config.batch.global_batch_size / process.world_size)
     if options.mode == "full":
         require_kernel(options.gmm.kernel, process.device)
     return build_estimator(
         options,
         # Prototypes of their own are others, also where there are as many.
         seed=config.run.seed + SECTIONS.index(section),
-        num_observations_per_epoch=round(rows_per_image * num_samples),
+        num_observations_per_epoch=round(config.rows_per_image(section) * num_samples),
         total_steps=config.num_steps(num_samples),
         rank=process.rank,
         world_size=process.world_size,
-        rows_per_rank=min(rows_per_rank, options.max_rows_per_rank or rows_per_rank),
+        rows_per_rank=_rows_per_rank(config, section, process.world_size),
         reduce_sum=synchronization.reduce_sum,
         gather=synchronization.gather,
         device=process.device,

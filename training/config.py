@@ -114,6 +114,8 @@ class OptimConfig:
     """Largest 2-norm of the gradient, or null for no clipping."""
     layer_decay: Annotated[float, "(0, 1]"] = 1.0
     """Learning rate of block i times `layer_decay ** (depth - i)`; 1 leaves it out."""
+    patch_embed_lr_scale: Annotated[float, "[0, 1e4]"] = 1.0
+    """Learning rate of a ViT's patch embedding, relative to the rest and besides `layer_decay` (DINOv2: .2)."""
     prototype_lr_scale: Annotated[float, "[0, 1e4]"] = 1.0
     """Learning rate of prototypes that the encoder's loss trains, relative to the rest."""
     prototype_frozen_epochs: Annotated[float, "[0, 1e6]"] = 0.0

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.views.masking import draw_mask, draw_predicted
 from models.student_teacher import SelfSupervisedNetwork
 from models.vit import compile_blocks
 from prototypes.build import build_estimator
 from prototypes.estimator import PrototypeEstimator
 from training.config import OptimConfig, PretrainConfig
+from training.engines.interface import TrainedNetwork
 from training.engines.mechanics import read_mechanics
-from training.engines.optimizer import MOMENTS_OF, count_parameters
+from training.engines.optimizer import MOMENTS_OF, build_parameter_groups, count_parameters
 from training.engines.table import ENGINES, check_combination
 from training.throughput import Flops
 
@@ -245,24 +247,21 @@ def _fake_inputs(
         crops.append(torch.empty(data.num_local_crops * num_images, channels, size, size, dtype=dtype))
     if config.outputs.patches == "none":
         return crops, None
-    num_patches = (data.global_crop_size // data.masks.patch_size) ** 2
-    hidden_share = sum(data.masks.resolved_ratio) / 2
-    num_predicted = hidden_share * data.masks.resolved_predicted * num_patches
+    side = data.global_crop_size // data.masks.patch_size
 
     def fake(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    if config.outputs.patches == "left_out":
-        if role == "teacher":
-            return crops, {"rows": fake(num_crops * num_patches)}
-        num_visible = num_patches - int(hidden_share * num_patches)
-        return crops, {
-            "visible": fake(num_crops, num_visible),
-            "predicted": fake(num_crops, max(1, int(num_predicted))),
-        }
-    rows = {"rows": fake(round(num_crops * data.masks.resolved_crops * num_predicted))}
-    hidden = {"hidden": fake(num_crops, num_patches, dtype=torch.bool)}
-    return crops, rows | (hidden if role == "student" else {})
+    rows = {"rows": fake(round(num_images * config.patch_rows_per_image))}
+    if role == "teacher":
+        return crops, rows
+    if config.outputs.patches == "hidden":
+        return crops, rows | {"hidden": fake(num_crops, side**2, dtype=torch.bool)}
+    # As many of every crop: any key will do.
+    hidden = draw_mask(data.masks, 0, side)
+    predicted = draw_predicted(data.masks, 0, hidden)
+    numbers = {"visible": side**2 - int(hidden.sum()), "predicted": int(predicted.sum())}
+    return crops, {name: fake(num_crops, number) for name, number in numbers.items()}
 
 
 def count_flops(config: PretrainConfig) -> Flops:
@@ -358,12 +357,13 @@ def _find_refusals(config: PretrainConfig) -> tuple[str, ...]:
     """Returns the engines that refuse this run.
 
     Raises:
-        ValueError: the run's own engine is among them.
+        ValueError: the run's own engine is among them, or its optimizer has a rate for what the network lacks.
     """
     network = build_student_on_meta(config)  # its own: the counts are of eager blocks
     if config.model.compile_blocks:
         compile_blocks(network.backbone)
     check_combination(own_engine(config), config.optim.optimizer, network)
+    build_parameter_groups(TrainedNetwork(network, None), config.optim)
     refused = []
     for engine in ENGINES:
         try:

@@ -38,6 +38,9 @@ class DriftGauge:
         rows_per_step: rows of all ranks that one step gives to the mixture, N.
         every_steps: a reading begins at every so many steps, unless one is under way.
         mean_over_ranks: of the figures.
+        num_patches: of a crop, where the mixture follows patches alone: one patch of each image is looked at, each in
+            another place. None: the views' projections are.
+        prefix: of the figures' names.
     """
 
     def __init__(
@@ -47,12 +50,17 @@ class DriftGauge:
         rows_per_step: int,
         every_steps: int,
         mean_over_ranks: Callable[[Tensor], Tensor],
+        *,
+        num_patches: int | None = None,
+        prefix: str = "",
     ) -> None:
-        self.revisit_steps = max(1, round(estimator.num_prototypes / rows_per_step))
+        self.revisit_steps = max(1, round(estimator.num_prototypes / max(1, rows_per_step)))
         self._engine = engine
         self._estimator = estimator
         self._every = every_steps
         self._mean_over_ranks = mean_over_ranks
+        self._num_patches = num_patches
+        self._prefix = prefix
         self._held: _Held | None = None
         self._figures: dict[str, Tensor] = {}
 
@@ -73,11 +81,16 @@ class DriftGauge:
         if not figures:
             return {}
         values = self._mean_over_ranks(torch.stack(list(figures.values()))).tolist()
-        return dict(zip(figures, values, strict=True))
+        return dict(zip((self._prefix + name for name in figures), values, strict=True))
 
     @torch.no_grad()
     def _project(self, crops: Tensor) -> Tensor:
+        patches = None
+        if self._num_patches is not None:
+            image = torch.arange(len(crops), device=crops.device)
+            patches = {"rows": image * self._num_patches + image % self._num_patches}
         with running_statistics_held(self._engine.teacher):  # a measurement moves nothing
-            projections = self._engine.forward_teacher([crops]).projections
-        assert projections is not None, "a gauge needs a term on views"
-        return projections
+            output = self._engine.forward_teacher([crops], patches)
+        rows = output.projections if patches is None else output.patch_projections
+        assert rows is not None, "the networks give no rows of the gauge's level"
+        return rows

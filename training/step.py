@@ -83,7 +83,7 @@ class TrainingStep:
         synchronization: Synchronization,
         spike_guard: LossSpikeGuard,
         patches: str = "none",
-        drift: DriftGauge | None = None,
+        drift: Sequence[DriftGauge] = (),
     ) -> None:
         self.engine = engine
         self.sets = tuple(sets)
@@ -92,7 +92,7 @@ class TrainingStep:
         self._set_of = {level: one for one in self.sets for level in one.levels}
         self._accumulation = batch.accumulation
         self._synchronization = synchronization
-        self.drift = drift
+        self.drift = tuple(drift)
         self._patches = patches
 
     def __call__(
@@ -137,8 +137,8 @@ class TrainingStep:
         if applied:
             for one in self.sets:
                 one.count_usage(whole.teacher, self.objective, len(crops))
-            if self.drift is not None:
-                self.drift.observe(crops[0].global_crops[0], step + 1)
+            for gauge in self.drift:
+                gauge.observe(crops[0].global_crops[0], step + 1)
         outcomes = {one.section: one.describe(whole.teacher) for one in self.sets}
         if applied:
             # Last: figures taken after a repair, on the rows that the repair has seen, would praise the repair.

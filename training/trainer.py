@@ -199,8 +199,8 @@ class Trainer:
         }
         for one in self.training_step.sets:
             values |= describe_step(one, outcome.sets[one.section], self.training_step.gather_rows)
-        drift = self.training_step.drift
-        values |= {} if drift is None else drift.metrics()
+        for gauge in self.training_step.drift:
+            values |= gauge.metrics()
         return values | self._process_values()
 
     def _process_values(self) -> dict[str, float]:

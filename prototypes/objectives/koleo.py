@@ -35,8 +35,10 @@ def compute_embedding_koleo(embeddings: Float[Tensor, "V B D"]) -> Float[Tensor,
     Embeddings are normalised here, and each view's are compared among themselves: two views of one image are to be
     alike. DINOv2 (Oquab et al. 2023), section 4, with the class token before the head and the weight .1. Its code adds
     its epsilon after the root; here distances stay above 1e-4, which equal images would fall below. Not collective:
-    neighbours are those of this rank, as there.
+    neighbours are those of this rank, as there; a rank's only image has none, and 0 is returned, without a gradient.
     """
+    if embeddings.shape[1] < 2:
+        return embeddings.sum() * 0.0
     with torch.autocast(embeddings.device.type, enabled=False):
         return len(embeddings) * _spread(nn.functional.normalize(embeddings.float(), dim=-1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ FAST = [
     *({"scenario": "skip_moves_nothing", "engine": e, "poison": "nan"} for e in ENGINES),
     *({"scenario": "ema_reference", "engine": e} for e in ("zero3", "fsdp2")),
     *({"scenario": "live_bytes", "engine": e} for e in ENGINES),
+    *({"scenario": "first_moves", "engine": e} for e in ENGINES),
     *({"scenario": "waits", "engine": e, "mode": "full"} for e in ENGINES),
     *(
         {"scenario": "options_change_nothing", "engine": e, "activation_checkpointing": True}
@@ -28,18 +30,48 @@ FAST = [
     ),
 ]
 
-PATCHES = {"targets": "centre", "patch": "ibot", "patch_mode": "joint"}
+# Every term, and two together; each with learned prototypes and with a mixture (`of_modes`).
+TERMS: dict[str, dict[str, str]] = {
+    "carp": {"instance": "carp"},
+    "dino": {"instance": "dino"},
+    "ibot": {"instance": "none", "patch": "ibot"},
+    "capi": {"instance": "none", "patch": "capi"},
+    "dino+ibot": {"instance": "dino", "patch": "ibot"},
+}
+DINO_IBOT = TERMS["dino+ibot"] | {"patch_mode": "joint"}
 ONE_STEP = [
     *({"scenario": "one_step", "engine": e, "mode": "joint_kp", "accumulation": 4} for e in ENGINES),
     *({"scenario": "one_step", "engine": e, "mode": "full", "accumulation": 2} for e in ("zero1", "fsdp2")),
-    {"scenario": "one_step", "engine": "fsdp2", "mode": "joint", "accumulation": 2, "targets": "centre"},
-    {"scenario": "one_step", "engine": "zero1", "mode": "full", "accumulation": 1, "targets": "sinkhorn"},
+    {"scenario": "one_step", "engine": "fsdp2", "mode": "joint", "accumulation": 2, **TERMS["dino"]},
+    {
+        "scenario": "one_step",
+        "engine": "zero1",
+        "mode": "full",
+        "accumulation": 1,
+        **TERMS["dino"],
+        "targets": "sinkhorn",
+    },
     # Patches with prototypes of their own, and with those of the views; each kind of engine.
     *(
-        {"scenario": "one_step", "engine": e, "mode": "joint", "accumulation": 2, **PATCHES}
+        {"scenario": "one_step", "engine": e, "mode": "joint", "accumulation": 2, **DINO_IBOT}
         for e in ("zero2", "zero3", "fsdp2")
     ),
     {"scenario": "one_step", "engine": "zero1", "mode": "full", "accumulation": 2, "patch": "ibot"},
+    # Patches alone; CAPI's predictor, targets by position and clustering loss.
+    {"scenario": "one_step", "engine": "fsdp2", "mode": "joint", "accumulation": 1, **TERMS["ibot"]},
+    {"scenario": "one_step", "engine": "zero3", "mode": "partial", "accumulation": 2, **TERMS["capi"]},
+    {"scenario": "one_step", "engine": "fsdp2", "mode": "partial", "accumulation": 1, **TERMS["capi"]},
+    {"scenario": "one_step", "engine": "zero1", "mode": "full", "accumulation": 2, **TERMS["capi"]},
+]
+RESUMED = [
+    {"scenario": "resume_step", "engine": "zero1", "mode": "partial", **TERMS["capi"]},
+    {
+        "scenario": "resume_step",
+        "engine": "fsdp2",
+        "mode": "joint",
+        **TERMS["dino+ibot"],
+        "patch_mode": "full",
+    },
 ]
 TARGETS = ("entropy", "centre", "sinkhorn", "posterior")
 MODES = ("full", "joint", "joint_kp", "partial", "frozen_random")
@@ -78,7 +110,7 @@ def two_ranks(work: Path) -> list[dict[str, Any]]:
     # 520 images in two parts of a full and a small batch; of 300 the second rank keeps none of its small one.
     shards = write_digit_shards(work / "digits", num_train=520, num_test=60, per_shard=130)
     probing = [{"scenario": "probe_with_unequal_parts", "engine": e, "shards": shards} for e in ENGINES]
-    return run_scenarios(FAST + crossing + ONE_STEP + probing, 2, work, "two")
+    return run_scenarios(FAST + crossing + ONE_STEP + RESUMED + probing, 2, work, "two", timeout_s=580)
 
 
 def check_resume(found: dict[str, Any]) -> None:
@@ -124,6 +156,15 @@ def test_the_sharded_average_is_the_average(two_ranks: list[dict[str, Any]], eng
     assert found["error"] <= 1e-6
     assert found["moved"] > 1e-4
     assert found["forward_error"] <= 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_patch_embedding_moves_at_its_own_rate(two_ranks: list[dict[str, Any]], engine: str) -> None:
+    (found,) = iterate(two_ranks, scenario="first_moves", engine=engine)
+    moves = dict(found["moves"])
+    embedding = moves.pop("student/network.backbone.patch_embed.proj.weight")
+    blocks = [move for name, move in moves.items() if "backbone.blocks" in name]
+    assert len(blocks) == 8 and 0.15 < embedding / statistics.median(blocks) < 0.25
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -229,7 +270,7 @@ def undivided(work: Path) -> dict[str, dict[str, Any]]:
         *(
             entry | {"engine": "zero0", "accumulation": 1}
             for entry in ONE_STEP
-            if entry.keys() & {"targets", "patch"}
+            if entry.keys() & {"instance", "patch"}
         ),
     ]
     found = run_scenarios(scenarios, 1, work, "undivided")
@@ -239,7 +280,8 @@ def undivided(work: Path) -> dict[str, dict[str, Any]]:
 
 def what_of(entry: dict[str, Any]) -> str:
     """What a scenario of one step learns, however its batch is divided."""
-    return " ".join(str(entry.get(name)) for name in ("mode", "targets", "patch", "patch_mode"))
+    names = ("mode", "instance", "targets", "patch", "patch_mode")
+    return " ".join(str(entry.get(name)) for name in names)
 
 
 def test_micro_batches_and_ranks_divide_a_batch_exactly(
@@ -283,11 +325,57 @@ def test_every_term_on_patches_divides_a_batch_exactly(tmp_path: Path) -> None:
         check_one_step(found, expected[what_of(found)])
 
 
+def of_modes(scenario: str, **options: Any) -> list[dict[str, Any]]:
+    """Every term, its prototypes learned in the way of its method and estimated by a mixture."""
+    return [
+        {"scenario": scenario, "mode": mode, **terms, **options}
+        | ({"patch_mode": mode} if name == "dino+ibot" else {})
+        for name, terms in TERMS.items()
+        for mode in ("partial" if name == "capi" else "joint", "full")
+    ]
+
+
+@pytest.mark.slow
+def test_every_term_and_engine_divides_a_batch_exactly(tmp_path: Path) -> None:
+    """One rank with four micro-batches, and two ranks with one, against one rank with one."""
+    whole = run_scenarios(of_modes("one_step", engine="zero0", accumulation=1), 1, tmp_path, "whole")
+    expected = {what_of(entry): entry for entry in whole}
+    assert len(expected) == 2 * len(TERMS)
+    for world_size, accumulation in ((1, 4), (2, 1)):
+        divided = [
+            entry for e in ENGINES for entry in of_modes("one_step", engine=e, accumulation=accumulation)
+        ]
+        for found in run_scenarios(divided, world_size, tmp_path, f"by{world_size}", timeout_s=580):
+            check_one_step(found, expected[what_of(found)])
+
+
+def check_resumed_step(found: dict[str, Any]) -> None:
+    assert found["differing"] == []
+    assert found["losses"] == found["resumed_losses"] and len(set(found["losses"])) == 3
+    assert {"student", "teacher", "optimizer", "usage"} <= set(found["parts"])
+
+
+def test_whole_steps_resume_bitwise(two_ranks: list[dict[str, Any]]) -> None:
+    found = list(iterate(two_ranks, scenario="resume_step"))
+    assert len(found) == len(RESUMED)
+    for entry in found:
+        check_resumed_step(entry)
+    assert "estimator" in found[0]["parts"]  # what clusters the teacher's prototypes
+    assert {"objective", "patch_estimator", "patch_usage"} <= set(found[1]["parts"])
+
+
+@pytest.mark.slow
+def test_every_term_resumes_bitwise_under_every_engine(tmp_path: Path) -> None:
+    scenarios = [entry for e in ENGINES for entry in of_modes("resume_step", engine=e)]
+    for entry in run_scenarios(scenarios, 2, tmp_path, "resumed", timeout_s=580):
+        check_resumed_step(entry)
+
+
 @pytest.mark.slow
 def test_every_target_divides_a_batch_exactly(tmp_path: Path) -> None:
     """DINO's loss, every mode and kind of targets: one rank and one micro-batch, or two of each."""
     scenarios = [
-        {"scenario": "one_step", "engine": "zero0", "mode": mode, "targets": targets}
+        {"scenario": "one_step", "engine": "zero0", "mode": mode, **TERMS["dino"], "targets": targets}
         for mode in MODES
         for targets in TARGETS
         if targets != "posterior" or mode == "full"

@@ -36,9 +36,11 @@ from runtime.distributed import Process
 from tests.helpers.counting import DeviceCounter
 from tests.helpers.terms import build_config, masks_of, part_of, spread_
 from training.build import assemble_step, build_sets, build_trained_network
+from training.checkpoints.saved_run import read_saved_run, restore
+from training.checkpoints.snapshot import Progress, RecordPosition, Snapshot
 from training.checkpoints.state_files import ConsolidatedState, collect_share, save_tensors, share_path
 from training.checkpoints.store import find_latest_checkpoint, save_checkpoint
-from training.config import BatchConfig, OptimConfig
+from training.config import BatchConfig, OptimConfig, PretrainConfig
 from training.engines.interface import Engine, TrainedNetwork
 from training.engines.synchronization import Synchronization
 from training.schedules import StepSchedule
@@ -90,6 +92,7 @@ def build_engine(
     optimizer: Literal["adamw", "lars"] = "adamw",
     build_network: Callable[[str], TrainedNetwork] | None = None,
     spread: float = 1.0,
+    **optim: Any,
 ) -> Engine:
     """Builds one engine; `spread` widens the projections of a fresh head, which are almost equal."""
     torch.manual_seed(0)
@@ -109,7 +112,7 @@ def build_engine(
     arguments: dict[str, Any] = {
         "student": student.to(process.device),
         "teacher": teacher.to(process.device),
-        "optim": OptimConfig(clip_grad_norm=1.0, optimizer=optimizer),
+        "optim": OptimConfig(clip_grad_norm=1.0, optimizer=optimizer, **optim),
         "world_size": process.world_size,
     }
     if name == "fsdp2":
@@ -284,6 +287,15 @@ def ema_reference(engine_name: str, process: Process, work: Path) -> dict[str, A
     return {"error": error, "moved": moved, "forward_error": forward}
 
 
+def first_moves(engine_name: str, process: Process, work: Path) -> dict[str, Any]:
+    """How far the first step moves each matrix at most: AdamW's goes about as far as its group's rate."""
+    engine = build_engine(engine_name, process, work, patch_embed_lr_scale=0.2)
+    before = whole_state(engine)
+    train_step(engine, 0, process)
+    moves = {n: float((t - before[n]).abs().max()) for n, t in whole_state(engine).items() if t.ndim > 1}
+    return {"moves": {n: move for n, move in moves.items() if n.startswith("student/")}}
+
+
 def live_bytes(engine_name: str, process: Process, work: Path) -> dict[str, Any]:
     """Bytes of all live tensors that an engine has made, at the end of a backward pass; its bucket left out."""
     before = _storages()
@@ -351,17 +363,15 @@ def build_training_step(
     work: Path,
     mode: PrototypeMode,
     accumulation: int,
-    targets: Targets | None = None,
     patch_mode: PrototypeMode | None = None,
-    patch: str | None = None,
-) -> TrainingStep:
-    """The trainer's own step of a tiny network, 32 prototypes and `2 * GLOBAL_BATCH` images.
+    **terms: Any,
+) -> tuple[TrainingStep, PretrainConfig]:
+    """The trainer's own step of a tiny network, 32 prototypes and `2 * GLOBAL_BATCH` images, and its configuration.
 
-    CARP's loss, or with `targets` DINO's; with `patch` a term of that name on patches, its prototypes of `patch_mode`.
+    With the terms of `read_terms`; patches have prototypes of their own of `patch_mode`, if any.
     """
     config = build_config(
-        instance=None if targets is None else InstanceConfig(name="dino", targets=targets),
-        patch=None if patch is None else PatchConfig(name=patch),  # type: ignore[arg-type]
+        **read_terms(**terms),
         patch_mode=patch_mode,
         model=VIT,
         num_prototypes=32,
@@ -380,18 +390,27 @@ def build_training_step(
         build_network=partial(build_trained_network, config, sets=sets),
         spread=100.0,
     )
-    return assemble_step(config, NUM_SAMPLES, process, synchronization, sets, engine)
+    return assemble_step(config, NUM_SAMPLES, process, synchronization, sets, engine), config
 
 
-def draw_crops(process: Process, accumulation: int, seed: int = 1, patch: str | None = None) -> list[Crops]:
-    """This rank's micro-batches of a step's images: two global views and one local; masks for a term on patches."""
+def read_terms(instance: str = "carp", targets: Targets | None = None, patch: str = "none") -> dict[str, Any]:
+    """Terms by name: one on views with its `targets`, and one on patches."""
+    return {
+        "instance": InstanceConfig(name=instance, targets=targets),  # type: ignore[arg-type]
+        "patch": None if patch == "none" else PatchConfig(name=patch),  # type: ignore[arg-type]
+    }
+
+
+def draw_crops(process: Process, accumulation: int, seed: int = 1, **terms: Any) -> list[Crops]:
+    """This rank's micro-batches of a step's images: two global views, local ones and masks as the terms have them."""
     num_images, world_size = 2 * GLOBAL_BATCH, process.world_size
     images = torch.randn(2, num_images, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
     mine = images.chunk(world_size, 1)[process.rank]
-    term = None if patch is None else PatchConfig(name=patch)  # type: ignore[arg-type]
-    masks = part_of(masks_of(build_config(patch=term), num_images, seed), process.rank, world_size)
+    config = build_config(**read_terms(**terms))
+    masks = part_of(masks_of(config, num_images, seed), process.rank, world_size)
+    number = config.data.num_local_crops
     return [
-        Crops(part, part[:1, :, :, :8, 4:12].contiguous(), part_of(masks, index, accumulation))
+        Crops(part, part[:number, :, :, :8, 4:12].contiguous(), part_of(masks, index, accumulation))
         for index, part in enumerate(mine.chunk(accumulation, 1))
     ]
 
@@ -402,15 +421,16 @@ def one_step(
     work: Path,
     mode: PrototypeMode,
     accumulation: int,
+    patch_mode: PrototypeMode | None = None,
     **terms: Any,
 ) -> dict[str, Any]:
     """One whole training step on the same global batch: loss, every gradient and the prototypes' state, as lists.
 
     AdamW's first moment after one step is a tenth of the gradient that all ranks and micro-batches have summed.
     """
-    step = build_training_step(engine_name, process, work, mode, accumulation, **terms)
+    step, _ = build_training_step(engine_name, process, work, mode, accumulation, patch_mode, **terms)
     torch.manual_seed(process.rank)
-    outcome = step(draw_crops(process, accumulation, patch=terms.get("patch")), 0, SCHEDULE)
+    outcome = step(draw_crops(process, accumulation, **terms), 0, SCHEDULE)
     gradients = {
         name.split("/")[1]: tensor.flatten().tolist()
         for name, tensor in whole_state(step.engine).items()
@@ -434,9 +454,56 @@ def one_step(
     }
 
 
+def resume_step(
+    engine_name: str,
+    process: Process,
+    work: Path,
+    mode: PrototypeMode,
+    patch_mode: PrototypeMode | None = None,
+    **terms: Any,
+) -> dict[str, Any]:
+    """Three whole training steps, against one, a checkpoint as the trainer writes it, and two in a new engine."""
+    built = (engine_name, process, work, mode, 2, patch_mode)
+    root = work / f"resumed-{engine_name}-{mode}-{patch_mode}-{'-'.join(terms.values())}"
+
+    def run(step: TrainingStep, *numbers: int) -> list[float]:
+        losses = []
+        for index in numbers:
+            torch.manual_seed(100 * index + process.rank)
+            losses.append(float(step(draw_crops(process, 2, index, **terms), index, SCHEDULE).loss["total"]))
+        return losses
+
+    def read(step: TrainingStep) -> dict[str, Tensor]:
+        found = whole_state(step.engine) | dict(step.objective.state_dict(prefix="objective/"))
+        for one in step.sets:
+            found |= one.estimator.state_dict(prefix=f"{one.prefix}estimator/")
+            counts = process.all_gather_object(one.usage.counts)
+            found[f"{one.prefix}usage"] = torch.stack(counts).sum(0)
+        return {name: value.clone() for name, value in found.items() if isinstance(value, Tensor)}
+
+    whole, _ = build_training_step(*built, **terms)
+    losses = run(whole, 0, 1, 2)
+    begun, config = build_training_step(*built, **terms)
+    run(begun, 0)
+    progress = Progress(step=1, position={"used": {}, "samples_seen": 2 * GLOBAL_BATCH})
+    snapshot = Snapshot(config, progress, begun, process, {}, RecordPosition())
+    saved = save_checkpoint(root, 1, snapshot.write, process, keep_last=1)
+    assert saved.path is not None, saved.error
+    resumed, _ = build_training_step(*built, **terms)
+    restore(read_saved_run(saved.path, process), resumed, process)
+    resumed_losses = run(resumed, 1, 2)
+    expected = read(whole)
+    return {
+        "differing": differing(expected, read(resumed)),
+        "losses": losses,
+        "resumed_losses": [losses[0], *resumed_losses],
+        "parts": sorted({name.split("/")[0] for name in expected}),
+    }
+
+
 def waits(engine_name: str, process: Process, work: Path, mode: PrototypeMode) -> dict[str, Any]:
     """Where the CPU would wait for the device in an ordinary step, by place; DeepSpeed's own waits apart."""
-    step = build_training_step(engine_name, process, work, mode, 1)
+    step, _ = build_training_step(engine_name, process, work, mode, 1)
     for index in range(2):  # the estimator begins, engines make their buffers
         step(draw_crops(process, 1, seed=index), index, SCHEDULE)
     crops = draw_crops(process, 1, seed=2)
@@ -481,9 +548,11 @@ SCENARIOS: dict[str, Any] = {
         continue_from,
         skip_moves_nothing,
         ema_reference,
+        first_moves,
         live_bytes,
         options_change_nothing,
         one_step,
+        resume_step,
         waits,
         probe_with_unequal_parts,
     )

@@ -18,10 +18,13 @@ class DriftingTeacher:
         self.offset = 0.0
         self.calls = 0
 
-    def forward_teacher(self, crops):
+    def forward_teacher(self, crops, patches=None):
         self.calls += 1
         self.teacher(crops[0])
-        return NetworkOutput(crops[0].flatten(1) + self.offset, None)
+        if patches is None:
+            return NetworkOutput(crops[0].flatten(1) + self.offset, None)
+        # The lines of a picture are its patches.
+        return NetworkOutput(None, None, crops[0].flatten(0, 2)[patches["rows"]] + self.offset)
 
 
 def build_mixture(estimator="gmm_diag", **gmm):
@@ -50,6 +53,23 @@ def test_the_same_images_are_seen_a_revisit_apart():
     assert list(read) == [7] and read[7] == pytest.approx(4 * 0.5 * 8**0.5, rel=1e-4)
     assert engine.calls == 3  # two of the reading, one of the next, which began at step 9
     assert engine.teacher.num_batches_tracked == 0
+
+
+def test_a_mixture_of_patches_is_looked_at_on_patches():
+    """One of each image, in different places; the figures bear the set's name."""
+    engine, mixture, seen = DriftingTeacher(), build_mixture(**exact_gmm()), []
+    mixture.describe_drift = lambda before, after: (
+        seen.append((before, after)) or {"gmm/spacing": after.sum()}
+    )
+    gauge = DriftGauge(engine, mixture, 16, 1, lambda figures: figures, num_patches=3, prefix="patch_")
+    crops = torch.randn(5, 1, 3, 8)
+    for step in (1, 2):
+        engine.offset = 0.5 * step
+        gauge.observe(crops, step)
+    ((before, after),) = seen
+    assert torch.equal(before, torch.stack([crops[i, 0, i % 3] for i in range(5)]) + 0.5)
+    torch.testing.assert_close(after, before + 0.5)
+    assert list(gauge.metrics()) == ["patch_gmm/spacing"]
 
 
 def test_spacing_is_the_way_to_the_next_component():

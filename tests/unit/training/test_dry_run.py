@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.views.masking import draw_masks
 from models.student_teacher import SelfSupervisedNetwork
 from runtime.config import load_config
 from runtime.distributed import Process
 from tests.helpers.digits import DEMO, TINY, write_digit_shards
 from training.config import PretrainConfig
-from training.cost import buffer_bytes, measure_cost, state_bytes, waiting_bytes
+from training.cost import _fake_inputs, buffer_bytes, measure_cost, state_bytes, waiting_bytes
 from training.dry_run import describe_run
 from training.engines.table import ENGINES
 from training.initialisation import check_crop_sizes
+from training.patches import read_masks
 
 RECIPES = sorted(p.stem for p in Path("configs").glob("pretrain_*.yaml"))
 FAST = {"pretrain_vits16_imagenet_full", "pretrain_resnet50_imagenet_joint"}
@@ -95,8 +97,6 @@ def test_fsdp2_computes_in_bf16_alone():
 
 
 def test_a_term_on_patches_is_counted_with_its_head_rows_and_prototypes():
-    from training.cost import _fake_inputs
-
     plain = tiny("prototypes.mode=joint")
     masks = ("data.masks.kind=block", "data.masks.patch_size=7", "model.patch_size=7")
     shared = ("objective.patch.name=ibot", *masks)
@@ -142,6 +142,18 @@ def test_patches_that_are_left_out_cost_the_student_nothing_and_the_predictor_so
     plain = measure_cost(tiny("data.num_local_crops=0", "model.patch_size=7"))
     assert 0.4 * plain.dense_flops < cost.dense_flops < plain.dense_flops
     assert config.patch_rows_per_image == 2 * 16
+    # As many of every crop as the loader's masks have.
+    given = read_masks(draw_masks(config.data, range(5)), "left_out", torch.device("cpu"))
+    for role, expected in (("student", given.student), ("teacher", given.teacher)):
+        found = _fake_inputs(config, 5, role=role)[1]
+        assert {name: part.shape for name, part in found.items()} == {
+            name: part.shape for name, part in expected.items()
+        }
+
+
+def test_a_rate_for_what_the_network_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"optim\.patch_embed_lr_scale is 0\.5; expected 1 with ResNet"):
+        measure_cost(tiny("model.name=resnet18", "model.patch_size=null", "optim.patch_embed_lr_scale=0.5"))
 
 
 @pytest.mark.parametrize("mode", ["full", "joint"])

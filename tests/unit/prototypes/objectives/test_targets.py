@@ -232,6 +232,14 @@ def test_every_masked_crop_counts_alike_and_unmasked_ones_count():
     assert float(weights.sum()) == pytest.approx(3 / 6)
 
 
+def test_an_only_image_has_no_neighbour_to_be_pushed_from():
+    """One image a rank: nothing, rather than the distance to itself."""
+    embeddings = torch.randn(2, 1, 4, requires_grad=True)
+    loss = compute_embedding_koleo(embeddings)
+    loss.backward()
+    assert loss == 0 and torch.equal(embeddings.grad, torch.zeros_like(embeddings))
+
+
 def test_koleo_of_embeddings_ignores_their_length_and_spreads_equal_ones_without_blowing_up():
     embeddings = torch.randn(2, 12, 8)
     lengths = 0.1 + torch.rand(2, 12, 1)

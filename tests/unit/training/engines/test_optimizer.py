@@ -53,6 +53,37 @@ def test_layer_decay_slows_the_first_layers(student):
     assert scale[id(blocks[0].mlp.fc1.weight)] < scale[id(blocks[1].mlp.fc1.weight)] <= 1.0
 
 
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_the_patch_embedding_has_a_rate_of_its_own(student, layer_decay):
+    """Beside the layers' decay; all else stays as it was."""
+    embedding = {id(p) for p in student.network.backbone.patch_embed.parameters()}
+    assert len(embedding) == 2
+    plain, slow = (
+        {
+            id(p): (group["lr_scale"], group["decays"])
+            for group in build_parameter_groups(
+                student, OptimConfig(layer_decay=layer_decay, patch_embed_lr_scale=scale)
+            )
+            for p in group["params"]
+        }
+        for scale in (1.0, 0.2)
+    )
+    assert slow.keys() == plain.keys()
+    for parameter, (rate, decays) in plain.items():
+        expected = 0.2 * rate if parameter in embedding else rate
+        assert slow[parameter] == (pytest.approx(expected), decays)
+
+
+def test_a_rate_for_a_patch_embedding_that_is_not_there_is_refused():
+    network = TrainedNetwork(
+        SelfSupervisedNetwork(ModelConfig(name="resnet18", image_size=32), "student"), None
+    )
+    with pytest.raises(
+        ValueError, match=r"expected 1 with ResNet, which has no patch embedding; set optim\.patch"
+    ):
+        build_parameter_groups(network, OptimConfig(patch_embed_lr_scale=0.2))
+
+
 def test_schedule_reaches_every_group(student):
     optimizer = build_optimizer(student, OptimConfig(prototype_lr_scale=30.0))
     set_schedule_(optimizer.param_groups, StepSchedule(lr=0.1, weight_decay=0.2, ema_momentum=0.9))
