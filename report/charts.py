@@ -180,7 +180,7 @@ def draw_audit(label: str, figures: Mapping[str, Any]) -> bytes:
         label: of the encoder.
         figures: of the probe `prototypes`.
     """
-    usage = figures.get("image_usage") or {}
+    usage = figures.get("patch_usage", {}) | figures.get("image_usage", {})
     figure, axes = plt.subplots(
         1, 3 if usage else 2, figsize=(4.3 * (3 if usage else 2), 3.7), layout="constrained"
     )
@@ -202,7 +202,9 @@ def draw_audit(label: str, figures: Mapping[str, Any]) -> bytes:
     axes[1].set(xlabel="Angle on a random plane (radians)", ylabel="Density")
     axes[1].set_ylim(bottom=0)
     if usage:
-        axes[2].set(xscale="log", yscale="log", xlabel="Prototype, most used first", ylabel="Test images")
+        axes[2].set(
+            xscale="log", yscale="log", xlabel="Prototype, most used first", ylabel="Test images (patches)"
+        )
     for cell in axes:
         cell.grid(alpha=0.3)
         cell.spines[["top", "right"]].set_visible(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -98,7 +98,13 @@ GROUPS = (
 
 def draw_curves(runs: Mapping[str, Records]) -> list[Chart]:
     """Returns one chart for each group of which there are figures; a key without any number is left out."""
-    return [chart for group in GROUPS for chart in _draw_group(group, runs)]
+    groups = [each for group in GROUPS for each in (group, _of_patches(group))]
+    return [chart for group in groups for chart in _draw_group(group, runs)]
+
+
+def _of_patches(group: Group) -> Group:
+    """Returns the same of the patches' own prototypes; most groups have no such keys."""
+    return replace(group, prefix=f"patch_{group.prefix}", title=f"{group.title}: patches")
 
 
 def _draw_group(group: Group, runs: Mapping[str, Records]) -> Iterable[Chart]:

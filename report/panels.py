@@ -14,18 +14,20 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import interpolate, normalize, pad
 
 from data.config import DataConfig
 from data.stream.pipeline import TrainingStream
 from data.views.augmentations import DeviceAugmentation
-from evaluation.encoders.projections import project
+from evaluation.encoders.preprocessing import Preprocessing
+from evaluation.encoders.projections import find_spaces, project
 from evaluation.features.bank import FeatureBank
 from evaluation.features.extract import first_id_after, open_stream
 from evaluation.features.processes import Processes
 from evaluation.features.session import Session
 from evaluation.probes.knn import nearest
 from evaluation.probes.prototype_audit import load_exported_prototypes
+from evaluation.probes.prototype_probe import project_patches
 from report.charts import Chart, to_png
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ BANK_IMAGES = 4000
 _SIDE = 64
 _ROWS, _NEIGHBOURS = 8, 7
 _MAP_IMAGES, _MAP_CLASSES = 2000, 20
+_PATCH_IMAGES, _SHADE = 500, 0.45
 # Inches of a cell: a whole panel is as wide as a chart, so that its letters are as large, on a phone too.
 _CELL = 0.52
 _RIGHT, _WRONG, _QUERY = "#009E73", "#D55E00", "#000000"
@@ -107,11 +110,15 @@ def draw_neighbours(gallery: Gallery, run: str) -> Chart:
 
 
 def draw_prototype_images(gallery: Gallery, run: str) -> Chart | None:
-    """Returns the images nearest to the most used prototypes; None where the checkpoint has no projection head."""
+    """Returns the images nearest to the most used prototypes.
+
+    None where the checkpoint has no projection head, or its run compared no images with prototypes.
+    """
     encoder = gallery.session.encoder
-    if encoder.folder is None:
+    space = None if encoder.folder is None else find_spaces(encoder.folder, encoder.run_dir).get("instance")
+    if encoder.folder is None or space is None:
         return None
-    projections = project(encoder.folder, gallery.train.select("embedding"))
+    projections = project(encoder.folder, gallery.train.select("embedding"), space)
     if projections is None:
         return None
     unit = normalize(load_exported_prototypes(encoder.folder)["teacher"], dim=1)
@@ -129,6 +136,51 @@ def draw_prototype_images(gallery: Gallery, run: str) -> Chart | None:
         f"One prototype a row, chosen by how many of the first {len(projections)} training images it wins."
     )
     return Chart(f"prototype_images_{run}", f"Images of prototypes: {run}", caption, png)
+
+
+def draw_prototype_patches(gallery: Gallery, run: str) -> Chart | None:
+    """Returns the patches nearest to the most used prototypes of patches, each with the patches around it.
+
+    None where the run compared no patches with prototypes, or the checkpoint has not the head in front of them.
+    """
+    session = gallery.session
+    encoder, transform = session.encoder, session.encoder.transform
+    space = None if encoder.folder is None else find_spaces(encoder.folder, encoder.run_dir).get("patch")
+    if encoder.folder is None or space is None or not isinstance(transform, Preprocessing):
+        return None
+    seen = list(project_patches(session, gallery.train.manifest, space, _PATCH_IMAGES))
+    if not seen:
+        return None
+    images, projections = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    num_images, num_patches, _ = projections.shape
+    unit = normalize(load_exported_prototypes(encoder.folder, space.prototypes)["teacher"], dim=1)
+    winners = torch.cat([(rows @ unit.T).argmax(dim=1) for rows in projections])
+    popular = torch.bincount(winners, minlength=len(unit)).argsort(descending=True, stable=True)[:_ROWS]
+    # The best patch of each image: neighbours in one image would fill the row.
+    similarity, place = (normalize(projections, dim=2) @ unit[popular].T).max(dim=1)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (transform.mean, transform.std))
+    rows = []
+    for column, prototype in enumerate(popular.tolist()):
+        closest = similarity[:, column].argsort(descending=True, stable=True)[: _NEIGHBOURS + 1].tolist()
+        cut = [_cut_patch(images[i] * std + mean, int(place[i, column]), num_patches) for i in closest]
+        rows.append((f"#{prototype}", [(picture, _QUERY) for picture in cut]))
+    png = _draw_rows(rows, f"Patches nearest to the most used prototypes: {run}")
+    caption = (
+        f"One prototype a row, chosen by how many patches of the first {num_images} training images it wins; its "
+        "nearest patch in each image is bright in the middle, those around it are dimmed."
+    )
+    return Chart(f"prototype_patches_{run}", f"Patches of prototypes: {run}", caption, png)
+
+
+def _cut_patch(image: Float[Tensor, "C S S"], place: int, num_patches: int) -> UInt8[Tensor, "3 T T"]:
+    """Returns a patch of a grid, with as much as a patch around it on each side, dimmed; black beyond the image."""
+    grid = round(num_patches**0.5)
+    size = image.shape[-1] // grid
+    top, left = (place // grid) * size, (place % grid) * size
+    dimmed = pad(_SHADE * image.clamp(0, 1), [size] * 4)
+    around = dimmed[:, top : top + 3 * size, left : left + 3 * size].clone()
+    around[:, size : 2 * size, size : 2 * size] /= _SHADE
+    return _to_bytes(around)
 
 
 @torch.inference_mode()

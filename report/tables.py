@@ -93,15 +93,19 @@ def prototype_rows(result: dict[str, Any]) -> list[Row]:
 
 
 def usages_of(figures: dict[str, Any], role: str) -> list[tuple[dict[str, Any], str]]:
-    """Returns a matrix's usage figures, each with over what it was counted: the training epoch, and test images."""
+    """Returns a matrix's usage figures, each with over what it was counted: the training epoch, images, patches."""
     found = []
-    training = figures.get("training_usage", {}) if role == "teacher" else {}
+    sections = {"teacher": "training_usage", "patch teacher": "patch_training_usage"}
+    training = figures.get(sections.get(role, ""), {})
     if training:
-        rows = f"{training['usage_rows']:,.0f} views, " if "usage_rows" in training else ""
+        rows = f"{training['usage_rows']:,.0f} rows, " if "usage_rows" in training else ""
         found.append((training, f"{rows}epoch up to step {training['step']}"))
     images = figures.get("image_usage", {}).get(role)
     if images:
         found.append((images, f"{images['images']:,} test images"))
+    patches = figures.get("patch_usage", {}).get(role)
+    if patches:
+        found.append((patches, f"{patches['patches']:,} patches of {patches['images']:,} test images"))
     return found
 
 

@@ -66,9 +66,11 @@ def draw_charts(runs: list[Run]) -> list[Chart]:
     for name, run in zip(charts.short_names([run.name for run in runs]), runs, strict=True):
         audited = run.result("prototypes")
         roles = audited["figures"]["roles"] if audited else {}
-        # One line a run: the teacher's prototypes where there are several; the table has the others.
-        for values in [roles.get("teacher") or next(iter(roles.values()))] if roles else []:
-            unique[name], density[name] = values["unique_fraction"], values["angle_density"]
+        # One line a run: the teacher's prototypes where there are several; one more of its patches' own.
+        shown = {name: roles.get("teacher") or next(iter(roles.values()))} if roles else {}
+        shown |= {f"{name}: patches": roles["patch teacher"]} if "patch teacher" in roles else {}
+        for label, values in shown.items():
+            unique[label], density[label] = values["unique_fraction"], values["angle_density"]
     drawn = [
         charts.draw_probes(accuracy_rows(runs), [run.name for run in runs]),
         *curves.draw_curves({run.name: run.metrics for run in runs if run.metrics}),
@@ -118,6 +120,7 @@ def _draw_gallery(knn: dict[str, Any], safe: str) -> list[Chart | None]:
     return [
         panels.draw_neighbours(gallery, safe),
         panels.draw_prototype_images(gallery, safe),
+        panels.draw_prototype_patches(gallery, safe),
         panels.draw_patch_components(gallery, safe),
         panels.draw_feature_map(gallery, safe),
     ]

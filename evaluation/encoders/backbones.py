@@ -99,6 +99,15 @@ class TimmFeatures(FeatureModule):
         """Returns the last block's patch tokens, or the cells of the last grid."""
         return self._patches(self.model.forward_features(images))
 
+    def projected_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
+        """Returns the patch tokens as training gives them to a head: behind the norm that pooled features pass.
+
+        Models that pool patches have it behind the pooling, and none before.
+        """
+        tokens = self.patch_tokens(images)
+        normalise = getattr(self.model, "fc_norm", None) or nn.Identity()
+        return None if tokens is None else normalise(tokens)
+
     def _patches(self, tokens: Any) -> Float[Tensor, "B N D"] | None:
         if not isinstance(tokens, Tensor) or tokens.ndim not in (3, 4):
             return None

@@ -1,9 +1,10 @@
-"""Embeddings to projections, for checkpoints that carry their projection head: prototypes live behind it."""
+"""Features to projections, for checkpoints that carry their projection heads: prototypes live behind one."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -11,24 +12,62 @@ from torch import Tensor
 
 from models.config import HeadConfig
 from models.heads import UNIT_LENGTH, ProjectionHead
+from runtime.config import read_yaml
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 HEAD_FILE = "projection_head.safetensors"
 PROTOTYPES_FILE = "prototypes.safetensors"
+PATCH_HEAD_FILE = "patch_head.safetensors"
+PATCH_PROTOTYPES_FILE = "patch_prototypes.safetensors"
 _BLOCK = 8192
 
 
-def load_projection_head(folder: Path) -> ProjectionHead | None:
-    """Returns the head saved beside an exported encoder, in eval mode; None where there is none.
+@dataclass(frozen=True)
+class Space:
+    """Where the rows of one level are compared with prototypes.
+
+    Attributes:
+        level: `instance` (rows of images, by their embedding) or `patch` (of patch tokens).
+        head: file of the head in front.
+        prototypes: file of the prototypes: the level's own, or what both share.
+    """
+
+    level: Literal["instance", "patch"]
+    head: str
+    prototypes: str
+
+
+def find_spaces(folder: Path, run_dir: Path | None) -> dict[str, Space]:
+    """Returns the spaces of an exported folder by level: of the terms that its run was trained with.
+
+    Without the run's configuration there is one of images, and one of patches where they have prototypes of their own.
+    """
+    has_own = (folder / PATCH_PROTOTYPES_FILE).is_file()
+    instance, patch = "carp", "ibot" if has_own else "none"
+    if run_dir is not None and (run_dir / "config.yaml").is_file():
+        objective = read_yaml(str(run_dir / "config.yaml")).get("objective", {})
+        instance = objective.get("instance", {}).get("name", "carp")
+        patch = objective.get("patch", {}).get("name", "none")
+    spaces = {}
+    if instance != "none":
+        spaces["instance"] = Space("instance", HEAD_FILE, PROTOTYPES_FILE)
+    if patch != "none":
+        head = PATCH_HEAD_FILE if (folder / PATCH_HEAD_FILE).is_file() else HEAD_FILE
+        spaces["patch"] = Space("patch", head, PATCH_PROTOTYPES_FILE if has_own else PROTOTYPES_FILE)
+    return spaces
+
+
+def load_projection_head(folder: Path, name: str = HEAD_FILE) -> ProjectionHead | None:
+    """Returns a head saved beside an exported encoder, in eval mode; None where there is none.
 
     Its sizes are read from its tensors.
 
     Raises:
         ValueError: the tensors are no projection head of this project.
     """
-    path = folder / HEAD_FILE
+    path = folder / name
     if not path.is_file():
         return None
     state = load_file(path)
@@ -54,17 +93,17 @@ def load_projection_head(folder: Path) -> ProjectionHead | None:
 
 
 @torch.no_grad()
-def project(folder: Path, embedding: Float[Tensor, "B D"]) -> Float[Tensor, "B P"] | None:
-    """Returns the projections of embeddings under the head in `folder`; None where there is none.
+def project(folder: Path, features: Float[Tensor, "B D"], space: Space) -> Float[Tensor, "B P"] | None:
+    """Returns the projections of embeddings or patch tokens under a space's head; None where `folder` has none.
 
     Where the prototypes were estimated from recentred projections, these are recentred the same way:
     (projection - input_shift) * input_scale, both beside the prototypes.
     """
-    head = load_projection_head(folder)
+    head = load_projection_head(folder, space.head)
     if head is None:
         return None
-    projections = torch.cat([head(block) for block in embedding.split(_BLOCK)])
-    path = folder / PROTOTYPES_FILE
+    projections = torch.cat([head(block) for block in features.split(_BLOCK)])
+    path = folder / space.prototypes
     saved = load_file(path) if path.is_file() else {}
     if "input_shift" in saved:
         projections = projections - saved["input_shift"]

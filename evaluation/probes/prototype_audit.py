@@ -41,16 +41,16 @@ class AuditError(ValueError):
     """Prototypes that cannot be audited; the message is one line."""
 
 
-def load_exported_prototypes(folder: Path) -> dict[str, Float[Tensor, "K P"]]:
-    """Returns role to prototypes of an exported folder of ours, as they were saved (unit or not), fp32.
+def load_exported_prototypes(folder: Path, name: str = PROTOTYPES_FILE) -> dict[str, Float[Tensor, "K P"]]:
+    """Returns role to prototypes of a file of an exported folder of ours, as they were saved (unit or not), fp32.
 
     Raises:
         AuditError: the folder has no prototypes.
     """
-    path = folder / PROTOTYPES_FILE
+    path = folder / name
     if not path.is_file():
         raise AuditError(
-            f"{folder} has no {PROTOTYPES_FILE}; expected an exported encoder of this project or a weights file; "
+            f"{folder} has no {name}; expected an exported encoder of this project or a weights file; "
             "remove prototypes from probes or set encoder"
         )
     tensors = load_file(path)
@@ -146,18 +146,18 @@ def assign(projections: Float[Tensor, "B P"], prototypes: Float[Tensor, "K P"]) 
     return torch.cat(blocks)
 
 
-def read_training_usage(run_dir: Path, step: int | None) -> dict[str, Any]:
+def read_training_usage(run_dir: Path, step: int | None, section: str = "prototypes") -> dict[str, Any]:
     """Returns the usage figures that training wrote last, at or before `step`; empty where there are none.
 
-    They are over the views of one training epoch, counted before any revival of the step.
+    They are over the views (or patches) of one training epoch, counted before any revival of the step.
     """
     found: dict[str, Any] = {}
     for line in read_record(run_dir):
         if step is not None and line["step"] > step:
             continue
         for key in USAGE_FIGURES:
-            if f"prototypes/{key}" in line:
-                found[key] = line[f"prototypes/{key}"]
+            if f"{section}/{key}" in line:
+                found[key] = line[f"{section}/{key}"]
                 found["step"] = line["step"]
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.encoders.projections import project
+from evaluation.encoders.projections import find_spaces, project
 from evaluation.features.session import Outcome, Session
 from evaluation.probes.attentive import probe_attentive
 from evaluation.probes.clustering import agreement, cluster
@@ -85,7 +85,10 @@ def probe_clustering(session: Session) -> Outcome:
         )
     figures: dict[str, Any] = {"headline": agreement(assignments, test.labels), "feature": name}
     folder = session.encoder.folder
-    projections = project(folder, test.select("embedding")) if folder is not None else None
+    space = None if folder is None else find_spaces(folder, session.encoder.run_dir).get("instance")
+    projections = None
+    if folder is not None and space is not None:
+        projections = project(folder, test.select("embedding"), space)
     if folder is not None and projections is not None:
         winners = assign(projections, load_exported_prototypes(folder)["teacher"])
         _, dense = winners.unique(return_inverse=True)

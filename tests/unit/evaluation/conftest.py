@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from models.config import HeadConfig, ModelConfig
+from models.heads import ProjectionHead
 from models.student_teacher import SelfSupervisedNetwork
 from tests.helpers.digits import write_digit_shards
 from training.checkpoints.exported_encoder import export_encoder
@@ -16,8 +17,11 @@ def digits(tmp_path_factory):
     return write_digit_shards(tmp_path_factory.mktemp("digits") / "shards")
 
 
-def write_run(run_dir: Path, *, seed: int = 0, num_prototypes: int = 64) -> Path:
-    """A run directory with one complete checkpoint of a tiny ViT, metrics and a projection head."""
+def write_run(run_dir: Path, *, seed: int = 0, num_prototypes: int = 64, with_patches: bool = False) -> Path:
+    """A run directory with one complete checkpoint of a tiny ViT, metrics and a projection head.
+
+    `with_patches` adds a head and 48 prototypes of patches.
+    """
     from safetensors.torch import save_file
 
     torch.manual_seed(seed)
@@ -44,6 +48,10 @@ def write_run(run_dir: Path, *, seed: int = 0, num_prototypes: int = 64) -> Path
         provenance={},
     )
     save_file(network.projection_head.state_dict(), checkpoint / "teacher" / "projection_head.safetensors")
+    if with_patches:
+        patch_head = ProjectionHead(24, HeadConfig(num_layers=2, hidden_dim=20, projection_dim=8))
+        save_file(patch_head.state_dict(), checkpoint / "teacher" / "patch_head.safetensors")
+        save_file({"means": torch.randn(48, 8)}, checkpoint / "teacher" / "patch_prototypes.safetensors")
     (checkpoint / "COMMIT").write_text("")
     lines = [
         {
@@ -64,6 +72,8 @@ def write_run(run_dir: Path, *, seed: int = 0, num_prototypes: int = 64) -> Path
         }
         for step in range(11)
     ]
+    for line in lines if with_patches else ():
+        line |= {"patch_prototypes/used": 0.3, "patch_prototypes/usage_rows": 5000, "patch_gmm/beta": 1.0}
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run_dir
 

@@ -21,7 +21,7 @@ ALL = "[prototypes,knn,linear,logistic,few_shot,clustering,long_tail,fine_tune]"
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, digits):
-    """Two runs, each through every probe."""
+    """Two runs, each through every probe; the second has prototypes of patches as well."""
     root = tmp_path_factory.mktemp("evaluated")
     config = root / "eval.yaml"
     config.write_text(
@@ -32,7 +32,7 @@ def evaluated(tmp_path_factory, digits):
         "fine_tune: {epochs: 1, batch_size: 64, shuffle_buffer: 100}\n"
     )
     for seed, name in enumerate(("first", "second")):
-        run = write_run(root / name, seed=seed)
+        run = write_run(root / name, seed=seed, with_patches=name == "second")
         arguments = [str(config), f"encoder={run}", f"probes={ALL}", "controls=[random-init,raw-pixels]"]
         assert program.main([*arguments, "control_seeds=2"]) == 0
     return root
@@ -71,9 +71,30 @@ def test_usage_comes_from_training_and_from_images(evaluated):
     training, tested = prototype_rows(result(evaluated, "first", "prototypes"))
     assert training["used %"] == "50.00" and training["by mass >= 1 %"] == "40.00"
     assert training["by logits %"] == "90.00" and training["ceiling %"] == "100.00"
-    assert training["usage over"] == "640 views, epoch up to step 10"
+    assert training["usage over"] == "640 rows, epoch up to step 10"
     assert tested["used %"] == "" and tested["usage over"] == f"{images['images']:,} test images"
     assert figures["roles"]["teacher"]["num_prototypes"] == 64
+
+
+def test_prototypes_of_patches_are_audited_beside_those_of_images(evaluated):
+    assert (
+        not {"patch_usage", "patch_training_usage"}
+        & result(evaluated, "first", "prototypes")["figures"].keys()
+    )
+    figures = result(evaluated, "second", "prototypes")["figures"]
+    assert list(figures["roles"]) == ["teacher", "patch teacher"]
+    own = figures["roles"]["patch teacher"]
+    assert (own["num_prototypes"], own["dim"]) == (48, 8) and own["unique"]["0.025"] == 48
+    assert figures["patch_training_usage"] == {"used": 0.3, "usage_rows": 5000, "step": 10}
+    usage = figures["patch_usage"]["patch teacher"]
+    assert (usage["images"], usage["patches"]) == (96, 96 * 16)
+    assert sum(usage["largest_counts"]) == 96 * 16
+    assert 0 < usage["used_by_logits"] <= usage["used_ceiling"] == 1
+    rows = prototype_rows(result(evaluated, "second", "prototypes"))
+    assert [row["usage over"] for row in rows[2:]] == [
+        "5,000 rows, epoch up to step 10",
+        "1,536 patches of 96 test images",
+    ]
 
 
 def test_thinned_training_set_has_three_groups(evaluated):
@@ -120,7 +141,11 @@ def test_report_is_one_page_that_fetches_nothing(evaluated, tmp_path):
         "unique_by_eps",
         "neighbours_first",
         "prototype_images_second",
+        "prototype_patches_second",
+        "patch_prototypes_over_time",
+        "patch_gmm_over_time",
     } <= names
+    assert "prototype_patches_first" not in names
     markdown = (tmp_path / "report" / "results.md").read_text()
     assert "second minus first" in markdown
     for table in (

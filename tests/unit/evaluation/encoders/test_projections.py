@@ -4,9 +4,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from evaluation.encoders.projections import HEAD_FILE, load_projection_head
-from models.config import HeadConfig
+from evaluation.encoders.backbones import TimmFeatures
+from evaluation.encoders.projections import (
+    HEAD_FILE,
+    PATCH_HEAD_FILE,
+    PATCH_PROTOTYPES_FILE,
+    PROTOTYPES_FILE,
+    Space,
+    find_spaces,
+    load_projection_head,
+    project,
+)
+from models.config import HeadConfig, ModelConfig, OutputsConfig
 from models.heads import UNIT_LENGTH, ProjectionHead
+from models.student_teacher import SelfSupervisedNetwork
 
 
 @pytest.mark.parametrize("is_unit", [False, True])
@@ -19,3 +30,63 @@ def test_a_saved_head_keeps_its_unit_length(tmp_path, is_unit):
     assert torch.equal(found(rows), head(rows))
     lengths = found(rows).norm(dim=1)
     assert torch.allclose(lengths, torch.ones(3)) == is_unit
+
+
+INSTANCE = Space("instance", HEAD_FILE, PROTOTYPES_FILE)
+
+
+@pytest.mark.parametrize(
+    ("objective", "files", "expected"),
+    [
+        ("", (), {"instance": INSTANCE}),
+        ("", (PATCH_HEAD_FILE, PATCH_PROTOTYPES_FILE), "both apart"),
+        ("{}", (), {"instance": INSTANCE}),
+        ("{patch: {name: ibot}}", (), "shared"),
+        ("{patch: {name: ibot}}", (PATCH_HEAD_FILE,), "prototypes shared"),
+        ("{patch: {name: ibot}}", (PATCH_HEAD_FILE, PATCH_PROTOTYPES_FILE), "both apart"),
+        ("{instance: {name: none}, patch: {name: capi}}", (), "alone"),
+    ],
+)
+def test_what_is_compared_with_prototypes_is_what_the_run_had_terms_on(tmp_path, objective, files, expected):
+    own = {
+        "both apart": Space("patch", PATCH_HEAD_FILE, PATCH_PROTOTYPES_FILE),
+        "shared": Space("patch", HEAD_FILE, PROTOTYPES_FILE),
+        "prototypes shared": Space("patch", PATCH_HEAD_FILE, PROTOTYPES_FILE),
+        "alone": Space("patch", HEAD_FILE, PROTOTYPES_FILE),
+    }
+    if isinstance(expected, str):
+        expected = {"patch": own[expected]} | ({} if expected == "alone" else {"instance": INSTANCE})
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    if objective:
+        (tmp_path / "config.yaml").write_text(f"objective: {objective}\n")
+    assert find_spaces(tmp_path, tmp_path) == expected
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_patches_are_projected_as_in_training(tmp_path, pool, is_shared):
+    """Behind the norm, which models that pool patches have behind the pooling."""
+    head = HeadConfig(num_layers=2, hidden_dim=6, projection_dim=4)
+    model = ModelConfig(
+        name="vit_tiny_patch16_224",
+        image_size=16,
+        patch_size=4,
+        embed_dim=24,
+        depth=1,
+        num_heads=2,
+        global_pool=pool,
+        head=head,
+        patch_head=None if is_shared else head,
+    )
+    network = SelfSupervisedNetwork(model, "teacher", OutputsConfig(patches="hidden")).eval()
+    for parameter in network.backbone.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))  # norms that do nothing would be missed by nobody
+    images = torch.randn(3, 3, 16, 16)
+    expected = network([images], {"rows": torch.arange(48)})[2]
+    space = Space("patch", HEAD_FILE if is_shared else PATCH_HEAD_FILE, PROTOTYPES_FILE)
+    of_patches = network.projection_head if is_shared else network.patch_head
+    save_file(of_patches.state_dict(), tmp_path / space.head)
+    tokens = TimmFeatures(network.backbone).projected_tokens(images)
+    assert tokens.shape == (3, 16, 24)
+    torch.testing.assert_close(project(tmp_path, tokens.flatten(0, 1), space), expected)
