@@ -96,20 +96,23 @@ class StageClock:
 
     def watch(self, step: TrainingStep, feed: Feed) -> None:
         """Counts the stages of a step and its feed, whose data wait is `iterate`'s."""
-        engine, one = step.engine, step.sets[0]
-        parts: tuple[tuple[Any, str, str], ...] = (
+        engine = step.engine
+        parts: list[tuple[Any, str, str]] = [
             (feed, "take", "copy + augment"),
             (engine, "forward_teacher", "teacher"),
-            (one.estimator, "observe", "E-step"),
             (engine, "forward_student", "student forward"),
-            (one.estimator, "commit", "M-step"),
             (engine, "backward", "backward"),
             (engine, "gradients_are_finite", "check"),
             (step, "_apply", "check"),
             (engine, "step", "optimizer"),
             (engine, "update_teacher", "EMA"),
-            (one, "count_usage", "usage"),
-        )
+        ]
+        for one in step.sets:
+            parts += [
+                (one.estimator, "observe", "E-step"),
+                (one.estimator, "commit", "M-step"),
+                (one, "count_usage", "usage"),
+            ]
         for owner, name, stage in parts:
             setattr(owner, name, self.timed(getattr(owner, name), stage))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,27 +16,30 @@ from PIL import Image
 
 from benchmarks._replica_engine import ReplicaEngine
 from benchmarks._stages import StageClock
-from data.config import DataConfig
+from data.config import DataConfig, MaskConfig
 from data.stream.pipeline import TrainingStream
 from data.views.augmentations import DeviceAugmentation
 from data.views.collate import CropBatch
 from data.writing.shard_writing import write_split
 from data.writing.sources import ImageSource, SourceSample
 from models.config import HeadConfig, ModelConfig
-from prototypes.build import build_estimator, build_objective
-from prototypes.config import Mode, PartitionConfig, PrototypesConfig
-from prototypes.diagnostics import UsageCounter
+from prototypes.config import (
+    InstanceConfig,
+    Mode,
+    ObjectiveConfig,
+    PartitionConfig,
+    PatchConfig,
+    PrototypesConfig,
+)
 from runtime.distributed import Process
 from runtime.seeding import seed_everything
-from training.build import assemble_engine, build_trained_network, make_ready
-from training.config import BatchConfig, EngineConfig, PretrainConfig
+from training.build import assemble_engine, assemble_step, build_sets, build_trained_network, make_ready
+from training.config import BatchConfig, EngineConfig, OptimConfig, PretrainConfig
 from training.engines.interface import Engine
 from training.engines.synchronization import Synchronization
 from training.feed import Feed
-from training.guards import LossSpikeGuard
 from training.prototype_sets import PrototypeSet
 from training.schedules import StepSchedule
-from training.step import TrainingStep
 
 MODES: tuple[Mode, ...] = ("full", "joint", "frozen_random")
 SCHEDULE = StepSchedule(lr=1e-4, weight_decay=0.04, ema_momentum=0.99)
@@ -43,6 +47,11 @@ _NUM_LANES = 16
 _SAMPLES_PER_SHARD = 16
 _NUM_IMAGES = 512
 _DROP_PATH = 0.1
+# Of the run that contestants are steps of.
+_NUM_SAMPLES, _NUM_STEPS = 50_000, 10_000
+# iBOT's number, and the configurations' bound for one step of a mixture.
+_NUM_PATCH_PROTOTYPES, _MAX_PATCH_ROWS = 8192, 2048
+_TINY_PATCH_SIZE = 4
 
 
 class ModelSpec(NamedTuple):
@@ -108,7 +117,7 @@ def build_config(options: argparse.Namespace, mode: Mode, engine: str, world_siz
     spec = MODELS[options.model]
     number, side = spec.local_crops
     stage = "zero0" if engine in ("ddp", "fsdp2") else engine
-    return PretrainConfig(
+    config = PretrainConfig(
         batch=BatchConfig(global_batch_size=options.batch[0] * world_size),
         data=DataConfig(
             shards=options.shards,
@@ -129,11 +138,30 @@ def build_config(options: argparse.Namespace, mode: Mode, engine: str, world_siz
             dim=spec.model.head.projection_dim,
             partition=PartitionConfig(size=512),
         ),
+        optim=OptimConfig(steps=_NUM_STEPS),
         engine=EngineConfig(
             name="fsdp2" if engine == "fsdp2" else "deepspeed",
             precision=options.precision,
             deepspeed_config=f"ds_configs/{stage}_{options.precision}.json",
         ),
+    )
+    return _with_patches(config) if options.objective == "ibot" else config
+
+
+def _with_patches(config: PretrainConfig) -> PretrainConfig:
+    """Returns the run with DINO's and iBOT's terms, patches with a head and prototypes of their own in the same mode.
+
+    The tiny ViT then has 64 patches of an image.
+    """
+    patch_size = None if config.model.patch_size is None else _TINY_PATCH_SIZE
+    return replace(
+        config,
+        data=replace(config.data, masks=MaskConfig(kind="block", patch_size=patch_size or 16)),
+        model=replace(config.model, patch_size=patch_size, patch_head=config.model.head),
+        patch_prototypes=replace(
+            config.prototypes, num_prototypes=_NUM_PATCH_PROTOTYPES, max_rows_per_rank=_MAX_PATCH_ROWS
+        ),
+        objective=ObjectiveConfig(instance=InstanceConfig(name="dino"), patch=PatchConfig(name="ibot")),
     )
 
 
@@ -173,34 +201,14 @@ class Contestant:
     ) -> None:
         self.clock = StageClock(process.device)
         self._process, self._num_steps = process, 0
-        batch_size = config.batch.micro_batch_size_per_gpu(process.world_size)
-        estimator = build_estimator(
-            config.prototypes,
-            seed=0,
-            num_observations_per_epoch=100_000,
-            total_steps=10_000,
-            rank=process.rank,
-            world_size=process.world_size,
-            rows_per_rank=config.data.num_global_crops * batch_size,
-            reduce_sum=self.clock.collective(synchronization.reduce_sum, "exchange"),
-            gather=self.clock.collective(synchronization.gather, "exchange"),
-            device=process.device,
-        )
-        usage = UsageCounter(config.prototypes.num_prototypes, device=process.device)
-        prototypes = PrototypeSet("prototypes", ["instance"], estimator, usage)
-        self._step = TrainingStep(
-            engine=build_engine(name, config, prototypes, process),
-            sets=[prototypes],
-            objective=build_objective(
-                config.objective,
-                config.prototypes,
-                seed=0,
-                mean_over_ranks=synchronization.mean_over_ranks,
-            ).to(process.device),
-            batch=config.batch,
-            synchronization=synchronization,
-            spike_guard=LossSpikeGuard(config.optim.spike_factor),
-        )
+        watched = copy(synchronization)
+        for collective in ("reduce_sum", "gather"):
+            counted = self.clock.collective(getattr(synchronization, collective), "exchange")
+            setattr(watched, collective, counted)
+        sets = build_sets(config, _NUM_SAMPLES, process, watched)
+        engine = build_engine(name, config, sets, process)
+        self._step = assemble_step(config, _NUM_SAMPLES, process, synchronization, sets, engine)
+        self._step.drift = ()  # for the lines of a record
         augmentation = DeviceAugmentation(config.data).to(process.device)
         self._feed = Feed(self.clock.iterate(stream, "data wait"), augmentation, process.device, 1)
         self.clock.watch(self._step, self._feed)
@@ -234,12 +242,10 @@ class Contestant:
         return {stage: seconds / count for stage, seconds in self.clock.seconds.items()}
 
 
-def build_engine(name: str, config: PretrainConfig, prototypes: PrototypeSet, process: Process) -> Engine:
+def build_engine(name: str, config: PretrainConfig, sets: Sequence[PrototypeSet], process: Process) -> Engine:
     """Returns one contestant's engine; all start from the same weights."""
     torch.manual_seed(0)
-    student, teacher = (
-        build_trained_network(config, role, sets=[prototypes]) for role in ("student", "teacher")
-    )
+    student, teacher = (build_trained_network(config, role, sets=sets) for role in ("student", "teacher"))
     make_ready(config, student, teacher, process)
     if name == "ddp":
         return ReplicaEngine(student, teacher, config.optim, config.engine.precision)
