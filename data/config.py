@@ -203,13 +203,13 @@ class DataConfig:
     }
 
     images: str | None = None
-    """Folder of images, in place of `shards`: at the first start they are written as shards into `cache_dir`, and again
+    """Folder of images, with `shards` null: at the first start they are written as shards into `cache_dir`, and again
     when the folder has changed. Folders in it are classes, `train`, `val`, `test`, ... splits.
     """
     images_timeout_s: Annotated[float, "[1, 1e6]"] = 21600.0
     """Seconds that the other ranks wait while the first one writes the shards of `images`."""
-    shards: str = ""
-    """Folder that holds `{split}-*.tar` and `manifest.json`; also `s3://`-like addresses of one."""
+    shards: str | None = None
+    """Folder that holds `{split}-*.tar` and `manifest.json`, with `images` null; also `s3://`-like addresses of one."""
     split: str = "train"
     """Which split of that folder to train on."""
     image_key: str = ""
@@ -277,16 +277,44 @@ class DataConfig:
         fits = self.masks.kind == "none" or self.global_crop_size % patch == 0
         rule = f"a multiple of data.masks.patch_size ({patch})"
         _require(fits, "global_crop_size", self.global_crop_size, rule)
-        has_images = self.images is not None
-        _require(self.images != "", "images", "''", "a folder of images, or null")
-        _require(has_images or bool(self.shards), "shards", repr(self.shards), "a folder, or data.images")
+        require_one_source(images=self.images, shards=self.shards)
+        has_source = self.images is not None or self.shards is not None
+        _require(has_source, "shards", "null", "a folder of shards, or one of images in data.images")
         _require(bool(self.split), "split", repr(self.split), "the name of a split")
+
+    @property
+    def written_shards(self) -> str:
+        """The shards, to which `images` give way before anything reads them."""
+        assert self.shards is not None, "data.images are written as shards first"
+        return self.shards
 
     @property
     def resolved_augmentation(self) -> Recipe:
         """What happens to a view: the recipe with the values of `augmentation` that are not null."""
         given = {name: value for name, value in vars(self.augmentation).items() if value is not None}
         return replace(RECIPES[self.recipe], **given)
+
+
+def require_one_source(**places: str | None) -> None:
+    """Checks the options of `data` that say where the images are: of several, each would have to be read alone.
+
+    Args:
+        places: name and value of each, the one that excludes the others first.
+
+    Raises:
+        ValueError: one is empty, or the first stands beside another.
+    """
+    given = {f"data.{name}": repr(place) for name, place in places.items() if place is not None}
+    for key, shown in given.items():
+        if shown == "''":
+            raise ValueError(f"{key} is ''; expected a folder, or null; set {key}")
+    first, *others = (f"data.{name}" for name in places)
+    for other in others:
+        if first in given and other in given:
+            raise ValueError(
+                f"{first} is {given[first]} and {other} is {given[other]}; expected one of them; set {other}=null, or "
+                f"{first}=null"
+            )
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:

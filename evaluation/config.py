@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from data.config import require_one_source
 from evaluation.probes.config import (
     AttentiveConfig,
     ClusteringConfig,
@@ -52,13 +53,13 @@ class EvaluationDataConfig:
     """The labelled images."""
 
     images: str | None = None
-    """Folder of images, in place of `shards`: with folders of classes in `train` and `test` (or what the splits are
+    """Folder of images, with `shards` null: with folders of classes in `train` and `test` (or what the splits are
     called). They are written as shards into `cache_dir` once, and again when the folder has changed.
     """
     cache_dir: str = "datasets/cache"
     """Where shards of `images` are kept."""
-    shards: str = "datasets/fashion-mnist"
-    """Directory of the shards of both splits, `manifest.json` beside them."""
+    shards: str | None = None
+    """Directory of the shards of both splits, `manifest.json` beside them; with `images` null."""
     train_split: str = "train"
     """The bank of k-NN and what classifiers are fitted on."""
     test_split: str = "test"
@@ -75,6 +76,10 @@ class EvaluationDataConfig:
     """Images of one forward pass on one process."""
     num_workers: Annotated[int, "[0, 1024]"] = 2
     """Decoding processes on each process."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, one line, for images in two places; an audit of prototypes alone needs none."""
+        require_one_source(images=self.images, shards=self.shards, test_shards=self.test_shards)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import re
 import sys
 import time
 from collections import defaultdict
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("evaluation.embed")  # also where this file is the program
 
 _PART_IMAGES = 256  # of a part on the disk: what a killed job does again, and what memory holds
+_OF_THE_TRANSFORM = re.compile(r"\btransform\.(image_size|mean|std)\b")
 _SAY_EVERY_S = 30.0
 _NUM_NAMED = 5
 
@@ -59,18 +61,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--image-size", type=int, default=None, help="side in pixels, in place of the encoder's"
     )
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            metavar="X",
+            help="of each channel in 0..1, in place of the encoder's",
+        )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the forward pass")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes on each process")
     options = parser.parse_args(arguments)
-    for name, lowest, highest in (
-        ("batch", 1, _PART_IMAGES),
-        ("workers", 0, 1024),
-        ("image_size", 1, 10_000),
-    ):
-        value, flag = getattr(options, name), "--" + name.replace("_", "-")
-        if value is not None and not lowest <= value <= highest:
-            raise UserError(f"{flag} is {value}; expected {lowest} to {highest}; set {flag}")
+    for name, lowest, highest in (("batch", 1, _PART_IMAGES), ("workers", 0, 1024)):
+        value = getattr(options, name)
+        if not lowest <= value <= highest:
+            raise UserError(f"--{name} is {value}; expected {lowest} to {highest}; set --{name}")
     if options.out.suffix != ".npz":
         raise UserError(f"--out is {str(options.out)!r}; expected a name that ends in .npz; set --out")
     return options
@@ -95,15 +101,11 @@ def embed(options: argparse.Namespace, processes: Processes) -> None:
     Raises:
         ValueError: whatever the user can mend, in one line.
     """
-    from evaluation.config import TransformConfig
-    from evaluation.encoders.load import load_encoder
     from evaluation.features.image_lists import open_images
     from evaluation.features.npz_parts import PartFiles
 
     images = open_images(options.images, options.split)
-    encoder = load_encoder(
-        options.encoder, role=options.role, transform=TransformConfig(image_size=options.image_size)
-    )
+    encoder = _load(options)
     if encoder.weights_file is not None:
         raise UserError(
             f"ENCODER is {encoder.spec!r}, a weights file; expected a network, which has features"
@@ -121,6 +123,25 @@ def embed(options: argparse.Namespace, processes: Processes) -> None:
     _extract_parts(options, encoder, images, files, own, processes)
     processes.wait()
     processes.do_on_first(lambda: _finish(files, len(images)))
+
+
+def _load(options: argparse.Namespace) -> Encoder:
+    """Returns the encoder.
+
+    Raises:
+        UserError: what `evaluate.py` refuses, in the words of this command line.
+    """
+    from evaluation.config import EvaluationConfig
+    from evaluation.encoders.load import load_encoder
+    from runtime.config import build_config
+
+    given = {name: getattr(options, name) for name in ("image_size", "mean", "std")}
+    try:
+        config = build_config(EvaluationConfig, {"encoder": options.encoder, "transform": given})
+        return load_encoder(options.encoder, role=options.role, transform=config.transform)
+    except ValueError as error:
+        own_words = _OF_THE_TRANSFORM.sub(lambda found: "--" + found[1].replace("_", "-"), str(error))
+        raise UserError(own_words) from error
 
 
 def _open(files: PartFiles, images: ImageList) -> list[int]:
@@ -194,15 +215,19 @@ def _forward(
     """
     import torch
 
-    from evaluation.features.bank import NonFiniteFeatureError, select_feature
+    from evaluation.features.bank import NonFiniteFeatureError, available_features, select_feature
 
     if not batch.names:
         return {}
     images = batch.images.to(processes.device, non_blocking=True)
     with torch.autocast(processes.device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        rows = {"features": select_feature(encoder.module(images), options.feature)}
+        module = encoder.module
+        features, patches = module.with_patches(images) if options.patches else (module(images), None)
+        if options.feature not in (known := available_features(features)):
+            rule = f"expected one of {', '.join(known)} for this encoder"
+            raise UserError(f"--feature is {options.feature!r}; {rule}; set --feature")
+        rows = {"features": select_feature(features, options.feature)}
         if options.patches:
-            patches = encoder.module.patch_tokens(images)
             if patches is None:
                 raise UserError(
                     f"--patches is given, and {encoder.spec} has no patch tokens; leave --patches out"

@@ -80,7 +80,7 @@ def _with_shards(config: EvaluationConfig, processes: Processes) -> EvaluationCo
         return config
     images = data.images
     shards = processes.do_on_first(lambda: make_folder_shards(images, data.cache_dir))
-    return replace(config, data=replace(data, images=None, shards=shards, test_shards=None))
+    return replace(config, data=replace(data, images=None, shards=shards))
 
 
 def _is_affordable(control: Encoder, session: Session) -> bool:

@@ -209,7 +209,8 @@ class UsageCounter:
         `used` is the share of the K prototypes that won at least one row in the E-step (by the logits where there is
         none), `dead` = 1 - used, `usage_perplexity` = exp(entropy of the rows won) / K; `used_by_mass` the share with
         a mass of at least 1, `used_by_logits` that of the logits' argmax. `usage_rows` says over how many rows, and
-        `used_ceiling` = min(K, rows) / K what share they could have reached.
+        `used_ceiling` = min(K, rows) / K what share they could have reached. A mixture that has not begun has had no
+        E-step and is neither used nor dead: `used_by_logits` alone.
 
         Args:
             is_alive: which prototypes point anywhere; the others are dead, whatever they won. None: all.
@@ -223,12 +224,15 @@ class UsageCounter:
         def part(used: Tensor) -> float:
             return float((used & is_alive).double().mean())
 
+        by_logits = {"prototypes/used_by_logits": part(self.by_logits > 0)}
+        if self._has_assignments and not number:
+            return by_logits
         by_mass = {"prototypes/used_by_mass": part(self.mass >= 1)} if self._has_assignments else {}
         return {
             "prototypes/used": part(won > 0),
             "prototypes/dead": 1.0 - part(won > 0),
             **by_mass,
-            "prototypes/used_by_logits": part(self.by_logits > 0),
+            **by_logits,
             "prototypes/usage_perplexity": float(entropy.exp()) / len(won),
             "prototypes/usage_rows": number,
             "prototypes/used_ceiling": min(1.0, number / len(won)),

@@ -137,7 +137,9 @@ def draw_overlays(result: dict[str, Any], run: str) -> Chart | None:
         return None
     config = build_config(EvaluationConfig, result["provenance"]["config"])
     data = config.data
-    manifest = load_manifest(data.test_shards or data.shards, data.test_split, "data.test_split")
+    shards = data.test_shards or data.shards
+    assert shards is not None, "an evaluation writes the shards of data.images first"
+    manifest = load_manifest(shards, data.test_split, "data.test_split")
     wanted = kept["sample_ids"].tolist()[:_SHOWN]
     stream = open_stream(
         manifest, _Scene(), data=data, processes=Processes(), limit=len(kept["sample_ids"]), dense=True

@@ -33,11 +33,15 @@ def check_arm(arm: Arm, cluster: ClusterConfig) -> None:
             "writes them; write them with python -m data.make_shards imagefolder, and set data.shards"
         )
     _check_paths(arm)
-    _check_shards(config.data.shards, config.data.split, "data.split")
+    _check_shards(config.data.written_shards, config.data.split, "data.split")
     if arm.evaluation is not None:
         data = arm.evaluation.data
-        key = "evaluation.test_split, or data.test_split of --evaluate-config"
-        _check_shards(data.test_shards or data.shards, data.test_split, key)
+        key, shards = (
+            "evaluation.test_split, or data.test_split of --evaluate-config",
+            data.test_shards or data.shards,
+        )
+        if shards is not None:
+            _check_shards(shards, data.test_split, key)
     if not (CHECKOUT / config.engine.deepspeed_config).is_file() and config.engine.name == "deepspeed":
         raise UserError(
             f"engine.deepspeed_config is {config.engine.deepspeed_config!r}; expected an existing JSON file; "
@@ -132,7 +136,7 @@ def check_queue(arm: Arm, after: str | None) -> None:
 
 def _check_paths(arm: Arm) -> None:
     config = arm.config
-    for key, path in (("data.shards", config.data.shards), ("run.output_dir", config.run.output_dir)):
+    for key, path in (("data.shards", config.data.written_shards), ("run.output_dir", config.run.output_dir)):
         # The job runs in a copy of the checkout, where a path that climbs out of it means another place.
         if path.startswith("..") or (
             _REMOTE not in path and not Path(path).is_absolute() and Path.cwd() != CHECKOUT

@@ -52,8 +52,8 @@ FLOORS = {
         ("shards", "usage"),
     ),
     "training": (
-        ("build",),
-        ("trainer", "dry_run", "export", "evaluation_job"),
+        ("build", "dry_run"),
+        ("trainer", "export", "evaluation_job"),
         ("initialisation", "run_directory", "health", "cost", "onnx_file"),
         ("checkpoints",),
         ("step",),

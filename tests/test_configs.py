@@ -238,3 +238,38 @@ def test_tagged_yaml_constructs_nothing(tmp_path):
     with pytest.raises(ConfigError):
         load_config(PretrainConfig, str(path))
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("program", [PretrainConfig, EvaluationConfig])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"images": "PHOTOS", "shards": "datasets/mine"},
+            r"^data\.images is 'PHOTOS' and data\.shards is 'datasets/mine'; expected one of them; set "
+            r"data\.shards=null, or data\.images=null$",
+        ),
+        ({"images": ""}, r"^data\.images is ''; expected a folder, or null; set data\.images$"),
+        ({"shards": ""}, r"^data\.shards is ''; expected a folder, or null; set data\.shards$"),
+    ],
+)
+def test_images_lie_in_one_place(program, data, message):
+    given = read_yaml(str(DEMO)) if program is PretrainConfig else {"encoder": "raw-pixels", "data": {}}
+    for shards in ("datasets/mine", None):
+        one = {"images": None if shards else "PHOTOS", "shards": shards}
+        build_config(program, {**given, "data": {**given["data"], **one}})
+    with pytest.raises(ConfigError, match=message):
+        build_config(program, {**given, "data": {**given["data"], "images": None, "shards": None, **data}})
+
+
+def test_images_in_no_place_or_a_test_split_beside_them_are_refused():
+    given = read_yaml(str(DEMO))
+    with pytest.raises(
+        ConfigError, match=r"^data\.shards is null; expected a folder of shards, or .*data\.images"
+    ):
+        build_config(PretrainConfig, {**given, "data": {**given["data"], "shards": None}})
+    own = {"images": "PHOTOS", "test_shards": "datasets/test"}
+    with pytest.raises(
+        ConfigError, match=r"^data\.images is 'PHOTOS' and data\.test_shards is 'datasets/test'"
+    ):
+        build_config(EvaluationConfig, {"encoder": "raw-pixels", "data": own})

@@ -43,6 +43,7 @@ from training.initialisation import (
     initialise_estimator,
     initialise_network,
 )
+from training.metrics import require_views
 from training.prototype_sets import SECTIONS, PrototypeSet
 from training.run_directory import RunDirectory
 from training.run_length import check_length, report_extension, steps_per_epoch
@@ -66,11 +67,12 @@ def build_trainer(
         ValueError: something that the user can mend: data, sizes, an engine that refuses a combination, checkpoints
             of which none is usable.
     """
+    require_views(config.logging)
     root = directory.path / "checkpoints"
     on_saved = build_evaluation_job(config, directory.path)
     resumption = Resumption(root, process) if config.run.resume else None
     begins = resumption is None or resumption.saved is None
-    stream = _build_stream(config, process, None)
+    stream = build_stream(config, process)
     check_length(config, stream.num_samples)
     training_step = _build_training_step(config, stream.num_samples, process, initialise=begins)
     saved = None
@@ -78,7 +80,7 @@ def build_trainer(
 
         def use_position(found: SavedRun) -> None:
             nonlocal stream
-            stream = _build_stream(config, process, found.progress.position)
+            stream = build_stream(config, process, found.progress.position)
 
         saved = resumption.put_back(training_step, use_position)
     progress = Progress() if saved is None else saved.progress
@@ -134,9 +136,14 @@ def _probes_in_process(config: PretrainConfig) -> bool:
     return config.evaluation.knn_every_steps > 0 and config.evaluation.runs_as == "process"
 
 
-def _build_stream(
-    config: PretrainConfig, process: Process, position: dict[str, Any] | None
+def build_stream(
+    config: PretrainConfig, process: Process, position: dict[str, Any] | None = None
 ) -> TrainingStream:
+    """Returns the stream of this rank's micro-batches from a position on, or from the start. Not collective.
+
+    Raises:
+        DataError: everything that can be wrong with the shards, the batch sizes or the position.
+    """
     return TrainingStream(
         config.data,
         seed=config.run.seed,
@@ -186,6 +193,7 @@ def build_sets(
     config: PretrainConfig, num_samples: int, process: Process, synchronization: Synchronization
 ) -> list[PrototypeSet]:
     """Returns the sets of prototypes that the objective's terms compare rows with; `num_samples` are an epoch."""
+    require_kernels(config, process.device)
     return [
         PrototypeSet(
             section,
@@ -195,6 +203,14 @@ def build_sets(
         )
         for section in dict.fromkeys(config.levels.values())
     ]
+
+
+def require_kernels(config: PretrainConfig, device: torch.device) -> None:
+    """Raises ValueError unless the kernel that each mixture asks for can run on a device."""
+    for section in dict.fromkeys(config.levels.values()):
+        options = config.prototypes_of(section)
+        if options.mode == "full":
+            require_kernel(options.gmm.kernel, device, section)
 
 
 def assemble_step(
@@ -262,8 +278,6 @@ def _build_estimator(
     synchronization: Synchronization,
 ) -> PrototypeEstimator:
     options = config.prototypes_of(section)
-    if options.mode == "full":
-        require_kernel(options.gmm.kernel, process.device)
     return build_estimator(
         options,
         # Prototypes of their own are others, also where there are as many.

@@ -33,7 +33,7 @@ class RunConfig:
     dry_run: bool = False
     """Print what the run would be (parameters, FLOPs, memory, steps) and exit."""
     dry_run_world_size: Annotated[int, "[1, 1e6]"] | None = None
-    """Ranks that the dry run describes; null describes those that run it."""
+    """Ranks that the dry run describes, on whatever machines they will be; null describes those that run it, here."""
     collective_timeout_s: Annotated[float, "[1, 1e6]"] = 600.0
     """Seconds after which a collective that a rank never joined fails."""
 
@@ -179,7 +179,7 @@ class LoggingConfig:
     every_steps: Annotated[int, "[1, 1e9]"] = 10
     """Steps between lines of `metrics.jsonl`."""
     tensorboard: bool = False
-    """Write event files into the run's `tensorboard/`, another view of `metrics.jsonl`; nothing to install for it.
+    """Write event files into the run's `tensorboard/`, another view of `metrics.jsonl`, with the package `tensorboard`;
     `tensorboard --logdir outputs` shows them.
     """
     wandb_mode: Literal["disabled", "offline", "online"] = "disabled"

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import torch
 
-from data.shards import DataError, load_manifest
+from data.shards import DataError
+from data.stream.remote import is_remote
+from data.writing.folder_shards import find_folder_shards
 from runtime.config import config_to_yaml
-from runtime.distributed import Process
+from runtime.distributed import Process, choose_device
+from training.build import build_stream, require_kernels
 from training.config import PretrainConfig
 from training.cost import (
     Cost,
@@ -27,6 +34,7 @@ from training.initialisation import (
     initialise_estimator,
     initialise_network,
 )
+from training.metrics import require_views
 from training.prototype_sets import SECTIONS, estimator_name
 from training.run_length import check_length
 
@@ -42,15 +50,19 @@ def describe_run(config: PretrainConfig, process: Process) -> str:
     """Returns the resolved configuration and the run's cost as text. Not collective; takes no GPU memory.
 
     Raises:
-        ValueError: sizes, an architecture, a start or a combination that cannot be; missing shards are only
-            mentioned.
+        ValueError: sizes, an architecture, a start, images or a combination that a run refuses; missing images are
+            only mentioned.
     """
     world_size = config.run.dry_run_world_size or process.world_size
     micro_batch = config.batch.micro_batch_size_per_gpu(world_size)
+    if config.run.dry_run_world_size is None:  # else the run is not meant for this machine
+        require_views(config.logging)
+        visible = torch.cuda.device_count()
+        require_kernels(config, choose_device(config.run.device, process.local_rank, visible))
     check_crop_sizes(config)
+    images = _find_images(config, world_size)
     _try_initialisation(config)
     cost = measure_cost(config)
-    num_samples = _count_samples(config)
     lines = [
         "--- configuration",
         config_to_yaml(config).rstrip(),
@@ -63,8 +75,8 @@ def describe_run(config: PretrainConfig, process: Process) -> str:
         "--- batch",
         f"global {config.batch.global_batch_size} = {micro_batch} images x "
         f"{config.batch.gradient_accumulation_steps} micro-batches x {world_size} ranks",
-        *_describe_steps(config, num_samples),
-        *_forecast(config, cost, world_size, num_samples),
+        *_describe_steps(config, images),
+        *_forecast(config, cost, world_size, images),
         f"--- memory per rank (GiB) at {micro_batch} images, {world_size} ranks",
         *_describe_memory(config, cost, micro_batch, world_size),
     ]
@@ -86,32 +98,69 @@ def _try_initialisation(config: PretrainConfig) -> None:
         initialise_estimator(config.model, source, estimator, estimator_name(section))
 
 
-def _count_samples(config: PretrainConfig) -> int | str:
-    """Returns the images of an epoch, or why they are not known."""
-    if config.data.images is not None:
-        return "the first start that is no dry run writes data.images as shards"
-    try:
-        return load_manifest(config.data.shards, config.data.split).num_samples
-    except DataError as error:
-        return str(error)
+@dataclass(frozen=True)
+class _Images:
+    """The images of an epoch; None where they are not known, and a remark on that."""
+
+    number: int | None
+    remark: str = ""
 
 
-def _describe_steps(config: PretrainConfig, num_samples: int | str) -> list[str]:
-    if isinstance(num_samples, str):
-        return [f"steps per epoch unknown: {num_samples}"]
-    check_length(config, num_samples)
-    per_epoch, steps = num_samples / config.batch.global_batch_size, config.num_steps(num_samples)
-    return [f"{num_samples:,} images, {per_epoch:,.1f} steps per epoch, {steps:,} steps"]
+def _find_images(config: PretrainConfig, world_size: int) -> _Images:
+    """Returns how many images an epoch has. Writes nothing and asks nothing of a remote store.
+
+    Raises:
+        ValueError: they are there, and a run of so many ranks refuses them.
+    """
+    data = config.data
+    if data.images is not None:
+        if not Path(data.images).exists():
+            return _Images(None, f"data.images is {data.images!r}, which is not there")
+        found = find_folder_shards(data.images, data.cache_dir)
+        if not found.is_made:
+            return _count_unwritten(config, found.sources)
+        data = replace(data, images=None, shards=str(found.directory))
+    place = Path(data.written_shards)
+    if is_remote(data.written_shards):
+        return _Images(None, f"data.shards is {data.written_shards!r}, which a dry run does not fetch")
+    if not (place.parent if place.suffix == ".tar" else place).exists():
+        return _Images(None, f"data.shards is {data.written_shards!r}, which is not there")
+    # What a start does, but for a rank that is this process.
+    alone = Process(0, world_size, 0, torch.device("cpu"))
+    number = build_stream(replace(config, data=data), alone).num_samples
+    check_length(config, number)
+    return _Images(number)
 
 
-def _forecast(config: PretrainConfig, cost: Cost, world_size: int, num_samples: int | str) -> list[str]:
+def _count_unwritten(config: PretrainConfig, sources: Mapping[str, Sized]) -> _Images:
+    split = config.data.split
+    if split not in sources:
+        raise DataError(
+            f"data.split is {split!r}; expected one of {config.data.images}: {', '.join(sources)}; set data.split"
+        )
+    number = len(sources[split])
+    check_length(config, number)
+    return _Images(
+        number, "at most: the first start that is no dry run writes them as shards, without bad ones"
+    )
+
+
+def _describe_steps(config: PretrainConfig, images: _Images) -> list[str]:
+    if images.number is None:
+        return [f"steps per epoch unknown: {images.remark}"]
+    per_epoch, steps = images.number / config.batch.global_batch_size, config.num_steps(images.number)
+    text = f"{images.number:,} images, {per_epoch:,.1f} steps per epoch, {steps:,} steps"
+    return [f"{text} ({images.remark})" if images.remark else text]
+
+
+def _forecast(config: PretrainConfig, cost: Cost, world_size: int, images: _Images) -> list[str]:
     """Returns what speed and duration follow from the FLOPs under assumptions that are said."""
     precision = "bf16" if computes_in_bf16(config) else "fp32"
     ceiling = ASSUMED_CEILING[precision]
     per_rank = ASSUMED_MFU * ceiling / cost.dense_flops
     speed = f"{per_rank:,.0f} images/s a rank, {per_rank * world_size:,.0f} on {world_size} ranks"
-    if isinstance(num_samples, int):
-        num_images = config.batch.global_batch_size * config.num_steps(num_samples)
+    if images.number is not None:
+        num_images = config.batch.global_batch_size * config.num_steps(images.number)
         speed += f": {num_images / (per_rank * world_size) / 3600:,.2f} h for this run"
     return [
         "--- forecast for GPUs, assumed and not measured",

@@ -9,6 +9,7 @@ event file of a run that was made without one.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -207,6 +208,26 @@ class RecordView:
             pipe.flush()
 
 
+def require_views(settings: LoggingConfig) -> None:
+    """Checks that the packages of the views that a run asks for are there; imports nothing.
+
+    Raises:
+        UserError: one is not.
+    """
+    if settings.tensorboard:
+        _require_package("tensorboard", "logging.tensorboard is true", "set logging.tensorboard=false")
+    if settings.wandb_mode != "disabled":
+        asked = f"logging.wandb_mode is {settings.wandb_mode!r}"
+        _require_package("wandb", asked, "set logging.wandb_mode=disabled")
+
+
+def _require_package(name: str, asked: str, remedy: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise UserError(
+            f"{asked} and the package {name} is not installed; expected it; pip install {name}, or {remedy}"
+        )
+
+
 def open_views(run_dir: Path, settings: LoggingConfig, facts: Mapping[str, Any]) -> list[RecordView]:
     """Starts the views that a run asks for. Rank 0 only."""
     views = [RecordView(run_dir, "tensorboard")] if settings.tensorboard else []
@@ -246,6 +267,7 @@ def replay(run_dir: Path, settings: Mapping[str, Any]) -> int:
     """
     if not (run_dir / RECORD_NAME).is_file():
         raise UserError(f"{run_dir} has no {RECORD_NAME}; expected a run directory; pass outputs/RUN")
+    _require_package(settings["view"], f"view is {settings['view']}", "replay elsewhere")
     lines = read_record(run_dir)
     run = _start_view(run_dir, {**settings, "facts": {}})
     for line in lines:

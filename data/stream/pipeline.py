@@ -252,7 +252,7 @@ def _report_mixing(config: DataConfig, manifest: Manifest, seed: int, batch_size
         sampler=config.sampler,
         seed=seed,
     )
-    report_mixing(config.shards, config.split, mixing)
+    report_mixing(config.written_shards, config.split, mixing)
 
 
 def _check_consumers(config: DataConfig, manifest: Manifest, world_size: int) -> None:

@@ -170,7 +170,7 @@ def open_shards(config: DataConfig) -> tuple[Manifest, ShardCache | None]:
     Raises:
         DataError: the address cannot be read, or is a `pipe:` that is not allowed.
     """
-    address = config.shards
+    address = config.written_shards
     if not is_remote(address):
         return load_manifest(address, config.split), None
     if address.startswith("pipe:") and not config.allow_pipe:

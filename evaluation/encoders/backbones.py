@@ -34,6 +34,12 @@ class FeatureModule(nn.Module):
     def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
         """Returns the last block's patch tokens, or None for a network without a token grid."""
 
+    def with_patches(
+        self, images: Float[Tensor, "B C H W"]
+    ) -> tuple[Features, Float[Tensor, "B N D"] | None]:
+        """Returns what `forward` and `patch_tokens` return; networks of which both are asked pass once."""
+        return self(images), self.patch_tokens(images)
+
 
 class TimmFeatures(FeatureModule):
     """A timm model without classifier: `embedding` is its own `forward_head`.
@@ -74,6 +80,12 @@ class TimmFeatures(FeatureModule):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
         """Returns embedding, and CLS and patch mean for token models, patch mean alone for grids."""
+        return self.with_patches(images)[0]
+
+    def with_patches(
+        self, images: Float[Tensor, "B C H W"]
+    ) -> tuple[Features, Float[Tensor, "B N D"] | None]:
+        """Returns features and patch tokens of one pass."""
         earlier: list[Tensor] = []
         if self.num_blocks > 1 and self._has_class_token:
             tokens, blocks = self.model.forward_intermediates(
@@ -85,15 +97,15 @@ class TimmFeatures(FeatureModule):
         features = {"embedding": self.model.forward_head(tokens, pre_logits=True)}
         patches = self._patches(tokens)
         if patches is None:
-            return features
+            return features, None
         if tokens.ndim == 4:
-            return {**features, "mean": patches.mean(dim=1)}
+            return {**features, "mean": patches.mean(dim=1)}, patches
         # Models that pool patches normalise after pooling, the others before: fc_norm is then an identity.
         normalise = getattr(self.model, "fc_norm", None) or nn.Identity()
         features["mean"] = normalise(patches.mean(dim=1))
         if self._has_class_token:
             features["cls"] = torch.stack([normalise(cls) for cls in [*earlier, tokens[:, 0]]], dim=1)
-        return features
+        return features, patches
 
     def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
         """Returns the last block's patch tokens, or the cells of the last grid."""

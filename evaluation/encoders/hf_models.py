@@ -97,29 +97,34 @@ class TransformersFeatures(FeatureModule):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Features:
         """Returns embedding, and CLS and patch mean where the model has tokens."""
+        return self.with_patches(images)[0]
+
+    def with_patches(
+        self, images: Float[Tensor, "B C H W"]
+    ) -> tuple[Features, Float[Tensor, "B N D"] | None]:
+        """Returns features and patch tokens of one pass."""
         blocks = self.num_blocks if self.family.class_token else 1
         output = self._ask(images, output_hidden_states=blocks > 1)
         last, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
         if last.ndim == 4:
             mean = last.mean(dim=(2, 3))
-            return {"embedding": mean if pooled is None else pooled.flatten(1), "mean": mean}
-        features = {"mean": self._patches(images, last).mean(dim=1)}
+            embedding = mean if pooled is None else pooled.flatten(1)
+            return {"embedding": embedding, "mean": mean}, self._cells(images, last)
+        patches = self._cells(images, last)
+        features = {"mean": patches.mean(dim=1)}
         if self.family.class_token:
             norm = getattr(self.model, self.family.norm)
             # CLIP hands on its tokens before the last norm, which is for CLS alone.
             own = norm(last[:, 0]) if self.family.norm == "post_layernorm" else last[:, 0]
             features["cls"] = torch.stack([*self._earlier(output, norm), own], dim=1)
         if pooled is not None:
-            return {"embedding": pooled.flatten(1), **features}
-        return {
-            "embedding": features["cls"][:, -1] if self.family.class_token else features["mean"],
-            **features,
-        }
+            return {"embedding": pooled.flatten(1), **features}, patches
+        own = features["cls"][:, -1] if self.family.class_token else features["mean"]
+        return {"embedding": own, **features}, patches
 
     def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
         """Returns the last block's patch tokens, or the cells of the last grid."""
-        last = self._ask(images).last_hidden_state
-        return last.flatten(2).transpose(1, 2) if last.ndim == 4 else self._patches(images, last)
+        return self._cells(images, self._ask(images).last_hidden_state)
 
     def _ask(self, images: Tensor, **options: Any) -> Any:
         if self.model.config.model_type == "vit_mae":
@@ -128,7 +133,9 @@ class TransformersFeatures(FeatureModule):
             options["noise"] = torch.arange(grid, device=images.device).float().expand(len(images), -1)
         return self.model(pixel_values=images, **options)
 
-    def _patches(self, images: Tensor, tokens: Tensor) -> Tensor:
+    def _cells(self, images: Tensor, tokens: Tensor) -> Tensor:
+        if tokens.ndim == 4:
+            return tokens.flatten(2).transpose(1, 2)
         patches = tokens[:, self._num_prefix_tokens :]
         size = self.model.config.patch_size if self.family.columnar else None
         if size is not None:

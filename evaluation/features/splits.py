@@ -20,6 +20,10 @@ def load_splits(config: EvaluationDataConfig, test_key: str = "data.test_split")
         ValueError: no such split, no class names, class maps that differ (which would score noise), or images that
             are in both (which would score memory).
     """
+    if config.shards is None:
+        raise SplitError(
+            "data.shards is null; expected a folder of shards, or one of images in data.images; set one"
+        )
     train = load_manifest(config.shards, config.train_split, "data.train_split")
     test = load_manifest(config.test_shards or config.shards, config.test_split, test_key)
     for manifest in (train, test):

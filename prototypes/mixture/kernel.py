@@ -38,8 +38,8 @@ def find_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def require_kernel(kernel: str, device: torch.device) -> None:
-    """Checks that the chosen kernel can run.
+def require_kernel(kernel: str, device: torch.device, section: str = "prototypes") -> None:
+    """Checks that the chosen kernel can run; `section` of the configuration names it.
 
     Raises:
         ValueError: "triton" without a GPU or without triton.
@@ -47,8 +47,8 @@ def require_kernel(kernel: str, device: torch.device) -> None:
     obstacle = find_obstacle(device) if kernel == "triton" else None
     if obstacle is not None:
         raise ValueError(
-            f"prototypes.gmm.kernel is triton and {obstacle}; expected a CUDA device with triton; "
-            "set prototypes.gmm.kernel=auto"
+            f"{section}.gmm.kernel is triton and {obstacle}; expected a CUDA device with triton; "
+            f"set {section}.gmm.kernel=auto"
         )
 
 

@@ -243,7 +243,7 @@ def test_a_folder_of_images_is_enough(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = (digits.images[index] * 255 / 16).astype("uint8")
         Image.fromarray(pixels).resize((28, 28)).save(folder / f"{index}.png")
-    own = (f"data.images={photos}", f"data.cache_dir={cache}")
+    own = (f"data.images={photos}", "data.shards=null", f"data.cache_dir={cache}")
     watched = ("checkpoint.keep_best=true", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
     probed = ("evaluation.knn_every_steps=1", "logging.tensorboard=true", "optim.steps=3")
     result = run("not there", tmp_path, "mine", *own, *watched, *probed)

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from transformers import ViTConfig, ViTModel
 
 from data import make_shards
 from evaluation import embed as program
+from evaluation.encoders.backbones import TimmFeatures
+from evaluation.encoders.hf_models import TransformersFeatures
 from evaluation.encoders.load import load_encoder
 from evaluation.features.npz_parts import PartFiles
 from evaluation.features.processes import Processes
@@ -67,6 +71,37 @@ def test_rows_are_the_encoders_features_of_the_named_files(photos, run_dir, tmp_
     assert list(found["bad_paths"]) == [str(photos / "b" / "99.jpg")] and "format" in found["bad_reasons"][0]
     assert json.loads(str(found["about"]))["encoder"]["weights_sha256"] == encoder.weights_sha256
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_patches_and_features_of_every_kind_come_from_one_pass(kind):
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    if kind == "timm":
+        sizes = {
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 24,
+            "depth": 2,
+            "num_heads": 2,
+            "num_classes": 0,
+        }
+        network = timm.create_model("vit_tiny_patch16_224", **sizes)
+        module = TimmFeatures(network)
+    else:
+        sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        network = ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes))
+        module = TransformersFeatures(network)
+    module.eval()
+    passes = []
+    (network.blocks if kind == "timm" else network.encoder).register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        features, patches = module.with_patches(images)
+        assert len(passes) == 1
+        expected, expected_patches = module(images), module.patch_tokens(images)
+    assert features.keys() == expected.keys() and patches.shape == (2, 16, 24)
+    for name, rows in expected.items():
+        torch.testing.assert_close(features[name], rows)
+    torch.testing.assert_close(patches, expected_patches)
 
 
 def test_an_interrupted_job_goes_on_with_what_is_missing(photos, run_dir, tmp_path, monkeypatch):
@@ -146,7 +181,15 @@ def test_shards_give_the_same_features_under_the_names_of_their_samples(photos, 
     ("arguments", "message"),
     [
         (["raw-pixels", "{photos}", "--image-size", "8", "--patches"], "has no patch tokens"),
-        (["{run}", "{photos}", "--feature", "nosuch"], "feature is 'nosuch'"),
+        (["{run}", "{photos}", "--feature", "nosuch"], "^--feature is 'nosuch'; expected .*; set --feature$"),
+        (["raw-pixels", "{photos}"], "^--image-size is null; expected the size .*; set --image-size$"),
+        (["{run}", "{photos}", "--image-size", "0"], r"^--image-size is 0; expected .*; set --image-size$"),
+        (["{run}", "{photos}", "--image-size", "57"], r"set --image-size$"),
+        (["{run}", "{photos}", "--std", "0"], "^--std.* is 0.0; expected .*; set --std$"),
+        (
+            ["{run}", "{photos}", "--mean", ".5", ".5"],
+            "^--mean is .*; expected 1 or 1 numbers.*; set --mean$",
+        ),
         (["{run}", "{photos}", "--batch", "0"], "--batch is 0; expected 1 to"),
         (["{run}", "{nothing}"], "expected an existing folder"),
         (["{run}", "{run}"], "holds no image"),

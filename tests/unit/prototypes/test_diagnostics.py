@@ -116,6 +116,15 @@ def test_a_mixture_is_used_where_its_e_step_uses_it():
     assert counter.metrics()["prototypes/used"] == 0.5
 
 
+def test_a_mixture_that_has_not_begun_is_neither_used_nor_dead():
+    counter = UsageCounter(4)
+    counter.update(torch.eye(4)[:1], torch.eye(4))
+    counter.add_assignment(Assignment(torch.zeros(4), torch.zeros(4)))
+    assert counter.metrics() == {"prototypes/used_by_logits": 0.25}
+    counter.add_assignment(Assignment(torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.ones(4)))
+    assert counter.metrics()["prototypes/used"] == 0.25
+
+
 def test_uniform_forgetting_shrinks_means_away_and_the_record_says_so():
     """Three clusters, sixteen components: thirteen are never visited, and shrink to exactly zero."""
     estimator = build(make_config(16, 64, **exact_gmm(forgetting="uniform", uniform_rate=0.1, input="l2")))

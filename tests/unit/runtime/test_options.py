@@ -58,7 +58,7 @@ def test_an_option_is_described_in_full():
         "list of 2 float in [0, 1)",
     )
     assert listed["model.patch_size"].type == "int in [1, 1e4], or null"
-    assert listed["data.shards"].default == '""'
+    assert listed["data.shards"].default == "null"
     assert listed["run.device"].type == "auto, cpu, cuda"
 
 

@@ -4,10 +4,13 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data.views.masking import draw_masks
+from data.writing.folder_shards import make_folder_shards
 from models.student_teacher import SelfSupervisedNetwork
 from runtime.config import load_config
 from runtime.distributed import Process
@@ -178,6 +181,67 @@ def test_buckets_and_gathered_parameters_come_from_the_mechanics():
     cost = dataclasses.replace(measure_cost(config), backbone_parameters=2 * 10**9)
     assert buffer_bytes(config, cost, "zero0") == 0
     assert buffer_bytes(config, cost, "zero3") == 4 * (5e7 + 1e8)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.device=cuda", r"run\.device is 'cuda'; expected a visible CUDA device; set run\.device"),
+        (
+            "prototypes.gmm.kernel=triton",
+            r"prototypes\.gmm\.kernel is triton and .*set prototypes\.gmm\.kernel",
+        ),
+    ],
+)
+def test_without_a_gpu_the_dry_run_refuses_what_needs_one(override, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=message):
+        describe_run(tiny(override), ALONE)
+    # A run that is meant for other machines is not held against this one.
+    assert "16 ranks" in describe_run(tiny(override, "run.dry_run_world_size=16"), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.split=nosuch", r"data\.split is 'nosuch'; expected one of .*train.*; set data\.split"),
+        ("batch.global_batch_size=64", r"batch\.global_batch_size is 64; expected at most the 48 images"),
+        ("data.num_workers=2", "holds 3 shards of split 'train'; expected at least 4"),
+        ("run.dry_run_world_size=16", "holds 3 shards of split 'train'; expected at least 16"),
+        ("data.num_lanes=7", "data.num_lanes is 7; expected a multiple of the world size 2"),
+    ],
+)
+def test_shards_that_a_start_refuses_the_dry_run_refuses(override, message, tmp_path):
+    shards = write_digit_shards(tmp_path / "shards", num_train=48, per_shard=16)
+    two = dataclasses.replace(ALONE, world_size=2)
+    assert "48 images" in describe_run(tiny(f"data.shards={shards}"), two)
+    with pytest.raises(ValueError, match=message):
+        describe_run(tiny(f"data.shards={shards}", override), two)
+
+
+def test_a_folder_that_a_start_refuses_the_dry_run_refuses_and_writes_nothing(tmp_path):
+    for number in range(40):
+        path = tmp_path / "photos" / "train" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((28, 28), number, dtype=np.uint8)).save(path)
+    cache = tmp_path / "cache"
+    own = ("data.shards=null", f"data.images={tmp_path / 'photos'}", f"data.cache_dir={cache}")
+    assert "40 images, 1.2 steps per epoch, 2 steps (at most" in describe_run(
+        tiny(*own, "optim.epochs=2"), ALONE
+    )
+    for override, message in (
+        ("batch.global_batch_size=64", "expected at most the 40 images of split 'train'"),
+        ("data.split=val", r"data\.split is 'val'; expected one of .*photos: train; set data\.split"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            describe_run(tiny(*own, override), ALONE)
+    assert not cache.exists()
+    made = make_folder_shards(str(tmp_path / "photos"), str(cache))
+    written = {path: path.stat().st_mtime_ns for path in Path(made).iterdir()}
+    with pytest.raises(ValueError, match="shards of split 'train'; expected at least 64"):
+        describe_run(tiny(*own, "data.num_workers=64"), ALONE)
+    assert written == {path: path.stat().st_mtime_ns for path in Path(made).iterdir()}
 
 
 def test_what_the_engine_refuses_the_dry_run_refuses():

@@ -1,13 +1,22 @@
-"""TensorBoard's own reader on the files that are written without TensorBoard."""
+"""What TensorBoard's reader finds in the files of a run that went on."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training.event_files import crc32c
-from training.metrics import MetricsRecord, RecordView, main
+from runtime.config import load_config
+from runtime.distributed import Process
+from runtime.program import UserError
+from tests.helpers.digits import DEMO, TINY
+from training.build import build_trainer
+from training.config import PretrainConfig
+from training.dry_run import describe_run
+from training.metrics import MetricsRecord, RecordView, main, require_views
+from training.run_directory import RunDirectory
 
 
 def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -26,13 +35,25 @@ def start(run_dir: Path, first: int, last: int, loss: float) -> None:
     view.close(30)
 
 
-# RFC 3720, B.4.
 @pytest.mark.parametrize(
-    ("data", "value"),
-    [(bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43), (bytes(range(32)), 0x46DD794E), (b"", 0)],
+    ("view", "option"), [("tensorboard", "tensorboard=true"), ("wandb", "wandb_mode=offline")]
 )
-def test_the_checksum_is_castagnolis(data: bytes, value: int) -> None:
-    assert crc32c(data) == value
+def test_without_its_package_a_view_is_refused_before_anything_starts(view, option, tmp_path, monkeypatch):
+    config = load_config(PretrainConfig, DEMO, [*TINY, f"logging.{option}"])
+    require_views(config.logging)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == view else find(name, *rest)
+    )
+    message = rf"^logging\.\w+ is .* and the package {view} is not installed; expected it; pip install {view}, or set"
+    with pytest.raises(UserError, match=message):
+        describe_run(config, Process(0, 1, 0, torch.device("cpu")))
+    with pytest.raises(UserError, match=message):
+        build_trainer(config, None, RunDirectory, None, None)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=f"package {view} is not installed"):
+        main(["replay", str(tmp_path), f"view={view}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_tensorboard_shows_every_step_once_also_after_a_resume(tmp_path: Path) -> None:
