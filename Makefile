@@ -8,12 +8,19 @@ FASHION := $(DATASETS)/fashion-mnist
 DEMO := configs/pretrain_vit-mini_fashion-mnist_full.yaml
 FAST := not slow and not slurm and not browser
 
-.PHONY: help demo test test-isa test-all docs audit audit-all slow-tools lint format bench gpu-check options clean
+# What notices a package that is too old: every program's start, pretraining, evaluation, export, engines on two ranks,
+# the released encoders.
+MIN := .venv-min
+MIN_TESTS := tests/unit/runtime/test_usage.py tests/smoke/test_main_job.py tests/distributed/test_engines.py \
+  tests/unit/evaluation/test_programs.py tests/unit/evaluation/encoders tests/unit/models
+
+.PHONY: help demo test test-isa test-min test-all docs audit audit-all slow-tools lint format bench gpu-check options clean
 
 help:
 	@echo "make demo      install, fetch Fashion-MNIST, pretrain a small ViT, evaluate, write the report"
 	@echo "make test      the fast suite;  make test-all  also Slurm, browser, fault loops, long runs"
 	@echo "make test-isa  tests of learned figures under other instruction sets and numbers of threads; prints their ranges"
+	@echo "make test-min  programs, engines and encoders with the oldest packages that requirements-min.txt allows, in .venv-min"
 	@echo "make lint      ruff and mypy;   make format    ruff format"
 	@echo "make audit     the collapse audit: six arms, three seeds;  make audit-all  ablations, estimators, long tails"
 	@echo "make bench     speed ratios beside their peers"
@@ -46,6 +53,17 @@ test: $(VENV)/.installed-dev
 # Verdicts must not hang on rounding: TEST_ISA=--slow adds the tests that take minutes.
 test-isa: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.helpers.isa_matrix $(TEST_ISA)
+
+# The bounds as pins, and the test tools.
+$(MIN)/.installed: requirements-min.txt requirements-dev.txt
+	$(PYTHON) -m venv $(MIN)
+	sed 's/>=/==/' requirements-min.txt > $(MIN)/oldest.txt
+	grep -E '^(pytest|hypothesis|jaxtyping|beartype|scikit-learn)' requirements-dev.txt >> $(MIN)/oldest.txt
+	$(MIN)/bin/python -m pip install --quiet --disable-pip-version-check -r $(MIN)/oldest.txt
+	@touch $@
+
+test-min: $(MIN)/.installed
+	$(MIN)/bin/python -m pytest -m "$(FAST)" -n 2 --dist loadscope -q $(MIN_TESTS)
 
 $(FASHION)/manifest.json: | $(VENV)/.installed
 	$(BIN)/python -m data.make_shards fashion-mnist --out $(FASHION)
@@ -102,4 +120,4 @@ docs: $(VENV)/.installed-dev
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build decoupled_prototypes.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

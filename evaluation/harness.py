@@ -41,7 +41,6 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
         ValueError: whatever the user can mend, in one line.
     """
     processes = start_processes(config.device)
-    config = _with_shards(config, processes)
     num_blocks = config.features.num_blocks
     encoder = load_encoder(
         config.encoder, role=config.role, transform=config.transform, num_blocks=num_blocks
@@ -49,6 +48,8 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
     _refuse_features_of_a_file(config, encoder)
     directory = results_directory(config, encoder)
     require_writable(directory, "output_dir", processes)
+    # Only now: what takes long must not come before what may be mistaken.
+    config = _with_shards(config, processes)
     controls = load_controls(
         encoder,
         config.controls,

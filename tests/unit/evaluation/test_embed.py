@@ -93,7 +93,7 @@ def test_patches_and_features_of_every_kind_come_from_one_pass(kind):
         module = TransformersFeatures(network)
     module.eval()
     passes = []
-    (network.blocks if kind == "timm" else network.encoder).register_forward_hook(lambda *_: passes.append(1))
+    (network.blocks if kind == "timm" else network).register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
         features, patches = module.with_patches(images)
         assert len(passes) == 1
