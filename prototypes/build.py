@@ -80,7 +80,7 @@ def build_estimator(
 
 
 def _build_family(config: PrototypesConfig, context: EstimatorContext) -> PrototypeEstimator:
-    return {family.name: family for family in FAMILIES}[config.estimator](config, context)  # type: ignore[call-arg]
+    return {family.name: family for family in FAMILIES}[config.estimator](config, context)
 
 
 def build_objective(

@@ -46,6 +46,8 @@ PROGRAMS = {
             "benchmarks.comm",
             "benchmarks.step",
             "benchmarks.loader",
+            "benchmarks.peers",
+            "benchmarks._lightly_method",
         )
     },
 }
