@@ -44,7 +44,7 @@ def draw_audit_charts(runs: Mapping[str, Sequence[Run]], figures: Figures) -> li
             runs,
             "prototypes/used",
             ("used_over_time", "Used prototypes", "Used prototypes"),
-            "Share of the K prototypes that were nearest to at least one teacher view of the epoch.",
+            "Share of the K prototypes that won a teacher view of the epoch in the E-step; without one, by the logits.",
         ),
         _draw_over_time(
             runs,

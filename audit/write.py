@@ -30,6 +30,8 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _NORMAL95 = 1.960
 _SHOWN_EPS = ("0.025", "0.1", "0.5")
 _EARLY_SHARE = 0.2
+# What is no share of 0 to 1, and its decimals; all else is shown in percent with one.
+_PLAIN = {"angle max/min": 1, "effective rank": 1, "cosine to start": 5, "smallest cosine to start": 5}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,11 @@ def write_audit(config: AuditConfig, directory: Path) -> str:
     runs = _load(config, directory, figures)
     sections = [
         Section(
-            "Arms", "Mean over seeds, ± standard deviation. Read uniqueness beside usage.", arm_rows(figures)
+            "Arms",
+            "Mean over seeds, ± standard deviation. Read uniqueness beside usage, and both beside the cosine of the "
+            "prototypes to their start: 1 has not moved. Used: in the E-step before a revival; of prototypes without "
+            "one, by the logits.",
+            arm_rows(figures),
         ),
         *(
             Section(
@@ -117,6 +123,8 @@ def run_figures(run: Run) -> dict[str, float]:
         ("used", "prototypes/used"),
         ("used by logits", "prototypes/used_by_logits"),
         ("usage perplexity", "prototypes/usage_perplexity"),
+        ("cosine to start", "prototypes/cosine_to_start"),
+        ("smallest cosine to start", "prototypes/cosine_to_start_min"),
         ("effective rank", "features/effective_rank"),
         (f"patch u({_SHOWN_EPS[0]})", f"patch_prototypes/unique_{_SHOWN_EPS[0]}"),
         ("patch used", "patch_prototypes/used"),
@@ -207,9 +215,9 @@ def _columns(seeds: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _text(column: str, found: Spread) -> str:
-    scale = 1 if column in ("angle max/min", "effective rank") else 100
-    text = f"{scale * found.mean:.1f}"
-    return f"{text} ± {scale * found.deviation:.1f}" if found.number > 1 else text
+    scale, decimals = (1, _PLAIN[column]) if column in _PLAIN else (100, 1)
+    text = f"{scale * found.mean:.{decimals}f}"
+    return f"{text} ± {scale * found.deviation:.{decimals}f}" if found.number > 1 else text
 
 
 def _load(

@@ -10,6 +10,7 @@
     python -m data.make_shards csv list.csv --root photos/ --label-column species --out datasets/species
     python -m data.make_shards segmentation camvid/ --out datasets/camvid          (images with label PNGs; VOC, ADE20K)
     python -m data.make_shards lt datasets/imagenet --imbalance 100 --out datasets/imagenet-lt
+    python -m data.make_shards holdout datasets/cifar10 --out datasets/cifar10-val (train cut in two, for choices)
     python -m data.make_shards reshuffle others/shards --out datasets/others      (rewrites any set in random order)
 
 A second run keeps the shards that are complete. Images are shuffled before they are written; broken ones and
@@ -159,6 +160,12 @@ def _add_sets_of_sets(commands: argparse._SubParsersAction[Parser]) -> None:
     tail.add_argument("--out", required=True)
     tail.add_argument("--seed", type=int, default=0)
     tail.set_defaults(run=_make_long_tail)
+    held = commands.add_parser("holdout", help="a set's training split cut in two, without copying images")
+    held.add_argument("shards", help="folder of the whole set, whose own test split is left out")
+    held.add_argument("--share", type=float, default=0.1, help="of each class that becomes the split test")
+    held.add_argument("--out", required=True)
+    held.add_argument("--seed", type=int, default=0)
+    held.set_defaults(run=_make_held_out)
     again = commands.add_parser("reshuffle", help="any set of shards, rewritten in random order")
     again.add_argument("shards", help="folder of the set; a manifest is not needed")
     again.add_argument(
@@ -316,6 +323,13 @@ def _make_long_tail(options: argparse.Namespace) -> None:
     for manifest in write_long_tail(
         options.shards, options.out, split=options.split, imbalance=options.imbalance, seed=options.seed
     ):
+        _report(manifest, [], 0.0)
+
+
+def _make_held_out(options: argparse.Namespace) -> None:
+    from data.writing.subsets import write_held_out
+
+    for manifest in write_held_out(options.shards, options.out, share=options.share, seed=options.seed):
         _report(manifest, [], 0.0)
 
 

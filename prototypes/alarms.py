@@ -121,7 +121,8 @@ def _frozen_codebook(metrics: Metrics) -> str | None:
         return None
     return (
         f"frozen codebook: the means have turned by {displacement:.1e} in cosine since the start, so their "
-        "uniqueness is that of random directions; use prototypes.gmm.responsibility_scale=sum"
+        "uniqueness is that of random directions; use prototypes.gmm.forgetting=responsibility "
+        "and responsibility_scale=sum"
     )
 
 

@@ -44,9 +44,8 @@ class SinkhornCodes(PrototypeEstimator):
     second_moment: Tensor
 
     def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
-        super().__init__(config)
+        super().__init__(config, context)
         self.clustering = config.clustering
-        self.context = context
         self.register_buffer("means", self.draw_start())
         self.register_buffer("first_moment", torch.zeros_like(self.means))
         self.register_buffer("second_moment", torch.zeros_like(self.means))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PrototypesConfig
+from .random_numbers import draw_unit_vectors
 from .statistics import Collectives, Handle
 
 if TYPE_CHECKING:
@@ -76,14 +77,16 @@ class PrototypeEstimator(nn.Module, ABC):
     Attributes:
         num_prototypes: K.
         dim: width of the projections, P.
+        context: what it knows of the run.
     """
 
     name = "none"
     has_components = False  # whether there is an E-step that shares rows out
 
-    def __init__(self, config: PrototypesConfig) -> None:
+    def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
         super().__init__()
         self.config = config
+        self.context = context
         self.num_prototypes = config.num_prototypes
         self.dim = config.dim
         self.step = 0
@@ -205,6 +208,17 @@ class PrototypeEstimator(nn.Module, ABC):
     def find_vanished(self) -> Bool[Tensor, " K"]:
         """Returns which of the published prototypes have shrunk away and point nowhere."""
         return torch.zeros(self.num_prototypes, dtype=torch.bool)
+
+    def cosines_to_start(self, prototypes: Float[Tensor, "K P"]) -> Float[Tensor, " k"]:
+        """Returns the cosine of the teacher's prototypes to where they started: proof that they moved, or did not.
+
+        The start of all of them is a function of the seed, which is drawn again. Not collective.
+
+        Args:
+            prototypes: what `prototypes("teacher")` gave.
+        """
+        start = draw_unit_vectors(self.num_prototypes, self.dim, self.context.seed)
+        return nn.functional.cosine_similarity(start.to(prototypes.device), prototypes, dim=1)
 
     def reseed(self, step: int) -> int:
         """Revives starved components, alike on every rank; returns how many. Off unless configured.

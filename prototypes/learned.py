@@ -43,12 +43,11 @@ class JointEstimator(PrototypeEstimator):
     name = "joint"
 
     def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
-        super().__init__(config)
-        self.seed = context.seed
+        super().__init__(config, context)
 
     def build_learned(self) -> nn.Module:
         """Returns the trainable prototypes."""
-        return LearnedPrototypes(self.num_prototypes, self.dim, self.seed)
+        return LearnedPrototypes(self.num_prototypes, self.dim, self.context.seed)
 
     def prototypes(self, role: Role, learned: Float[Tensor, "K P"] | None = None) -> Float[Tensor, "K P"]:
         """Returns `learned` as it is; gradient flows to it for the student."""
@@ -72,7 +71,7 @@ class JointEstimator(PrototypeEstimator):
         partition = draw_partition(
             self.num_prototypes,
             self.config.partition.size,
-            seed=self.seed,
+            seed=self.context.seed,
             step=step,
             micro_step=micro_step,
             device=learned.device,
@@ -93,7 +92,7 @@ class FrozenRandomEstimator(PrototypeEstimator):
     name = "frozen_random"
 
     def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
-        super().__init__(config)
+        super().__init__(config, context)
         self.means: Tensor
         self.register_buffer("means", draw_unit_vectors(self.num_prototypes, self.dim, context.seed))
 

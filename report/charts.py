@@ -203,7 +203,10 @@ def draw_audit(label: str, figures: Mapping[str, Any]) -> bytes:
     axes[1].set_ylim(bottom=0)
     if usage:
         axes[2].set(
-            xscale="log", yscale="log", xlabel="Prototype, most used first", ylabel="Test images (patches)"
+            xscale="log",
+            yscale="log",
+            xlabel="Prototype, most used first (by logits)",
+            ylabel="Test images (patches)",
         )
     for cell in axes:
         cell.grid(alpha=0.3)

@@ -60,6 +60,8 @@ GROUPS = (
             ("used", "used"),
             ("used_by_logits", "used by logits"),
             ("usage_perplexity", "usage perplexity"),
+            ("cosine_to_start", "mean cosine to the start"),
+            ("cosine_to_start_min", "smallest cosine to the start"),
         ),
         shares=True,
     ),
@@ -119,7 +121,8 @@ def _draw_group(group: Group, runs: Mapping[str, Records]) -> Iterable[Chart]:
     last = max(record["step"] for records in runs.values() for record in records)
     for panel, key in zip(axes.flat, keys, strict=False):
         panel.set_xlim(-0.02 * last, 1.02 * last)
-        _draw_panel(panel, f"{group.prefix}/{key}", keys[key], runs, shares=group.shares)
+        is_share = group.shares and not key.startswith("cosine")
+        _draw_panel(panel, f"{group.prefix}/{key}", keys[key], runs, shares=is_share)
     for panel in list(axes.flat)[len(keys) :]:
         panel.set_axis_off()
     if len(runs) > 1:

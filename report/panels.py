@@ -133,7 +133,8 @@ def draw_prototype_images(gallery: Gallery, run: str) -> Chart | None:
         rows.append((f"#{prototype}", cells))
     png = _draw_rows(rows, f"Images nearest to the most used prototypes: {run}")
     caption = (
-        f"One prototype a row, chosen by how many of the first {len(projections)} training images it wins."
+        f"One prototype a row, chosen by how many of the first {len(projections)} training images it "
+        "wins by the logits."
     )
     return Chart(f"prototype_images_{run}", f"Images of prototypes: {run}", caption, png)
 

@@ -57,5 +57,25 @@ def count_unique_shares(one: PrototypeSet, prototypes: Tensor, *, is_main: bool)
     return _named(one, {f"prototypes/unique_{t:g}": counts[t] / num_prototypes for t in UNIQUE_THRESHOLDS})
 
 
+def compare_with_start(one: PrototypeSet, prototypes: Tensor, *, is_main: bool) -> dict[str, float]:
+    """Returns how near the prototypes are to where they started: the mean cosine, and the smallest.
+
+    Uniqueness of prototypes that have not moved is that of the start.
+
+    Args:
+        one: the set.
+        prototypes: all K of the teacher.
+        is_main: whether this is rank 0; the others return {}.
+    """
+    if not is_main:
+        return {}
+    cosines = one.estimator.cosines_to_start(prototypes)
+    values = {
+        "prototypes/cosine_to_start": float(cosines.mean()),
+        "prototypes/cosine_to_start_min": float(cosines.min()),
+    }
+    return _named(one, values)
+
+
 def _named(one: PrototypeSet, values: Mapping[str, float]) -> dict[str, float]:
     return {one.prefix + name: value for name, value in values.items()}

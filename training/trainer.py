@@ -24,7 +24,7 @@ from training.checkpoints.snapshot import Progress, RecordPosition, Snapshot
 from training.checkpoints.store import CheckpointStore
 from training.config import PretrainConfig
 from training.feed import Feed
-from training.figures import close_epoch, count_unique_shares, describe_step
+from training.figures import close_epoch, compare_with_start, count_unique_shares, describe_step
 from training.health import RunHealth
 from training.metrics import WANDB_ID_NAME, MetricsRecord, RecordView, keep_wandb_id, open_views
 from training.prototype_sets import modules_of
@@ -180,6 +180,8 @@ class Trainer:
             for one in self.training_step.sets:
                 _, prototypes, vanished = outcome.sets[one.section]
                 values |= count_unique_shares(one, prototypes[~vanished], is_main=self.process.is_main)
+                if not self.config.model.init_head:  # then they started in another run
+                    values |= compare_with_start(one, prototypes, is_main=self.process.is_main)
         probe_every = self.config.evaluation.knn_every_steps
         if self._probe is not None and probe_every and (step % probe_every == 0 or step == self._num_steps):
             values |= self._probe(self.training_step.engine.teacher_network().backbone)

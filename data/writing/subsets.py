@@ -27,8 +27,7 @@ def write_long_tail(
     Raises:
         DataError: no labels, an imbalance below 1, or the same folder twice.
     """
-    if Path(source).resolve() == Path(directory).resolve():
-        raise DataError(f"--out is {directory}, the whole set's folder; expected another; set --out")
+    _refuse_own_folder(source, directory)
     if not imbalance >= 1:
         raise DataError(f"--imbalance is {imbalance}; expected at least 1; set --imbalance")
     whole = load_manifest(source, split)
@@ -48,6 +47,50 @@ def write_long_tail(
         save_manifest(manifest)
         manifests.append(manifest)
     return manifests
+
+
+def write_held_out(source: str, directory: str, *, share: float = 0.1, seed: int = 0) -> list[Manifest]:
+    """Returns the manifests of a set's training split cut in two after writing them; the tars stay where they are.
+
+    What is chosen on the split `test` of the new set was chosen on training images: the whole set's own test split is
+    not in it. About `share` of each class is held out, of classes of two images and more at least one.
+
+    Args:
+        source: folder of the whole set, with a split `train`.
+        directory: folder of the new manifest; not the same.
+        share: of the images, in (0, 1).
+        seed: of the choice.
+
+    Raises:
+        DataError: no labels, no such share, or the same folder twice.
+    """
+    _refuse_own_folder(source, directory)
+    if not 0 < share < 1:
+        raise DataError(f"--share is {share}; expected more than 0 and less than 1; set --share")
+    whole = load_manifest(source, "train")
+    labels = selected_labels(whole)
+    if labels is None or (labels < 0).any():
+        raise DataError(
+            f"{source} has images without class; expected a class for each; write an index with classes"
+        )
+    order = np.random.default_rng(seed).permutation(len(labels))
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        held_out[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    manifests = []
+    for name, chosen in (("train", ~held_out), ("test", held_out)):
+        manifest = _restrict(_relocate(whole, directory), labels, chosen)
+        notes = {"held_out": {"share": share, "seed": seed}}
+        manifests.append(replace(manifest, split=name, notes=notes))
+        save_manifest(manifests[-1])
+    return manifests
+
+
+def _refuse_own_folder(source: str, directory: str) -> None:
+    if Path(source).resolve() == Path(directory).resolve():
+        raise DataError(f"--out is {directory}, the whole set's folder; expected another; set --out")
 
 
 def _relocate(manifest: Manifest, directory: str) -> Manifest:

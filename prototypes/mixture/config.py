@@ -197,9 +197,9 @@ class GmmConfig:
     """Subtract the running mean of the projections first."""
     standardise: bool = False
     """Divide by the running standard deviation too."""
-    forgetting: Literal["responsibility", "uniform"] = "responsibility"
-    """"responsibility" (old statistics are forgotten as new mass arrives) or "uniform" (by the same factor
-    every step; the ablation).
+    forgetting: Literal["responsibility", "uniform", "none"] = "responsibility"
+    """"responsibility" (old statistics are forgotten as new mass arrives), "uniform" (by the same factor every step;
+    the ablation) or "none" (nothing new is learned: means stay where they were started or revived; the control).
     """
     uniform_rate: Annotated[float, "(0, 1)"] = 0.05
     """The factor of uniform forgetting."""

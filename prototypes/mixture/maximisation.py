@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import PrototypesConfig
+from ..coupling import couple
 from ..estimator import EstimatorContext
+from ..random_numbers import draw_unit_vectors
 from . import moments
 from .candidate import CandidateTables
 from .expectation import ObservingMixture
+from .figures import traced
 from .forgetting import forget
 from .mixing import compute_rates, update_mixing_weights, update_usage
 from .model import iterate_chunks
@@ -26,13 +29,19 @@ class UpdatingMixture(ObservingMixture):
 
     A step that touches some components keeps their new rows aside; one of all components has a second set of the
     tables. Moments and what is one number per component have a second set in both.
+
+    Attributes:
+        traced_means: where about a thousand of the means started.
     """
+
+    traced_means: Tensor
 
     def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
         super().__init__(config, context)
         self._candidate = CandidateTables()
         self._candidate_rows = CandidateTables()
         self._touched_rows: TouchedRows | None = None
+        self.register_buffer("traced_means", traced(self.means).clone())
 
     def accept_candidate(self) -> None:
         """Makes the candidate the state."""
@@ -41,6 +50,17 @@ class UpdatingMixture(ObservingMixture):
             self._candidate_rows.swap(self)
         else:
             self._touched_rows.write(self)
+
+    def cosines_to_start(self, prototypes: Float[Tensor, "K P"]) -> Float[Tensor, " k"]:
+        """Returns those of about a thousand prototypes; a mixture starts where its rows were placed.
+
+        What a revival has moved counts as moved.
+        """
+        start = nn.functional.normalize(self.traced_means, dim=1)
+        if self.config.coupling.strength > 0:
+            learned = draw_unit_vectors(self.num_prototypes, self.dim, self.context.seed)
+            start = couple(traced(learned).to(start.device), start, self.config.coupling.strength)
+        return nn.functional.cosine_similarity(start, traced(prototypes), dim=1)
 
     def update_components(self, statistics: StepStatistics) -> None:
         """Writes the M-step to the candidate: of all components, or of those that the step touches."""

@@ -66,16 +66,15 @@ class Mixture(PrototypeEstimator):
     reference_vector: Tensor
 
     def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
-        super().__init__(config)
+        super().__init__(config, context)
         self.gmm = config.gmm
-        self.context = context
         self.memory = derive_memory(self.gmm.memory, context.num_observations_per_epoch, self.num_prototypes)
         self.annealing = Annealing(self.gmm.beta, context.total_steps)
         tables = self.initial_tables()
         self.table_names = tuple(tables)
         for name, tensor in tables.items():
             self.register_buffer(name, tensor)
-        self.is_sparse = self.gmm.sparse.threshold > 0 and self.gmm.forgetting == "responsibility"
+        self.is_sparse = self.gmm.sparse.threshold > 0 and self.gmm.forgetting != "uniform"
         self.register_buffer("reference_vector", self.row_mean.clone())
         self._has_reference = False
 

@@ -44,13 +44,10 @@ class OnlineMixture(UpdatingMixture):
     of all components, has a second set of the tables for its candidate, and `accept` swaps the two.
     """
 
-    traced_means: Tensor
-
     def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
         super().__init__(config, context)
         self.is_initialised = False
         self.collected = Collected()
-        self.register_buffer("traced_means", traced(self.means).clone())
         self._next_scalars: dict[str, Any] | None = None
         self._held: list[tuple[Tensor, Tensor]] = []
         self._num_bad = 0

@@ -59,6 +59,15 @@ def test_modes_train_from_one_yaml(digit_shards, tmp_path, mode):
     expected = {"loss/total", "loss/consistency", "loss/entropy", "optim/lr", "throughput/images_per_s"}
     assert expected <= lines[-1].keys()
     assert {"prototypes/unique_0.025", "prototypes/used", "prototypes/dead"} <= lines[-1].keys()
+    # Twelve steps hardly move the teacher's average of learned prototypes.
+    assert (
+        -1
+        <= lines[-1]["prototypes/cosine_to_start_min"]
+        <= lines[-1]["prototypes/cosine_to_start"]
+        <= 1.00001
+    )
+    if mode != "joint":
+        assert (lines[-1]["prototypes/cosine_to_start_min"] > 0.99999) == (mode == "frozen_random")
     assert ("gmm/beta" in lines[-1]) == (mode == "full")
     dense, executed = (lines[-1][f"throughput/mfu_{kind}"] for kind in ("dense", "executed"))
     assert 0 < dense <= executed and lines[-1]["throughput/ceiling_tflops"] > 0

@@ -46,6 +46,8 @@ def write_run(directory: Path, *, used: float, right: list[bool]) -> None:
             "step": 100,
             "prototypes/unique_0.025": 0.8,
             "prototypes/used": used,
+            "prototypes/cosine_to_start": 0.99996,
+            "prototypes/cosine_to_start_min": -0.25,
             "features/effective_rank": 3.0,
         },
     ]
@@ -127,6 +129,10 @@ def test_page_and_tables_hold_every_arm(tmp_path):
     text = write_audit(make_config(tmp_path), tmp_path / "audit")
     assert "joint" in text and "37.5 ± 17.7" in text  # k-NN of joint: 2 and 1 of 4
     assert "+37.50 ± " in text and "(2 of 2 > 0)" in text
+    # An arm that did not move must not look as if it had: no rounding to percent.
+    titles, _, *rows = (row.split(" | ") for row in text.splitlines()[4:8])
+    assert [row[titles.index("cosine to start")] for row in rows] == ["0.99996 ± 0.00000"] * 2
+    assert [row[titles.index("smallest cosine to start")] for row in rows] == ["-0.25000 ± 0.00000"] * 2
     figures = json.loads((tmp_path / "audit" / "report" / "results.json").read_text())
     assert figures["full"]["1"]["k-NN head"] == 1.0 and figures["full"]["1"]["k-NN tail"] == 0.0
     assert figures["joint"]["0"]["u(0.025) early"] == 0.9

@@ -329,6 +329,56 @@ def test_geometric_schedule_starts_from_the_critical_value_and_ends_at_one():
     assert estimator.annealing.beta == 1.0
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_without_forgetting_no_mean_follows_a_row_and_revival_still_moves_means(name):
+    revival = RevivalConfig(method="reseed", interval_steps=100, max_share=1.0, row_distance=0.01)
+    still, moving = (
+        build_mode("full", name, forgetting=forgetting, revival=revival, standardise=True)
+        for forgetting in ("none", "responsibility")
+    )
+    run_mode(still, 1), run_mode(moving, 1)
+    start = still.means.clone()
+    run_mode(still, start=1), run_mode(moving, start=1)
+    assert float(still.assignment().hits.sum()) == 48 and not torch.equal(moving.means, start)
+    torch.testing.assert_close(still.means, start, rtol=0, atol=0)
+    torch.testing.assert_close(still.cosines_to_start(still.prototypes("teacher")), torch.ones(16))
+    still.usage[0] = 0.0
+    assert still.reseed(100) > 0 and not torch.equal(still.means[0], start[0])
+
+
+@pytest.mark.parametrize(("mode", "name"), ALL_MODES)
+def test_the_cosine_to_the_start_tells_what_moved(mode, name):
+    # Clustered prototypes have a rate of their own, at which four steps turn them by 1e-7.
+    config = make_config(16, 8, mode=mode, estimator=name)
+    estimator = build(dataclasses.replace(config, clustering=ClusteringConfig(learning_rate=0.5)))
+    module = estimator.build_learned()
+    learned = None if module is None else module()
+    start = estimator.prototypes("teacher", learned).clone()
+    torch.testing.assert_close(estimator.cosines_to_start(start), torch.ones(16))
+    run_mode(estimator)
+    if module is not None:
+        with torch.no_grad():
+            module.weight[3] = -module.weight[3]
+    now = estimator.prototypes("teacher", None if module is None else module())
+    found = estimator.cosines_to_start(now)
+    torch.testing.assert_close(found, (start * now).sum(1))
+    if mode == "joint":
+        assert int((found < 0.999).sum()) == 1 and float(found[3]) == pytest.approx(-1)
+    assert (float(found.min()) < 0.999) == (mode != "frozen_random")
+
+
+def test_a_mixture_starts_where_its_rows_were_placed():
+    config = make_config(16, 8, init=InitialisationConfig(method="data"))
+    estimator = build(dataclasses.replace(config, coupling=CouplingConfig(strength=0.5)))
+    learned = estimator.build_learned()()
+    run_mode(estimator, 1)
+    torch.testing.assert_close(
+        estimator.cosines_to_start(estimator.prototypes("teacher", learned)), torch.ones(16)
+    )
+    run_mode(estimator, 3, start=1)
+    assert float(estimator.cosines_to_start(estimator.prototypes("teacher", learned)).max()) < 1 - 1e-5
+
+
 @pytest.mark.parametrize("method", ["data", "data_spread"])
 def test_starts_from_features(method):
     init = InitialisationConfig(method=method, warmup_fraction=0.0)

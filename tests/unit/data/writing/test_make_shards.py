@@ -230,6 +230,28 @@ def test_a_long_tail_shares_the_tars(tmp_path, image_bytes, make_config):
     assert run("lt", whole, "--out", whole) == 2
 
 
+def test_held_out_images_are_training_images_of_the_whole_and_of_no_other_split(
+    tmp_path, image_bytes, capsys
+):
+    for split in ("train", "test"):
+        write_tree(tmp_path / "in" / split, image_bytes, {"a": 40, "b": 20, "c": 2})
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert (
+        run("imagefolder", tmp_path / "in", "--out", whole, "--samples-per-shard", 20, "--keep-duplicates")
+        == 0
+    )
+    assert run("holdout", whole, "--share", 0.2, "--out", cut) == 0
+    train, test = (load_manifest(str(cut), split) for split in ("train", "test"))
+    assert (train.images_per_class, test.images_per_class) == ((32, 16, 1), (8, 4, 1))
+    labels = {split: read_all(cut, split) for split in ("train", "test")}
+    assert labels["train"] | labels["test"] == read_all(whole, "train")
+    assert not labels["train"].keys() & labels["test"].keys() and not list(cut.glob("*.tar"))
+    assert verify(str(cut)) == [] and train.hash != test.hash
+    for options in (("--out", whole), ("--share", 1, "--out", cut), ("--share", "nan", "--out", cut)):
+        assert run("holdout", whole, *options) == 2
+    assert [line[:7] for line in capsys.readouterr().err.splitlines()[-3:]] == ["error: "] * 3
+
+
 @pytest.fixture
 def small_fashion(tmp_path, monkeypatch) -> Path:
     """Four archives of Fashion-MNIST's format with 7 + 3 images; their hashes are put in place of the real ones."""
