@@ -108,7 +108,7 @@ class SyntheticImages(ImageSource):
 
 def write_images(options: argparse.Namespace, directory: str) -> None:
     """Writes shards of pictures a little larger than the global crops."""
-    side = 8 * (MODELS[options.model].model.image_size * 5 // 4 // 8)
+    side = 8 * (MODELS[options.model].model.height_and_width[0] * 5 // 4 // 8)
     write_split(SyntheticImages(side), "train", directory, samples_per_shard=_SAMPLES_PER_SHARD)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+from data.views.config import PixelFormat, PixelType, height_and_width
+
 RecipeName = Literal["dino", "carp", "grayscale-small", "none"]
 SamplerName = Literal["uniform", "class_balanced", "square_root"]
 
@@ -14,6 +16,8 @@ _Sigma = Annotated[float, "[0.01, 100]"]
 # A masked crop keeps a patch.
 _Part = Annotated[float, "[0, 0.99]"]
 _Aspect = Annotated[float, "[0.01, 100]"]
+_Side = Annotated[int, "[1, 1e4]"]
+_Size = _Side | tuple[_Side, _Side]
 
 # Pillow's own warning level for decompression bombs: a quarter of a gigabyte of RGB.
 MAX_IMAGE_PIXELS = 89_478_485
@@ -226,21 +230,29 @@ class DataConfig:
     """
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
-    channels: Literal[1, 3] = 3
-    """3 decodes every image to RGB, 1 to grey values (cheaper where the images are grey)."""
+    channels: Annotated[int, "[1, 1e4]"] = 3
+    """Of 8 bits, 3 decodes every image to RGB, 1 to grey values (cheaper where the images are grey); otherwise images
+    (TIFF, `.npy`) must hold as many bands, and recipes lose what is about colours.
+    """
+    pixels: PixelType = "uint8"
+    """Type of the images' numbers: `uint8` and `uint16` are divided by their largest value, `float32` takes numbers of
+    any type as they are. Mean and standard deviation are in the divided unit.
+    """
     num_global_crops: Annotated[int, "[1, 100]"] = 2
     """Global crops an image, at least 1."""
-    global_crop_size: Annotated[int, "[1, 1e4]"] = 224
-    """Side of a global crop in pixels."""
+    global_crop_size: _Size = 224
+    """Side of a global crop in pixels, or its height and width."""
     num_local_crops: Annotated[int, "[0, 1000]"] = 6
     """Local crops an image; may be 0."""
-    local_crop_size: Annotated[int, "[1, 1e4]"] = 96
-    """Side of a local crop in pixels."""
+    local_crop_size: _Size = 96
+    """Side of a local crop in pixels, or its height and width."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """How crops are resized (always antialiased)."""
-    mean: tuple[Annotated[float, "[0, 1]"], ...] = (0.485, 0.456, 0.406)
-    """Mean of the channels in [0, 1], subtracted on the device."""
-    std: tuple[Annotated[float, "[1e-3, 10]"], ...] = (0.229, 0.224, 0.225)
+    mean: tuple[Annotated[float, "[-1e9, 1e9]"], ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel, or one for all, in [0, 1] but for `float32`; subtracted on the device. `python -m
+    data.verify_shards SHARDS --statistics` computes it.
+    """
+    std: tuple[Annotated[float, "[1e-6, 1e9]"], ...] = (0.229, 0.224, 0.225)
     """Standard deviation of the channels, divided by on the device."""
     num_workers: Annotated[int, "[0, 1024]"] = 8
     """Loader processes a rank; 0 loads in the training process."""
@@ -269,12 +281,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError, one line, for values that do not go together, and for empty names."""
-        for name in ("mean", "std"):
+        for name, highest in (("mean", 1.0), ("std", 10.0)):
             values = getattr(self, name)
-            rule = f"one number or {self.channels}, as data.channels is {self.channels}"
+            rule = f"one number or {self.channels}, as data.channels is {self.channels}: verify_shards --statistics"
             _require(len(values) in (1, self.channels), name, values, rule)
+            scaled = self.pixels == "float32" or all(0 <= value <= highest for value in values)
+            rule = f"numbers in [0, {highest:g}], as {self.pixels} pixels are divided by {self.format.full_scale:g}"
+            _require(scaled, name, values, rule)
+        self._refuse_colours()
         patch = self.masks.patch_size
-        fits = self.masks.kind == "none" or self.global_crop_size % patch == 0
+        fits = self.masks.kind == "none" or not any(side % patch for side in self.global_size)
         rule = f"a multiple of data.masks.patch_size ({patch})"
         _require(fits, "global_crop_size", self.global_crop_size, rule)
         require_one_source(images=self.images, shards=self.shards)
@@ -289,10 +305,69 @@ class DataConfig:
         return self.shards
 
     @property
+    def global_size(self) -> tuple[int, int]:
+        """Height and width of a global crop."""
+        return height_and_width(self.global_crop_size)
+
+    @property
+    def local_size(self) -> tuple[int, int]:
+        """Height and width of a local crop."""
+        return height_and_width(self.local_crop_size)
+
+    @property
+    def mask_grid(self) -> tuple[int, int]:
+        """Rows and columns of a global crop's patches."""
+        height, width = self.global_size
+        return height // self.masks.patch_size, width // self.masks.patch_size
+
+    @property
+    def format(self) -> PixelFormat:
+        """What images are decoded to."""
+        return PixelFormat(self.channels, self.pixels)
+
+    @property
     def resolved_augmentation(self) -> Recipe:
-        """What happens to a view: the recipe with the values of `augmentation` that are not null."""
+        """What happens to a view: the recipe with the values of `augmentation` that are not null.
+
+        Of images that are neither RGB nor 8 bits in grey, without what is about colours.
+        """
         given = {name: value for name, value in vars(self.augmentation).items() if value is not None}
-        return replace(RECIPES[self.recipe], **given)
+        recipe = replace(RECIPES[self.recipe], **given)
+        return replace(recipe, **_left_out(recipe, self.format))
+
+    @property
+    def left_out_of_recipe(self) -> tuple[str, ...]:
+        """Options of the recipe's augmentation that do not apply to these images."""
+        return tuple(_left_out(RECIPES[self.recipe], self.format))
+
+    def _refuse_colours(self) -> None:
+        """Refuses what is asked for by name and would not happen; of a recipe it is left out."""
+        given = {name: value for name, value in vars(self.augmentation).items() if value is not None}
+        for name, neutral in _left_out(replace(RECIPES["none"], **given), self.format).items():
+            rule = f"{neutral}, as images of {self.channels} x {self.pixels} have no colours"
+            _require(name not in given, f"augmentation.{name}", given.get(name), rule)
+
+
+def _left_out(recipe: Recipe, format: PixelFormat) -> dict[str, Any]:
+    """Returns options of a recipe that do not apply to images of this format, with the value that does nothing.
+
+    Saturation, hue and grey are about red, green and blue. Solarisation inverts at half of an 8-bit range, which other
+    numbers do not fill. Brightness and contrast apply to all.
+    """
+    out: dict[str, Any] = {}
+    if format.is_photograph:
+        return out
+    if not format.has_colours:
+        brightness, contrast, *colours = recipe.jitter_strength
+        if any(colours):
+            out["jitter_strength"] = (brightness, contrast, 0.0, 0.0)
+        if recipe.gray:
+            out["gray"] = 0.0
+    if any(recipe.global_solarize):
+        out["global_solarize"] = (0.0,)
+    if recipe.local_solarize:
+        out["local_solarize"] = 0.0
+    return out
 
 
 def require_one_source(**places: str | None) -> None:

@@ -17,7 +17,9 @@ from data.shards import DataError, Manifest, check_shard_files, load_manifest
 from data.stream.reader import Failure, ShardReader
 from data.stream.remote import ShardCache, open_shards
 from data.stream.workers import start_worker
-from data.views.decoding import BadImageError, decode_label_map, decode_to_pil, find_image
+from data.views.config import PixelFormat
+from data.views.decoding import BadImageError, decode_label_map, find_image
+from data.views.pictures import RGB, Picture, decode_picture
 from data.writing.labels import number_classes, number_label, read_label
 
 __all__ = [
@@ -30,8 +32,8 @@ __all__ = [
     "require_same_classes",
 ]
 
-# Pillow RGB image and its label map to float tensor [C, H, W] and class indices uint8 [H', W'].
-DenseTransform = Callable[[Image.Image, Image.Image], tuple[Tensor, Tensor]]
+# Picture and its label map to float tensor [C, H, W] and class indices uint8 [H', W'].
+DenseTransform = Callable[[Picture, Image.Image], tuple[Tensor, Tensor]]
 LabelledBatch = tuple[Tensor, Tensor, Tensor]
 _Part = tuple[Tensor, Tensor, Tensor, list[str]]  # with the names of what was skipped
 
@@ -61,12 +63,13 @@ class EvaluationStream:
     Args:
         directory: folder or address of shards.
         split: its name.
-        transform: Pillow RGB image to float tensor [C, H, W]; must be picklable with workers.
+        transform: picture to float tensor [C, H, W]; must be picklable with workers.
         batch_size: images of a batch; the last one may be smaller.
         num_workers: loader processes; 0 loads in this process.
         rank: of this process.
         world_size: number of processes.
         dense_transform: given instead of `transform` where labels are label maps; picklable too.
+        format: of the pictures that the transform takes.
 
     Raises:
         DataError: shards missing or of another size than in the manifest, labels that the manifest does not know, or
@@ -77,13 +80,14 @@ class EvaluationStream:
         self,
         directory: str,
         split: str,
-        transform: Callable[[Image.Image], Tensor] | None = None,
+        transform: Callable[[Picture], Tensor] | None = None,
         *,
         batch_size: int,
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
         dense_transform: DenseTransform | None = None,
+        format: PixelFormat = RGB,
     ) -> None:
         self.manifest, cache = open_shards(DataConfig(shards=directory, split=split))
         if cache is None:
@@ -99,7 +103,9 @@ class EvaluationStream:
         else:
             assert transform is not None
             prepare = _WithClass(transform, numbers)
-        self._dataset = _EvaluationDataset(self.manifest, cache, prepare, batch_size, rank, world_size)
+        self._dataset = _EvaluationDataset(
+            self.manifest, cache, prepare, format, batch_size, rank, world_size
+        )
         self._num_workers = num_workers
 
     def __iter__(self) -> Iterator[LabelledBatch]:
@@ -127,10 +133,10 @@ class EvaluationStream:
 class _WithClass:
     """A sample's image, transformed, and its class index."""
 
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Picture], Tensor]
     numbers: dict[str, int]
 
-    def __call__(self, sample: EncodedSample, image: Image.Image) -> tuple[Tensor, Tensor]:
+    def __call__(self, sample: EncodedSample, image: Picture) -> tuple[Tensor, Tensor]:
         label = number_label(sample.key, read_label(sample.key, sample.members), self.numbers)
         return self.transform(image), torch.tensor(label)
 
@@ -142,7 +148,7 @@ class _WithLabelMap:
     transform: DenseTransform
     numbers: dict[str, int]
 
-    def __call__(self, sample: EncodedSample, image: Image.Image) -> tuple[Tensor, Tensor]:
+    def __call__(self, sample: EncodedSample, image: Picture) -> tuple[Tensor, Tensor]:
         encoded = sample.members.get(LABEL_MAP_SUFFIX)
         if encoded is None:
             raise DataError(
@@ -160,13 +166,14 @@ class _EvaluationDataset(IterableDataset):
         self,
         manifest: Manifest,
         cache: ShardCache | None,
-        prepare: Callable[[EncodedSample, Image.Image], tuple[Tensor, Tensor]],
+        prepare: Callable[[EncodedSample, Picture], tuple[Tensor, Tensor]],
+        format: PixelFormat,
         batch_size: int,
         rank: int,
         world_size: int,
     ) -> None:
         self.cache = cache
-        self.manifest, self.prepare, self.batch_size = manifest, prepare, batch_size
+        self.manifest, self.prepare, self.format, self.batch_size = manifest, prepare, format, batch_size
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[_Part | DataError]:
@@ -192,7 +199,7 @@ class _EvaluationDataset(IterableDataset):
                 if isinstance(sample, Failure):
                     raise BadImageError(sample.reason)
                 encoded = find_image(sample, self.manifest.image_key)
-                image = decode_to_pil(encoded, max_pixels=MAX_IMAGE_PIXELS)
+                image = decode_picture(encoded, self.format, max_pixels=MAX_IMAGE_PIXELS)
             except BadImageError as error:
                 skipped.append(f"sample {sample_id}: {error}")
                 continue

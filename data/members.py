@@ -18,6 +18,9 @@ from data.shards import DataError
 _EVERYWHERE = "jpg jpeg jpe jfif png webp bmp dib ppm pgm pbm pnm tif tiff gif tga"
 _WITH_A_LIBRARY = "avif heic heif jp2 j2k jpf jpx"
 IMAGE_SUFFIXES = frozenset(f"{_EVERYWHERE} {_WITH_A_LIBRARY}".split())
+# An image where there is no other: beside one it may be anything, such as its features.
+ARRAY_SUFFIX = "npy"
+READABLE_SUFFIXES = IMAGE_SUFFIXES | {ARRAY_SUFFIX}
 LABEL_SUFFIX = "cls"
 # A class index for every pixel, `VOID_INDEX` for none: an 8-bit grey PNG of the image's size.
 LABEL_MAP_SUFFIX = "seg.png"
@@ -81,9 +84,11 @@ def passed_over_reason(name: str) -> str:
 
 
 def image_members(suffixes: Iterable[str]) -> list[str]:
-    """Returns those of a sample's suffixes that are images; a label map is none where there is another."""
-    images = [suffix for suffix in suffixes if suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES]
-    return [suffix for suffix in images if suffix != LABEL_MAP_SUFFIX] or images
+    """Returns those of a sample's suffixes that are images; arrays and a label map are none where there is another."""
+    ends = {suffix: suffix.rsplit(".", 1)[-1] for suffix in suffixes}
+    images = [suffix for suffix, end in ends.items() if end in IMAGE_SUFFIXES]
+    arrays = [suffix for suffix, end in ends.items() if end == ARRAY_SUFFIX]
+    return [suffix for suffix in images if suffix != LABEL_MAP_SUFFIX] or arrays or images
 
 
 def choose_image(key: str, members: Mapping[str, bytes], image_key: str = "") -> str:

@@ -1,5 +1,8 @@
 """A picture of augmented crops, as the networks see them: one image a row, its views side by side.
 
+Of images that are no colours, the first three channels (or --bands) are shown as red, green and blue, each stretched
+over what the picture holds of it.
+
 python -m data.show_crops datasets/fashion-mnist --recipe grayscale-small --global-size 28 --local-size 16 \
         --augment vertical_flip=0.5 global_blur=0,0 --out crops.png
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +21,7 @@ from PIL import Image
 
 from data.config import RECIPES, AugmentationConfig, DataConfig
 from data.usage import Parser
+from data.views.config import FULL_SCALE, PixelFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 
 _MARGIN = 4
 _BACKGROUND = 255
+_SHOWN_PERCENTILES = (2, 98)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,17 +45,30 @@ def main(arguments: list[str] | None = None) -> int:
             num_local_crops=options.local_crops,
             global_crop_size=options.global_size,
             local_crop_size=options.local_size,
+            channels=options.channels,
+            pixels=options.pixels,
+            mean=(0.0,),
+            std=(1.0,),
             num_workers=0,
             # One lane a row: the rows come from all over the set.
             num_lanes=options.images,
         )
         crops = draw_crops(config, num_images=options.images, seed=options.seed)
-        Image.fromarray(arrange_crops(crops, config)).save(options.out)
+        _require_bands(options.bands, config.channels)
+        Image.fromarray(arrange_crops(crops, config, options.bands)).save(options.out)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     print(f"{options.out}: {options.images} images, recipe {options.recipe}")
     return 0
+
+
+def _require_bands(bands: Sequence[int], channels: int) -> None:
+    for band in bands:
+        if not 0 <= band < channels:
+            raise ValueError(
+                f"--bands holds {band}; expected 0 to {channels - 1}, as --channels is {channels}; set it"
+            )
 
 
 def draw_crops(config: DataConfig, *, num_images: int, seed: int) -> Crops:
@@ -66,14 +85,17 @@ def draw_crops(config: DataConfig, *, num_images: int, seed: int) -> Crops:
     return DeviceAugmentation(config)(batch)
 
 
-def arrange_crops(crops: Crops, config: DataConfig) -> NDArray[np.uint8]:
+def arrange_crops(crops: Crops, config: DataConfig, bands: Sequence[int] = ()) -> NDArray[np.uint8]:
     """Returns an RGB picture uint8 [height, width, 3]: a row for each image, global crops first.
 
     Args:
         crops: normalised crops.
         config: whose mean and standard deviation are taken out again.
+        bands: the three channels that are shown; empty for the first three, or of fewer the first.
     """
-    views = [*_to_pixels(crops.global_crops, config), *_to_pixels(crops.local_crops, config)]
+    bands = bands or (range(3) if config.channels >= 3 else (0,))
+    parts = [_to_values(part, config, bands) for part in (crops.global_crops, crops.local_crops)]
+    views = [view for part in _to_pixels(parts, config.format) for view in part]
     row_height = max(view.shape[1] for view in views) + _MARGIN
     width = sum(view.shape[2] + _MARGIN for view in views) + _MARGIN
     picture = np.full((len(views[0]) * row_height + _MARGIN, width, 3), _BACKGROUND, dtype=np.uint8)
@@ -86,10 +108,19 @@ def arrange_crops(crops: Crops, config: DataConfig) -> NDArray[np.uint8]:
     return picture
 
 
-def _to_pixels(crops: Tensor, config: DataConfig) -> NDArray[Any]:
-    """Returns uint8 [V, B, H, W, 3 or 1] of normalised crops [V, B, C, H, W]."""
+def _to_values(crops: Tensor, config: DataConfig, bands: Sequence[int]) -> NDArray[Any]:
+    """Returns the divided numbers [V, B, H, W, 3 or 1] of some channels of normalised crops [V, B, C, H, W]."""
     values = crops.movedim(2, -1).numpy() * np.array(config.std) + np.array(config.mean)
-    return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
+    return values[..., list(bands)]
+
+
+def _to_pixels(parts: Sequence[NDArray[Any]], format: PixelFormat) -> list[NDArray[np.uint8]]:
+    """Returns uint8 of divided numbers: of photographs those themselves, else stretched channel by channel."""
+    if not format.is_photograph:
+        every = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+        low, high = np.percentile(every, _SHOWN_PERCENTILES, axis=0)
+        parts = [(part - low) / np.maximum(high - low, np.finfo(np.float32).tiny) for part in parts]
+    return [np.clip(np.rint(part * 255), 0, 255).astype(np.uint8) for part in parts]
 
 
 def _parse_augmentation(text: str) -> tuple[str, float | tuple[float, ...]]:
@@ -125,6 +156,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="options of data.augmentation in place of the recipe's: quarter_turns=1 jitter_strength=.2,.2,0,0",
     )
     parser.add_argument("--out", default="crops.png", type=Path)
+    parser.add_argument("--channels", type=int, default=3, help="data.channels")
+    parser.add_argument("--pixels", choices=tuple(FULL_SCALE), default="uint8", help="data.pixels")
+    parser.add_argument(
+        "--bands", type=int, nargs=3, default=(), help="which channels are red, green and blue"
+    )
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--local-crops", type=int, default=4)
     parser.add_argument("--global-size", type=int, default=224)

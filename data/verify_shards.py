@@ -2,6 +2,7 @@
 
     python -m data.verify_shards datasets/imagenet        compares tars and manifest; exit code 2 on any difference
     python -m data.verify_shards others/shards --write    writes manifest.json and the index from the tars
+    python -m data.verify_shards datasets/satellite --statistics    prints data.channels, pixels, mean, std of train
 
 Checked: sizes, SHA-256, sample counts, every header and the archive's end, each sample's checksum against the index,
 one image and at most one label a sample, decodability of a sample of the images (`--decode all` for every one), the
@@ -15,6 +16,7 @@ import logging
 import os
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from data.writing.findings import Finding, count, summarise
 from data.writing.foreign_shards import NUM_DECODED, log_passed_over, number_labels, scan_all, write_manifests
 from data.writing.inspection import ShardScan
 from data.writing.labels import number_classes
+from data.writing.pixel_statistics import describe_statistics
 
 _BATCH_SIZE = 1024  # of the run that is imagined to say how mixed its batches will be
 
@@ -48,15 +51,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--image-key", default="", help="with --write: the image's suffix, where samples hold several images"
     )
+    parser.add_argument(
+        "--statistics",
+        action="store_true",
+        help="print mean and deviation of each channel, of the decoded images",
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        common = {"num_decoded": _parse_decode(options.decode), "num_processes": options.processes}
-        if options.write:
-            findings = write_manifests(options.directory, image_key=options.image_key, **common)
-        else:
-            findings = verify(options.directory, **common)
+        inspect = partial(write_manifests, image_key=options.image_key) if options.write else verify
+        how: dict[str, Any] = {
+            "num_decoded": _parse_decode(options.decode),
+            "num_processes": options.processes,
+        }
+        findings = inspect(options.directory, **how)
+        wanted = options.statistics and not findings
+        statistics = describe_statistics(options.directory, **how) if wanted else []
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -64,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(line)
     if not findings:
         _report_mixing(options.directory)
+    for line in statistics:
+        print(line)
     print(f"{options.directory}: {f'{count(findings):,} findings' if findings else 'all is well'}")
     return 2 if findings else 0
 

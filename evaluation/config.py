@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from data.config import require_one_source
+from data.views.config import PixelType
 from evaluation.probes.config import (
     AttentiveConfig,
     ClusteringConfig,
@@ -86,22 +87,30 @@ class EvaluationDataConfig:
 class TransformConfig:
     """Overrides of the encoder's own preprocessing; null keeps what the encoder declares."""
 
-    image_size: Annotated[int, "[1, 1e4]"] | None = None
-    """Side in pixels of the square that the encoder sees."""
+    image_size: (
+        Annotated[int, "[1, 1e4]"] | tuple[Annotated[int, "[1, 1e4]"], Annotated[int, "[1, 1e4]"]] | None
+    ) = None
+    """Side in pixels of the square that the encoder sees, or height and width."""
+    channels: Annotated[int, "[1, 1e4]"] | None = None
+    """Channels of the images, where the encoder declares none (`raw-pixels` alone: 3)."""
+    pixels: PixelType | None = None
+    """Type of the images' numbers, as `data.pixels` in training, where the encoder declares none (then `uint8`)."""
     crop_fraction: Annotated[float, "(0, 1]"] | None = None
     """`image_size` / side to which the shorter edge is resized first, 0 < fraction <= 1."""
     interpolation: Literal["bilinear", "bicubic", "nearest"] | None = None
     """How images are resized."""
-    mean: tuple[Annotated[float, "[0, 1]"], ...] | None = None
-    """Mean of each channel, of images scaled to 0..1."""
-    std: tuple[Annotated[float, "[1e-3, 10]"], ...] | None = None
+    mean: tuple[Annotated[float, "[-1e9, 1e9]"], ...] | None = None
+    """Mean of each channel, of images scaled to 0..1 (of `float32` as they are)."""
+    std: tuple[Annotated[float, "[1e-6, 1e9]"], ...] | None = None
     """Standard deviation of each channel."""
 
     def __post_init__(self) -> None:
-        """Refuses a standard deviation of no channel."""
+        """Refuses a standard deviation of no channel, and a mean of bytes that are not divided."""
         refuse_unless(
             self.std is None or bool(self.std), "transform.std", self.std, "positive numbers or null"
         )
+        scaled = self.pixels == "float32" or all(0 <= value <= 1 for value in self.mean or ())
+        refuse_unless(scaled, "transform.mean", self.mean, "numbers in [0, 1], or transform.pixels float32")
 
 
 @dataclass(frozen=True, kw_only=True)

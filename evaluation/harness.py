@@ -94,12 +94,13 @@ def _is_affordable(control: Encoder, session: Session) -> bool:
         manifest.num_samples if limit is None else min(limit, manifest.num_samples)
         for manifest, limit in zip(session.splits, limits, strict=True)
     )
-    gib = images * transform.channels * transform.image_size**2 * _FP32_BYTES / 2**30
+    height, width = transform.height_and_width
+    gib = images * transform.channels * height * width * _FP32_BYTES / 2**30
     if gib > config.control_max_gib and session.processes.rank == 0:
         logger.warning(
             "control raw-pixels is left out: %d images of %d x %d x %d are %.3g GiB of features; set control_max_gib "
             "(now %g) higher, or data.max_train_images lower",
-            *(images, transform.channels, transform.image_size, transform.image_size, gib),
+            *(images, transform.channels, height, width, gib),
             config.control_max_gib,
         )
     return gib <= config.control_max_gib

@@ -145,8 +145,10 @@ class ModelConfig:
 
     name: str = "vit_small_patch16_224"
     """A timm architecture, e.g. `vit_large_patch16_224`, `vit_so400m_patch14_siglip_224`, `resnet50`."""
-    image_size: Annotated[int, "[1, 1e4]"] = 224
-    """Side in pixels of the global crops, for which position embeddings are made."""
+    image_size: Annotated[int, "[1, 1e4]"] | tuple[Annotated[int, "[1, 1e4]"], Annotated[int, "[1, 1e4]"]] = (
+        224
+    )
+    """Side in pixels of the global crops, or their height and width, for which position embeddings are made."""
     patch_size: Annotated[int, "[1, 1e4]"] | None = None
     """Side in pixels of a ViT's patch."""
     embed_dim: Annotated[int, "[1, 1e6]"] | None = None
@@ -155,8 +157,8 @@ class ModelConfig:
     """Number of a ViT's blocks."""
     num_heads: Annotated[int, "[1, 1e4]"] | None = None
     """Attention heads of a ViT's block."""
-    channels: Literal[1, 3] = 3
-    """3 for colour, 1 for grey images."""
+    channels: Annotated[int, "[1, 1e4]"] = 3
+    """Channels of the images: 3 for colour, 1 for grey, others for spectra and stains; RGB weights are adapted."""
     init_values: Annotated[float, "[0, 10]"] | None = None
     """LayerScale's initial value of a ViT."""
     num_registers: Annotated[int, "[0, 1000]"] | None = None
@@ -179,6 +181,12 @@ class ModelConfig:
     patch_head: HeadConfig | None = None
     """A head of its own for the term on patches, with the options of `head`; null: `head` projects both."""
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
+
+    @property
+    def height_and_width(self) -> tuple[int, int]:
+        """Of the global crops."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
 
     def __post_init__(self) -> None:
         """Refuses an origin of weights that is none."""

@@ -245,7 +245,7 @@ def _differs_in_size(tensor: Tensor, own: Tensor | None) -> bool:
 def _fit_channels(
     state: dict[str, Tensor], donor: Any, backbone: Any, own: dict[str, Tensor], adapted: list[str]
 ) -> None:
-    """Sums the first kernel over colours for grey images, or spreads it, as timm does; in place."""
+    """Sums the first kernel over channels for grey images, else repeats it, scaled, as timm does; in place."""
     names = backbone.pretrained_cfg.get("first_conv") or ()
     for name in (names,) if isinstance(names, str) else names:
         key = f"{name}.weight"

@@ -32,7 +32,7 @@ class SelfSupervisedNetwork(nn.Module):
         super().__init__()
         self.outputs = outputs or OutputsConfig()
         self.backbone = vit.build_backbone(config, drop_path_rate=None if role == "student" else 0.0)
-        embed_dim = vit.measure_embed_dim(config, config.image_size)
+        embed_dim = vit.measure_embed_dim(config)
         self.projection_head = ProjectionHead(embed_dim, config.head)
         self.patch_head: ProjectionHead | None = None
         self.predictor: Predictor | None = None

@@ -83,7 +83,7 @@ class ImageSizeError(ValueError):
 
 
 @functools.cache
-def measure_embed_dim(config: ModelConfig, image_size: int) -> int:
+def measure_embed_dim(config: ModelConfig, size: tuple[int, int] | None = None) -> int:
     """Returns D, the width of the embedding, measured by a forward pass without numbers (meta device).
 
     Where a network computes with numbers, which the meta device lacks, the pass is a real one on the CPU. Draws
@@ -91,18 +91,18 @@ def measure_embed_dim(config: ModelConfig, image_size: int) -> int:
 
     Args:
         config: the backbone's options.
-        image_size: side in pixels of the images of the pass.
+        size: height and width of the images of the pass; None for the backbone's own.
 
     Raises:
         ImageSizeError: the network cannot take images of this size.
         ValueError: the network cannot be built, or gives no embedding.
     """
     try:
-        embedding = _embed_two_images(config, image_size, "meta")
+        embedding = _embed_two_images(config, size, "meta")
     except Exception as error:
         if not _is_for_want_of_numbers(error):
             raise
-        embedding = _embed_two_images(config, image_size, "cpu")
+        embedding = _embed_two_images(config, size, "cpu")
     if embedding.ndim != 2:
         raise ValueError(
             f"model.global_pool is {config.global_pool!r}, with which {config.name} gives {embedding.ndim - 1} axes "
@@ -111,10 +111,10 @@ def measure_embed_dim(config: ModelConfig, image_size: int) -> int:
     return int(embedding.shape[1])
 
 
-def _embed_two_images(config: ModelConfig, image_size: int, device: str) -> Tensor:
+def _embed_two_images(config: ModelConfig, size: tuple[int, int] | None, device: str) -> Tensor:
     plain = replace(config, activation_checkpointing=False)
     # Not one image: BatchNorm refuses a batch of one value.
-    shape = (2, config.channels, image_size, image_size)
+    shape = (2, config.channels, *(size or config.height_and_width))
     with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
         backbone = build_backbone(plain, drop_path_rate=0.0)
         try:

@@ -19,10 +19,13 @@ from torch.nn.functional import interpolate, normalize, pad
 from data.config import DataConfig
 from data.stream.pipeline import TrainingStream
 from data.views.augmentations import DeviceAugmentation
+from data.views.config import PixelFormat
+from data.views.pictures import Picture, to_rgb
 from evaluation.encoders.preprocessing import Preprocessing
 from evaluation.encoders.projections import find_spaces, project
-from evaluation.features.bank import FeatureBank
+from evaluation.features.bank import FeatureBank, FeatureError
 from evaluation.features.extract import first_id_after, open_stream
+from evaluation.features.patches import grid_shape
 from evaluation.features.processes import Processes
 from evaluation.features.session import Session
 from evaluation.probes.knn import nearest
@@ -40,17 +43,19 @@ _SIDE = 64
 _ROWS, _NEIGHBOURS = 8, 7
 _MAP_IMAGES, _MAP_CLASSES = 2000, 20
 _PATCH_IMAGES, _SHADE = 500, 0.45
+# From black to the mean, of images without a white.
+_SHOWN_DEVIATIONS = 2.0
 # Inches of a cell: a whole panel is as wide as a chart, so that its letters are as large, on a phone too.
 _CELL = 0.52
 _RIGHT, _WRONG, _QUERY = "#009E73", "#D55E00", "#000000"
 
 
 class _Thumbnail:
-    """Pillow image to uint8 [3, side, side]; picklable."""
+    """Picture to uint8 [3, side, side]; picklable."""
 
-    def __call__(self, image: Image.Image) -> UInt8[Tensor, "3 S S"]:
+    def __call__(self, image: Picture) -> UInt8[Tensor, "3 S S"]:
         """Returns the whole image, scaled."""
-        small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+        small = to_rgb(image).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
 
@@ -72,7 +77,10 @@ class Gallery:
         keep = slice(None) if before is None else bank.sample_ids < before
         tensors = {name: tensor[keep] for name, tensor in bank.tensors.items()}
         part = FeatureBank(tensors, bank.labels[keep], bank.sample_ids[keep], manifest)
-        stream = open_stream(manifest, _Thumbnail(), data=data, processes=Processes(), limit=count)
+        format = self.session.encoder.transform.format
+        stream = open_stream(
+            manifest, _Thumbnail(), data=data, processes=Processes(), limit=count, format=format
+        )
         found: dict[int, Tensor] = {}
         wanted = set(part.sample_ids.tolist())
         for images, _, ids in stream:
@@ -154,6 +162,7 @@ def draw_prototype_patches(gallery: Gallery, run: str) -> Chart | None:
         return None
     images, projections = (torch.cat(parts) for parts in zip(*seen, strict=True))
     num_images, num_patches, _ = projections.shape
+    grid = grid_shape(num_patches, transform.height_and_width, encoder.spec)
     unit = normalize(load_exported_prototypes(encoder.folder, space.prototypes)["teacher"], dim=1)
     winners = torch.cat([(rows @ unit.T).argmax(dim=1) for rows in projections])
     popular = torch.bincount(winners, minlength=len(unit)).argsort(descending=True, stable=True)[:_ROWS]
@@ -163,7 +172,9 @@ def draw_prototype_patches(gallery: Gallery, run: str) -> Chart | None:
     rows = []
     for column, prototype in enumerate(popular.tolist()):
         closest = similarity[:, column].argsort(descending=True, stable=True)[: _NEIGHBOURS + 1].tolist()
-        cut = [_cut_patch(images[i] * std + mean, int(place[i, column]), num_patches) for i in closest]
+        pictures = [_visible(images[i], mean, std, transform.format) for i in closest]
+        places = place[closest, column].tolist()
+        cut = [_cut_patch(*pair, grid) for pair in zip(pictures, places, strict=True)]
         rows.append((f"#{prototype}", [(picture, _QUERY) for picture in cut]))
     png = _draw_rows(rows, f"Patches nearest to the most used prototypes: {run}")
     caption = (
@@ -173,11 +184,10 @@ def draw_prototype_patches(gallery: Gallery, run: str) -> Chart | None:
     return Chart(f"prototype_patches_{run}", f"Patches of prototypes: {run}", caption, png)
 
 
-def _cut_patch(image: Float[Tensor, "C S S"], place: int, num_patches: int) -> UInt8[Tensor, "3 T T"]:
+def _cut_patch(image: Float[Tensor, "C H W"], place: int, grid: tuple[int, int]) -> UInt8[Tensor, "3 T T"]:
     """Returns a patch of a grid, with as much as a patch around it on each side, dimmed; black beyond the image."""
-    grid = round(num_patches**0.5)
-    size = image.shape[-1] // grid
-    top, left = (place // grid) * size, (place % grid) * size
+    size = image.shape[-1] // grid[1]
+    top, left = (place // grid[1]) * size, (place % grid[1]) * size
     dimmed = pad(_SHADE * image.clamp(0, 1), [size] * 4)
     around = dimmed[:, top : top + 3 * size, left : left + 3 * size].clone()
     around[:, size : 2 * size, size : 2 * size] /= _SHADE
@@ -193,15 +203,25 @@ def draw_patch_components(gallery: Gallery, run: str) -> Chart | None:
     wanted = {int(gallery.test.sample_ids[q]): q for q in queries}
     images: dict[int, Tensor] = {}
     stream = open_stream(
-        manifest, session.encoder.transform, data=data, processes=processes, limit=_ROWS * 12
+        manifest,
+        session.encoder.transform,
+        data=data,
+        processes=processes,
+        limit=_ROWS * 12,
+        format=session.encoder.transform.format,
     )
     for batch, _, ids in stream:
         images |= {wanted[i]: image for i, image in zip(ids.tolist(), batch, strict=True) if i in wanted}
     module = session.encoder.module.to("cpu").float()
     tokens = module.patch_tokens(torch.stack([images[q] for q in queries]))
-    if tokens is None or round(tokens.shape[1] ** 0.5) ** 2 != tokens.shape[1] or tokens.shape[1] < 4:
+    if tokens is None or tokens.shape[1] < 4:
         return None
-    maps = _three_components(tokens.float())
+    height, width = next(iter(images.values())).shape[-2:]
+    try:
+        grid = grid_shape(tokens.shape[1], (height, width), session.encoder.spec)
+    except FeatureError:
+        return None
+    maps = _three_components(tokens.float(), grid)
     figure, axes = plt.subplots(2, len(queries), figsize=(4.7, 1.7), layout="constrained", squeeze=False)
     figure.suptitle(f"Patch tokens: {run}", fontsize=10, fontweight="bold", x=0.01, ha="left")
     for column, query in enumerate(queries):
@@ -258,7 +278,8 @@ def draw_crops(config: DataConfig, seed: int, run: str) -> Chart:
     groups: list[list[_Cell]] = []
     for image in range(min(_ROWS, crops.global_crops.shape[1])):
         views = [*crops.global_crops[:, image], *crops.local_crops[:, image]]
-        groups.append([(_to_bytes(view * std + mean), "#FFFFFF") for view in views[: _NEIGHBOURS + 1]])
+        shown = [_visible(view, mean, std, config.format) for view in views[: _NEIGHBOURS + 1]]
+        groups.append([(_to_bytes(view), "#FFFFFF") for view in shown])
     png = _draw_rows(_side_by_side(groups), f"Augmented crops: {run}")
     local = f", then {config.num_local_crops} local" if config.num_local_crops else ""
     caption = f"Views of one image stand together: {config.num_global_crops} global{local} crops."
@@ -278,15 +299,14 @@ def _side_by_side(groups: Sequence[list[_Cell]]) -> list[tuple[str, list[_Cell]]
     return rows
 
 
-def _three_components(tokens: Float[Tensor, "B N D"]) -> UInt8[Tensor, "B 3 S S"]:
+def _three_components(tokens: Float[Tensor, "B N D"], grid: tuple[int, int]) -> UInt8[Tensor, "B 3 S S"]:
     flat = tokens.flatten(0, 1)
     centred = flat - flat.mean(dim=0)
     _, _, basis = torch.linalg.svd(centred, full_matrices=False)
     scores = centred @ basis[:3].T
     low, high = scores.quantile(0.01, dim=0), scores.quantile(0.99, dim=0)
     scaled = ((scores - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    side = round(tokens.shape[1] ** 0.5)
-    maps = scaled.view(len(tokens), side, side, 3).permute(0, 3, 1, 2)
+    maps = scaled.view(len(tokens), *grid, 3).permute(0, 3, 1, 2)
     return (interpolate(maps, size=_SIDE, mode="nearest") * 255).to(torch.uint8)
 
 
@@ -300,9 +320,15 @@ def _two_components(rows: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N 2"], f
     return (centred.double() @ (first * signs)).float(), share
 
 
+def _visible(image: Tensor, mean: Tensor, std: Tensor, format: PixelFormat) -> Tensor:
+    """Returns a normalised image as numbers in 0..1: as it was, or where that has no white, around its mean."""
+    return image * std + mean if format.is_photograph else 0.5 + image / (2 * _SHOWN_DEVIATIONS)
+
+
 def _to_bytes(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "3 S S"]:
     whole = interpolate(image[None].clamp(0, 1), size=_SIDE, mode="nearest")[0]
-    return (whole.expand(3, -1, -1) * 255).to(torch.uint8)
+    shown = whole[:3] if len(whole) >= 3 else whole[:1]
+    return (shown.expand(3, -1, -1) * 255).to(torch.uint8)
 
 
 def _draw_rows(rows: Sequence[tuple[str, Sequence[_Cell]]], title: str) -> bytes:

@@ -16,6 +16,8 @@ from torch.nn.functional import interpolate
 
 from data.members import VOID_INDEX
 from data.shards import load_manifest
+from data.views.config import PixelFormat
+from data.views.pictures import Picture, to_rgb
 from evaluation.confidence import draw_weights
 from evaluation.config import EvaluationConfig
 from evaluation.features.extract import open_stream
@@ -141,8 +143,15 @@ def draw_overlays(result: dict[str, Any], run: str) -> Chart | None:
     assert shards is not None, "an evaluation writes the shards of data.images first"
     manifest = load_manifest(shards, data.test_split, "data.test_split")
     wanted = kept["sample_ids"].tolist()[:_SHOWN]
+    seen_as = result["encoder"]["transform"]
     stream = open_stream(
-        manifest, _Scene(), data=data, processes=Processes(), limit=len(kept["sample_ids"]), dense=True
+        manifest,
+        _Scene(),
+        data=data,
+        processes=Processes(),
+        limit=len(kept["sample_ids"]),
+        dense=True,
+        format=PixelFormat(seen_as.get("channels", 3), seen_as.get("pixels", "uint8")),
     )
     scenes: dict[int, tuple[Tensor, Tensor]] = {}
     for images, labels, ids in stream:
@@ -152,7 +161,7 @@ def draw_overlays(result: dict[str, Any], run: str) -> Chart | None:
     pictures = []
     for place, number in enumerate(wanted):
         image, label = scenes[number]
-        maps = [_to_side(kept[f"{name}_maps"][place]) for name in names]
+        maps = [_to_side(kept[f"{name}_maps"][place], result["figures"]["grid"]) for name in names]
         pictures.append(
             [image.permute(1, 2, 0).numpy(), *(colours[m.long().numpy()] for m in (label, *maps))]
         )
@@ -170,17 +179,16 @@ class _Scene:
     """Image and label map to uint8 [3, side, side] and uint8 [side, side]; picklable."""
 
     def __call__(
-        self, image: Image.Image, label_map: Image.Image
+        self, image: Picture, label_map: Image.Image
     ) -> tuple[UInt8[Tensor, "3 S S"], UInt8[Tensor, "S S"]]:
         """Returns both, squashed to one square."""
-        small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+        small = to_rgb(image).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
         labels = label_map.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
         return torch.from_numpy(np.array(small)).permute(2, 0, 1), torch.from_numpy(np.array(labels))
 
 
-def _to_side(patches: Tensor) -> Tensor:
-    side = round(len(patches) ** 0.5)
-    return interpolate(patches.view(1, 1, side, side).float(), size=(_SIDE, _SIDE), mode="nearest")[0, 0]
+def _to_side(patches: Tensor, grid: list[int]) -> Tensor:
+    return interpolate(patches.view(1, 1, *grid).float(), size=(_SIDE, _SIDE), mode="nearest")[0, 0]
 
 
 def _palette(num_classes: int) -> np.ndarray:

@@ -172,10 +172,16 @@ def section_class(annotation: Any) -> type | None:
     return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
 
 
-def _without_none(annotation: Any) -> Any:
+def _without_none(annotation: Any, *, wants_list: bool = False) -> Any:
+    """Returns what an option is where it is not null: of one that is a number or a list, the kind that is wanted."""
     if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
         return annotation
-    return next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+    kinds = _kinds(annotation)
+    return next((kind for kind in kinds if wants_list and typing.get_origin(kind) is tuple), kinds[0])
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    return [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
 
 
 def describe_type(annotation: Any) -> str:
@@ -184,7 +190,8 @@ def describe_type(annotation: Any) -> str:
     if origin is typing.Annotated:
         return f"{describe_type(arguments[0])} in {arguments[1]}"
     if origin in (types.UnionType, typing.Union):
-        return f"{describe_type(_without_none(annotation))}, or null"
+        null = ["null"] if types.NoneType in arguments else []
+        return ", or ".join([*map(describe_type, _kinds(annotation)), *null])
     if origin is typing.Literal:
         return " or ".join(map(str, arguments)) if len(arguments) < 3 else ", ".join(map(str, arguments))
     if origin is tuple:
@@ -251,7 +258,8 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(_without_none(annotation), value, key)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        return _convert(_without_none(annotation, wants_list=is_list), value, key)
     if origin is typing.Literal:
         if value is False and "off" in arguments:  # YAML 1.1 reads the word off as a boolean
             return "off"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -248,7 +249,7 @@ def _build_drift_gauges(
     config: PretrainConfig, synchronization: Synchronization, sets: Sequence[PrototypeSet], engine: Engine
 ) -> list[DriftGauge]:
     """Returns a gauge for each set; where views and patches share one, it looks at the views."""
-    num_patches = (config.data.global_crop_size // config.data.masks.patch_size) ** 2
+    num_patches = math.prod(config.data.mask_grid)
     return [
         DriftGauge(
             engine,

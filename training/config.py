@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -271,7 +272,7 @@ class PretrainConfig:
                 f"model.channels is {self.model.channels}; expected data.channels {self.data.channels}; "
                 "set model.channels"
             )
-        if self.model.image_size != self.data.global_crop_size:
+        if self.model.height_and_width != self.data.global_size:
             raise ValueError(
                 f"model.image_size is {self.model.image_size}; expected data.global_crop_size "
                 f"{self.data.global_crop_size}; set model.image_size"
@@ -312,7 +313,7 @@ class PretrainConfig:
         if masks.kind == "none":
             return 0.0
         share = sum(masks.resolved_ratio) / 2 * masks.resolved_predicted * masks.resolved_crops
-        num_patches = (self.data.global_crop_size // masks.patch_size) ** 2
+        num_patches = math.prod(self.data.mask_grid)
         if self.objective.patch.name == "capi":
             share = 1.0
         return self.data.num_global_crops * num_patches * share

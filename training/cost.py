@@ -8,6 +8,7 @@ holds less than a hundredth of the activations; the allocator's fragmentation an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -192,7 +193,9 @@ def waiting_bytes(config: PretrainConfig, micro_batch: int) -> float:
     """
     data, accumulation = config.data, config.batch.gradient_accumulation_steps
     views = data.num_global_crops + data.num_local_crops
-    pixels = data.num_global_crops * data.global_crop_size**2 + data.num_local_crops * data.local_crop_size**2
+    pixels = data.num_global_crops * math.prod(data.global_size) + data.num_local_crops * math.prod(
+        data.local_size
+    )
     # The student's rows and the gradient at them, and the teacher's rows.
     rows = float((2 * views + data.num_global_crops) * config.prototypes.dim)
     if "patch" in config.levels:
@@ -240,14 +243,13 @@ def _fake_inputs(
 ) -> tuple[list[Tensor], dict[str, Tensor] | None]:
     """Returns crops of so many images and, for a term on patches, as many patches as there are on average."""
     data, channels = config.data, config.model.channels
-    size, num_crops = data.global_crop_size, data.num_global_crops * num_images
-    crops = [torch.empty(num_crops, channels, size, size, dtype=dtype)]
+    num_crops = data.num_global_crops * num_images
+    crops = [torch.empty(num_crops, channels, *data.global_size, dtype=dtype)]
     if data.num_local_crops and role == "student":
-        size = data.local_crop_size
-        crops.append(torch.empty(data.num_local_crops * num_images, channels, size, size, dtype=dtype))
+        crops.append(torch.empty(data.num_local_crops * num_images, channels, *data.local_size, dtype=dtype))
     if config.outputs.patches == "none":
         return crops, None
-    side = data.global_crop_size // data.masks.patch_size
+    num_patches = math.prod(data.mask_grid)
 
     def fake(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -256,11 +258,11 @@ def _fake_inputs(
     if role == "teacher":
         return crops, rows
     if config.outputs.patches == "hidden":
-        return crops, rows | {"hidden": fake(num_crops, side**2, dtype=torch.bool)}
+        return crops, rows | {"hidden": fake(num_crops, num_patches, dtype=torch.bool)}
     # As many of every crop: any key will do.
-    hidden = draw_mask(data.masks, 0, side)
+    hidden = draw_mask(data.masks, 0, data.mask_grid)
     predicted = draw_predicted(data.masks, 0, hidden)
-    numbers = {"visible": side**2 - int(hidden.sum()), "predicted": int(predicted.sum())}
+    numbers = {"visible": num_patches - int(hidden.sum()), "predicted": int(predicted.sum())}
     return crops, {name: fake(num_crops, number) for name, number in numbers.items()}
 
 

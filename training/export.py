@@ -14,6 +14,7 @@ the encoder's before the file is kept. It needs `pip install onnx onnxruntime on
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -98,6 +99,7 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
         mean=config.data.mean,
         std=config.data.std,
         interpolation=config.data.interpolation,
+        pixels=config.data.pixels,
         prototypes=load_tensors(exported / PROTOTYPES_NAME),
         provenance=load_manifest(checkpoint)["facts"]
         | {"role": which, "step": load_manifest(checkpoint)["step"]},
@@ -125,7 +127,8 @@ def export_onnx(run: Path, out: Path, which: str) -> tuple[Path, str]:
             "role": which,
             "step": load_manifest(checkpoint)["step"],
         }
-        return checkpoint, write_onnx(backbone, out, facts=facts)
+        pixels = json.loads((folder / "config.json").read_bytes()).get("pixels", "uint8")
+        return checkpoint, write_onnx(backbone, out, pixels=pixels, facts=facts)
 
 
 def main(arguments: list[str]) -> int:

@@ -35,27 +35,32 @@ def check_crop_sizes(config: PretrainConfig) -> None:
         ValueError: the network cannot take one of them, cannot be built, or gives no embedding.
     """
     data = config.data
-    sizes = {"data.global_crop_size": data.global_crop_size}
+    sizes = {"data.global_crop_size": data.global_size}
     if data.num_local_crops:
-        sizes["data.local_crop_size"] = data.local_crop_size
+        sizes["data.local_crop_size"] = data.local_size
     for option, size in sizes.items():
         try:
             measure_embed_dim(config.model, size)
         except ImageSizeError as error:
             raise ValueError(
-                f"{option} is {size}, which {config.model.name} cannot take ({error}); "
+                f"{option} is {_shown(size)}, which {config.model.name} cannot take ({error}); "
                 f"{_advise_on_size(config.model, option, size)}"
             ) from error
 
 
-def _advise_on_size(model: ModelConfig, option: str, size: int) -> str:
+def _shown(size: tuple[int, int]) -> str:
+    return str(size[0] if size[0] == size[1] else list(size))
+
+
+def _advise_on_size(model: ModelConfig, option: str, size: tuple[int, int]) -> str:
     with torch.device("meta"):
         backbone = build_backbone(model, drop_path_rate=0.0)
     patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
     side = patch[0] if isinstance(patch, tuple) else patch
     also = " and model.image_size" if option == "data.global_crop_size" else ""
-    if isinstance(side, int) and size % side:
-        near = max(1, round(size / side)) * side
+    if isinstance(side, int) and any(length % side for length in size):
+        height, width = (max(1, round(length / side)) * side for length in size)
+        near = _shown((height, width))
         return f"expected a multiple of its patch size {side}, such as {near}; set {option}{also}"
     if also:
         own = backbone.pretrained_cfg["input_size"][-1]  # type: ignore[index]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.views.config import FULL_SCALE, PixelType
 from runtime.program import UserError
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -51,7 +52,9 @@ def require_packages() -> None:
         )
 
 
-def write_onnx(backbone: nn.Module, out: Path, *, facts: Mapping[str, Any]) -> str:
+def write_onnx(
+    backbone: nn.Module, out: Path, *, pixels: PixelType = "uint8", facts: Mapping[str, Any]
+) -> str:
     """Writes a backbone as an ONNX file and returns in words what it takes.
 
     The batch is free; height and width are where the network allows, which is tried: the file is run by onnxruntime at
@@ -61,6 +64,7 @@ def write_onnx(backbone: nn.Module, out: Path, *, facts: Mapping[str, Any]) -> s
     Args:
         backbone: a timm model with `num_classes=0`, in eval mode, on the CPU.
         out: the file; written whole or not at all.
+        pixels: type of the images' numbers; see `data.views.config.FULL_SCALE`.
         facts: plain values for the metadata's `provenance`.
 
     Raises:
@@ -80,7 +84,10 @@ def write_onnx(backbone: nn.Module, out: Path, *, facts: Mapping[str, Any]) -> s
     assert isinstance(declared, Mapping)
     shape = tuple(declared["input_size"])
     network = _Outputs(backbone).eval()
-    metadata = {"preprocessing": json.dumps(_preprocessing(declared)), "provenance": json.dumps(dict(facts))}
+    metadata = {
+        "preprocessing": json.dumps(_preprocessing(declared, pixels)),
+        "provenance": json.dumps(dict(facts)),
+    }
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         for free_size in (True, False):
@@ -105,11 +112,13 @@ def write_onnx(backbone: nn.Module, out: Path, *, facts: Mapping[str, Any]) -> s
     )
 
 
-def _preprocessing(declared: Mapping[str, Any]) -> dict[str, Any]:
+def _preprocessing(declared: Mapping[str, Any], pixels: PixelType) -> dict[str, Any]:
     names = ("input_size", "interpolation", "crop_pct", "mean", "std")
+    scale = FULL_SCALE[pixels]
     return {name: declared[name] for name in names} | {
-        "text": "resize so that the shorter side is input_size / crop_pct, crop the centre, scale to 0..1, subtract "
-        "mean, divide by std; float32 [batch, channels, height, width]"
+        "pixels": pixels,
+        "text": "resize so that the image covers input_size / crop_pct, crop the centre, "
+        f"divide {pixels} numbers by {scale:g}, subtract mean, divide by std; float32 [batch, channels, height, width]",
     }
 
 

@@ -108,7 +108,7 @@ class LaneDataset(IterableDataset):
             ids.append(element.sample_id)
             keys.append(key)
             group.append(image)
-            group_bytes += image.numel()
+            group_bytes += image.nbytes
             if group_bytes > _GROUP_BYTES or len(keys) == len(rows):
                 done = slice(len(keys) - len(group), len(keys))
                 cropper.cut_(group, seeds[done], rows[done], *crops)
@@ -144,7 +144,7 @@ class LaneDataset(IterableDataset):
             raise BadImageError(sample.reason)
         config = self.config
         encoded = find_image(sample, self.image_key)
-        return sample.key, decode_image(encoded, channels=config.channels, max_pixels=config.max_image_pixels)
+        return sample.key, decode_image(encoded, format=config.format, max_pixels=config.max_image_pixels)
 
     def _check_memory(self) -> float:
         rss = measure_rss_mib()

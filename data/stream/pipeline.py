@@ -21,7 +21,7 @@ from data.stream.remote import open_shards
 from data.stream.samplers import build_copies
 from data.stream.workers import start_worker
 from data.views.collate import BatchPart, CropBatch, SharedCrops, collate_parts
-from data.views.decoding import BadImageError, decode_image, find_image
+from data.views.decoding import BadImageError, decode_image, find_image, loses_bits
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +84,10 @@ class TrainingStream:
         self._pin = pin
         self._skipped_names = list[str]()
         self._close: Callable[[], None] | None = None
-        check_decodable(ShardReader(self.manifest, cache=self._cache), config)
+        first = check_decodable(ShardReader(self.manifest, cache=self._cache), config)
         if rank == 0 and position is None:
             _report_mixing(config, self.manifest, seed, global_batch_size)
+            _report_format(config, first)
 
     def __iter__(self) -> Iterator[CropBatch]:
         """Yields micro-batches from the stream's position on.
@@ -218,10 +219,14 @@ def merge_positions(parts: Sequence[DataPosition]) -> DataPosition:
     return merged
 
 
-def check_decodable(reader: ShardReader, config: DataConfig) -> None:
-    """Raises DataError unless an image can be decoded among the first samples of the first shard.
+def check_decodable(reader: ShardReader, config: DataConfig) -> bytes:
+    """Returns the first image that can be decoded, of the first samples of the first shard.
 
-    Shards without images, or with suffixes that this repository does not know, are found before step 0.
+    Shards without images, with suffixes that this repository does not know, or of another number or type of bands are
+    found before step 0.
+
+    Raises:
+        DataError: there is none.
     """
     number, shard = next((n, shard) for n, shard in enumerate(reader.manifest.shards) if shard.num_selected)
     ordinals = range(shard.samples)
@@ -233,14 +238,29 @@ def check_decodable(reader: ShardReader, config: DataConfig) -> None:
             continue
         try:
             encoded = find_image(sample, image_key)
-            decode_image(encoded, channels=config.channels, max_pixels=config.max_image_pixels)
-            return
+            decode_image(encoded, format=config.format, max_pixels=config.max_image_pixels)
+            return encoded
         except BadImageError as error:
             reason = reason or f"{sample.key}: {error}"
     raise DataError(
         f"{reader.manifest.path_of(shard)} has no image in its first samples ({reason}); expected members such as "
-        ".jpg or .png; set data.shards to a folder of image shards"
+        f".jpg or .png, or .tif and .npy, of data.channels={config.channels} and data.pixels={config.pixels}; set "
+        "those, or data.shards to a folder of image shards"
     )
+
+
+def _report_format(config: DataConfig, first: bytes) -> None:
+    """Says what does not apply to these images, and where they lose bits."""
+    if config.left_out_of_recipe:
+        logger.info(
+            "data.recipe %s: images of %d x %s have no colours, so that %s of it is left out or cut to what applies",
+            *(config.recipe, config.channels, config.pixels, ", ".join(config.left_out_of_recipe)),
+        )
+    if config.format.is_photograph and loses_bits(first):
+        logger.warning(
+            "data.pixels is uint8: values of more than 8 bits are scaled down to 8; set data.pixels=uint16 (or "
+            "float32) to keep them"
+        )
 
 
 def _report_mixing(config: DataConfig, manifest: Manifest, seed: int, batch_size: int) -> None:

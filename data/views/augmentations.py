@@ -1,9 +1,9 @@
 """Colours, blur, solarisation and normalisation of whole batches, on the training device, from per-sample seeds.
 
-The loader ships uint8 crops; everything per pixel happens here. What a view goes through is drawn on the CPU from
-its sample's seed, so that it depends neither on the worker that loaded it nor on its neighbours in the batch. A step
-is done for all images at once, with parameters that leave those alone that do not take it: the number of kernels is
-that of the recipe, and the device never waits for the CPU to read a mask.
+The loader ships crops of the images' own type; everything per pixel happens here. What a view goes through is drawn on
+the CPU from its sample's seed, so that it depends neither on the worker that loaded it nor on its neighbours in the
+batch. A step is done for all images at once, with parameters that leave those alone that do not take it: the number of
+kernels is that of the recipe, and the device never waits for the CPU to read a mask.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ class ColourDraws:
 
 
 class DeviceAugmentation(nn.Module):
-    """Turns uint8 crops into normalised float32 crops by the configuration's augmentation. No gradient; no state.
+    """Turns crops of `data.pixels` into normalised float32 ones by the configuration's augmentation.
 
+    No gradient; no state.
     The result is the same bits for the same crops and seeds on one kind of device.
 
     Args:
@@ -92,6 +93,9 @@ class DeviceAugmentation(nn.Module):
     def __init__(self, config: DataConfig) -> None:
         super().__init__()
         self.recipe = config.resolved_augmentation
+        self.full_scale = config.format.full_scale
+        # Numbers of any unit have no white to be clamped to.
+        self.largest = None if config.pixels == "float32" else 1.0
         self.num_global_crops = config.num_global_crops
         self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
@@ -131,7 +135,7 @@ class DeviceAugmentation(nn.Module):
 
     def _augment(self, crops: Tensor, seeds: NDArray[np.uint64], first_view: int) -> Tensor:
         """Returns the views of one size, augmented together: the kernels launched do not grow with the images."""
-        images = crops.flatten(0, 1).to(torch.float32).div_(255)
+        images = crops.flatten(0, 1).to(torch.float32, copy=True).div_(self.full_scale)
         if len(images):
             draws = _join([self.draw(seeds, first_view + view) for view in range(len(crops))])
             self._jitter_(images, draws)
@@ -159,7 +163,7 @@ class DeviceAugmentation(nn.Module):
         rows_on_device = _send(rows, images.device, np.int64)
         for place in range(kinds.shape[1]):
             if blends[:, place].any():
-                _blend_(images, *(values[place] for values in on_device[:3]))
+                _blend_(images, *(values[place] for values in on_device[:3]), largest=self.largest)
             if len(rows[place]):
                 chosen = rows_on_device[place]
                 turned = _shift_hue(images.index_select(0, chosen), on_device[3 + place])
@@ -201,27 +205,40 @@ def _stretch(numbers: NDArray[np.float64], probability: float) -> NDArray[np.flo
 
 
 def _luma(images: Tensor) -> Tensor:
-    if images.shape[1] == 1:
+    """Returns [n, 1, H, W] of RGB images; the images themselves where channels are no colours."""
+    if images.shape[1] != 3:
         return images
     red, green, blue = images.unbind(dim=1)
     return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).unsqueeze(1)
 
 
-def _blend_(images: Tensor, factors: Tensor, is_contrast: Tensor, is_saturation: Tensor) -> None:
+def _blend_(
+    images: Tensor,
+    factors: Tensor,
+    is_contrast: Tensor,
+    is_saturation: Tensor,
+    *,
+    largest: float | None = 1.0,
+) -> None:
     """Moves images away from black (brightness), their mean luma (contrast) or their luma (saturation), in place.
 
-    clamp(base + factor * (image - base), 0, 1), as torchvision's adjust_brightness, _contrast and _saturation.
+    clamp(base + factor * (image - base), 0, 1), as torchvision's adjust_brightness, _contrast and _saturation. Bands
+    that are no colours differ in level, so that each keeps its own mean.
 
     Args:
-        images: [n, 1 or 3, H, W] in [0, 1].
+        images: [n, C, H, W].
         factors: [n]; 1 leaves an image as it is, bit for bit.
         is_contrast: [n], 1 where the base is the mean luma, else 0.
         is_saturation: [n], 1 where it is the luma, else 0; where both are 0 it is black.
+        largest: value of white; None where there is none, and nothing is clamped.
     """
     luma = _luma(images)
-    mean = luma.mean(dim=(1, 2, 3), keepdim=True) * _per_image(is_contrast)
+    axes = (1, 2, 3) if luma.shape[1] == 1 else (2, 3)
+    mean = luma.mean(dim=axes, keepdim=True) * _per_image(is_contrast)
     base = torch.addcmul(mean, luma, _per_image(is_saturation))
-    torch.lerp(base, images, _per_image(factors), out=images).clamp_(0, 1)
+    torch.lerp(base, images, _per_image(factors), out=images)
+    if largest is not None:
+        images.clamp_(0, largest)
 
 
 def _solarize_(images: Tensor, thresholds: Tensor) -> None:

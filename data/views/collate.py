@@ -21,8 +21,8 @@ class CropBatch:
     """The crops of one micro-batch of a rank, before the colours are augmented.
 
     Attributes:
-        global_crops: uint8 [V_g, B, C, H, W].
-        local_crops: uint8 [V_l, B, C, h, w]; V_l may be 0.
+        global_crops: [V_g, B, C, H, W] of `data.pixels`.
+        local_crops: [V_l, B, C, h, w], likewise; V_l may be 0.
         seeds: int64 [B], each sample's augmentation seed from (seed, epoch, sample); stays on the CPU.
         keys: the samples' names in their shards.
         sample_ids: int64 [B], numbers of the samples in the manifest; stays on the CPU.

@@ -1,4 +1,6 @@
-"""Encoded bytes to uint8 pixels: decoded right, or refused with a reason.
+"""Encoded bytes to pixels: decoded right, or refused with a reason.
+
+Photographs, which are 8 bits in grey or RGB, are converted to what is asked for; any other image must hold it.
 
 torchvision's libjpeg-turbo decodes JPEG; Pillow reads the headers and decodes whatever else there is. (torchvision's
 decode_png is faster, but one flipped bit in a PNG can end the process with a segmentation fault.)
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 
 import numpy as np
 import torch
@@ -21,17 +24,32 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from data.local_errors import raise_if_local
 from data.members import VOID_INDEX, EncodedSample, NoImageError, choose_image
 from data.shards import DataError
+from data.views.bands import (
+    NPY_MAGIC,
+    PNG_MAGIC,
+    Array,
+    BandsError,
+    is_deep_colour_png,
+    is_tiff,
+    read_bands,
+    require_size,
+)
+from data.views.config import PixelFormat
 
 with contextlib.suppress(ImportError):  # phones' photographs; Pillow does not open them by itself
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_GRAY_MODES = ("L", "1", "LA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_TIFF_BITS = 258
+_GRAY_MODES = ("L", "1", "LA", *_DEEP_MODES)
 
-# What Pillow and torchvision raise on bytes that are no whole image.
-DECODE_ERRORS = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, IndexError, TypeError, MemoryError)
+# What Pillow, NumPy and torchvision raise on bytes that are no whole image.
+DECODE_ERRORS = (
+    *(OSError, ValueError, RuntimeError, SyntaxError, EOFError, LookupError, TypeError, MemoryError),
+    *(ArithmeticError, struct.error),
+)
 
 
 class BadImageError(ValueError):
@@ -61,33 +79,80 @@ def can_open(suffix: str) -> bool:
     return Image.registered_extensions().get(f".{suffix}") in Image.OPEN
 
 
-def decode_image(data: bytes, *, channels: int, max_pixels: int) -> Tensor:
-    """Returns an image as uint8 [channels or 1, H, W].
+def decode_image(
+    data: bytes, *, max_pixels: int, format: PixelFormat | None = None, channels: int = 3
+) -> Tensor:
+    """Returns an image as [C or 1, H, W] of `format.pixels`.
 
     A grey image comes back with one channel even where three are asked for: its caller repeats it after cropping,
     which costs a third.
 
     Args:
         data: an encoded image.
-        channels: 3 for RGB, 1 for grey values.
         max_pixels: larger images are refused before anything is allocated.
+        format: what is asked for; None for 8 bits of `channels`.
+        channels: 3 for RGB, 1 for grey values.
+
+    Raises:
+        BadImageError: not a whole image, too large, or not of this format.
+        DataError: the machine is out of memory or open files.
+    """
+    format = format or PixelFormat(channels)
+    try:
+        pixels = _decode(data, format, max_pixels)
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise _bad_image(error, data) from error
+    if pixels.shape[-1] < 1 or pixels.shape[-2] < 1:
+        raise BadImageError("the image has no pixels")
+    return pixels
+
+
+def decode_bands(data: bytes, *, max_pixels: int) -> Array:
+    """Returns an image's bands as they lie in its file, [C, H, W]; see `data.views.bands.read_bands`.
 
     Raises:
         BadImageError: not a whole image, or too large.
         DataError: the machine is out of memory or open files.
     """
     try:
-        pixels = _decode(data, channels, max_pixels)
+        bands = read_bands(data, max_pixels)
     except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
-        if isinstance(error, BadImageError):
-            raise
-        raise_if_local(error, "an image")
-        if isinstance(error, UnidentifiedImageError):  # whose message is an address in memory
-            raise BadImageError("no format that Pillow knows" if data else "the file is empty") from error
-        raise BadImageError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-    if pixels.shape[-1] < 1 or pixels.shape[-2] < 1:
+        raise _bad_image(error, data) from error
+    if not bands.size:
         raise BadImageError("the image has no pixels")
-    return pixels
+    return bands
+
+
+def decode_any(data: bytes, *, max_pixels: int) -> Array:
+    """Returns an image of any kind, [C, H, W]: photographs as `decode_image` has them, arrays and TIFF as they lie.
+
+    Raises:
+        BadImageError: not a whole image, or too large.
+        DataError: the machine is out of memory or open files.
+    """
+    if data[: len(NPY_MAGIC)] == NPY_MAGIC or is_tiff(data):
+        return decode_bands(data, max_pixels=max_pixels)
+    return decode_image(data, max_pixels=max_pixels).numpy()
+
+
+def _bad_image(error: Exception, data: bytes) -> BadImageError:
+    """Returns what an error of a decoder says of an image; raises DataError where it speaks of this machine."""
+    if isinstance(error, BadImageError | BandsError):
+        return BadImageError(str(error))
+    raise_if_local(error, "an image")
+    if isinstance(error, UnidentifiedImageError):  # whose message is an address in memory
+        return BadImageError("no format that Pillow knows" if data else "the file is empty")
+    return BadImageError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+def loses_bits(data: bytes) -> bool:
+    """Returns whether a decodable image has more than the 8 bits to which a photograph's values are scaled."""
+    if is_deep_colour_png(data):
+        return True
+    with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(data)) as image:
+        bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS, (8,))
+        return image.mode in _DEEP_MODES or max(bits) > 8
+    return False
 
 
 def decode_to_pil(data: bytes, *, max_pixels: int) -> Image.Image:
@@ -129,12 +194,19 @@ def decode_label_map(data: bytes, size: tuple[int, int], num_classes: int, key: 
     return found
 
 
-def _decode(data: bytes, channels: int, max_pixels: int) -> Tensor:
+def _decode(data: bytes, format: PixelFormat, max_pixels: int) -> Tensor:
+    if not format.is_photograph or data[: len(NPY_MAGIC)] == NPY_MAGIC:
+        return _take_bands(data, format, max_pixels)
     # The plug-in's class costs half of what Image.open does on a small PNG.
     stream = io.BytesIO(data)
-    image = PngImageFile(stream) if data[:8] == _PNG_MAGIC else Image.open(stream)
-    _require_size(*image.size, max_pixels)
-    gray = channels == 1 or image.mode in _GRAY_MODES
+    try:
+        image = PngImageFile(stream) if data[:8] == PNG_MAGIC else Image.open(stream)
+    except UnidentifiedImageError:
+        if is_tiff(data):  # of more bands than Pillow has a mode for
+            return _take_bands(data, format, max_pixels)
+        raise
+    require_size(*image.size, max_pixels)
+    gray = format.channels == 1 or image.mode in _GRAY_MODES
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
         # torch wants a writable buffer.
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -142,9 +214,24 @@ def _decode(data: bytes, channels: int, max_pixels: int) -> Tensor:
     return _decode_with_pillow(image, gray)
 
 
-def _require_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise BadImageError(f"{width} x {height} pixels; expected at most {max_pixels}")
+def _take_bands(data: bytes, format: PixelFormat, max_pixels: int) -> Tensor:
+    """Returns the bands of an image that is not converted, but for a grey one where three channels are asked for."""
+    bands = read_bands(data, max_pixels, format.channels)
+    number, height, width = bands.shape
+    if number != format.channels and (number, format.channels) != (1, 3):
+        raise BadImageError(
+            f"{number} bands of {height} x {width}; expected {format.channels}, as data.channels is {format.channels}"
+        )
+    if format.pixels != "float32" and bands.dtype != format.pixels:
+        fitting = str(bands.dtype) if str(bands.dtype) in ("uint8", "uint16") else "float32"
+        raise BadImageError(
+            f"numbers of type {bands.dtype}; expected {format.pixels}, as data.pixels is {format.pixels}; set "
+            f"data.pixels={fitting}"
+        )
+    values = bands.astype(format.pixels)
+    if format.pixels == "float32" and not np.isfinite(values).all():
+        raise BadImageError("values that are not finite")
+    return torch.from_numpy(values)
 
 
 def _decode_with_pillow(image: Image.Image, gray: bool) -> Tensor:

@@ -25,6 +25,7 @@ _NUM_TRIES = 10
 _WHETHER, _PREDICTED, _FIRST_BLOCK = range(3)
 
 Mask = NDArray[np.bool_]
+Grid = tuple[int, int]  # rows and columns of patches
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ def draw_masks(config: DataConfig, seeds: Sequence[int]) -> Masks | None:
     options = config.masks
     if options.kind == "none":
         return None
-    side = config.global_crop_size // options.patch_size
-    hidden = np.zeros((config.num_global_crops, len(seeds), side, side), dtype=bool)
+    grid = config.mask_grid
+    hidden = np.zeros((config.num_global_crops, len(seeds), *grid), dtype=bool)
     predicted = np.zeros_like(hidden)
     for index, seed in enumerate(seeds):
         for view in range(config.num_global_crops):
             key = hash_key(seed, _MASK_PURPOSE, view)
-            hidden[view, index] = draw_mask(options, key, side)
+            hidden[view, index] = draw_mask(options, key, grid)
             predicted[view, index] = draw_predicted(options, key, hidden[view, index])
     return Masks(*(torch.from_numpy(part).flatten(2) for part in (hidden, predicted)))
 
@@ -72,8 +73,8 @@ def join_masks(parts: Sequence[Masks | None], rows: Sequence[Sequence[int]]) -> 
     return Masks(hidden, predicted)
 
 
-def draw_mask(options: MaskConfig, key: int, side: int) -> Mask:
-    """Returns one crop's hidden patches, bool [side, side].
+def draw_mask(options: MaskConfig, key: int, grid: Grid) -> Mask:
+    """Returns one crop's hidden patches, bool [rows, columns] of the grid.
 
     A part `crops` of all crops is masked, by a draw for each crop and not by a count for each batch as in DINOv2: a
     crop's mask must not depend on its neighbours. The hidden share is uniform in `ratio`, for which DINOv2 deals a
@@ -81,14 +82,14 @@ def draw_mask(options: MaskConfig, key: int, side: int) -> Mask:
     """
     whether, share = draw_uniforms(_key_of(key, _WHETHER), 2).tolist()
     if whether >= options.resolved_crops:
-        return np.zeros((side, side), dtype=bool)
+        return np.zeros(grid, dtype=bool)
     low, high = options.resolved_ratio
-    num_hidden = int(side * side * (low + (high - low) * share))
+    num_hidden = int(grid[0] * grid[1] * (low + (high - low) * share))
     draw = draw_blocks if options.kind == "block" else draw_inverse_block
-    return draw(options, key, side, num_hidden)
+    return draw(options, key, grid, num_hidden)
 
 
-def draw_blocks(options: MaskConfig, key: int, side: int, num_hidden: float) -> Mask:
+def draw_blocks(options: MaskConfig, key: int, grid: Grid, num_hidden: float) -> Mask:
     """Returns a union of rectangles of at most `num_hidden` patches, and mostly a few fewer.
 
     Rectangles are added one after the other, each of an area uniform between `min_patches` and what is missing (half of
@@ -96,7 +97,7 @@ def draw_blocks(options: MaskConfig, key: int, side: int, num_hidden: float) -> 
     much is drawn again, ten times at most, whereupon the mask is done: BEiT (Bao et al. 2022), algorithm 1, as iBOT
     (least area (side / 3)^2, a fraction of a patch too many allowed) and DINOv2 (4 patches, whole ones) have it.
     """
-    mask = np.zeros((side, side), dtype=bool)
+    mask = np.zeros(grid, dtype=bool)
     number, missing = 0, num_hidden
     while missing > 0:
         added = _add_block_(mask, options, _key_of(key, _FIRST_BLOCK + number), missing)
@@ -109,17 +110,17 @@ def draw_blocks(options: MaskConfig, key: int, side: int, num_hidden: float) -> 
 
 def _add_block_(mask: Mask, options: MaskConfig, key: NDArray[np.uint64], missing: float) -> int:
     """Hides one more rectangle, in place; returns by how many patches the mask grew, 0 where no try would do."""
-    side = len(mask)
-    largest = min(missing, side * side // 2)
+    rows, columns = mask.shape
+    largest = min(missing, mask.size // 2)
     low, high = (math.log(aspect) for aspect in options.resolved_aspect)
     tries = draw_uniforms(key, 4 * _NUM_TRIES).reshape(_NUM_TRIES, 4)
     areas = options.min_patches + (largest - options.min_patches) * tries[:, 0]
     ratios = np.exp(low + (high - low) * tries[:, 1])
     heights = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
     widths = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
-    tops = (tries[:, 2] * (side - heights + 1)).astype(np.int64)
-    lefts = (tries[:, 3] * (side - widths + 1)).astype(np.int64)
-    fits = (heights < side) & (widths < side)
+    tops = (tries[:, 2] * (rows - heights + 1)).astype(np.int64)
+    lefts = (tries[:, 3] * (columns - widths + 1)).astype(np.int64)
+    fits = (heights < rows) & (widths < columns)
     for index in np.flatnonzero(fits):
         top, left, height, width = tops[index], lefts[index], heights[index], widths[index]
         block = mask[top : top + height, left : left + width]
@@ -130,27 +131,30 @@ def _add_block_(mask: Mask, options: MaskConfig, key: NDArray[np.uint64], missin
     return 0
 
 
-def draw_inverse_block(options: MaskConfig, key: int, side: int, num_hidden: int) -> Mask:
+def draw_inverse_block(options: MaskConfig, key: int, grid: Grid, num_hidden: int) -> Mask:
     """Returns exactly `num_hidden` patches: all but a rectangle that lies anywhere on the torus.
 
     The rectangle's aspect ratio is log-uniform within what fits into the grid; its last row may be incomplete. Rolled
     over the borders, every patch is as likely to be hidden as any other; CAPI (Darcet et al. 2025), section 3 and its
     code.
     """
-    num_seen = side * side - num_hidden
-    mask = np.ones((side, side), dtype=bool)
+    num_rows, num_columns = grid
+    num_seen = num_rows * num_columns - num_hidden
+    mask = np.ones(grid, dtype=bool)
     if num_seen == 0:
         return mask
     numbers = draw_uniforms(_key_of(key, _FIRST_BLOCK), 5)
-    bound = math.log(side**2 / num_seen)
-    low, high = (min(max(math.log(aspect), -bound), bound) for aspect in options.resolved_aspect)
+    # Height by width with which the rectangle is as wide, or as high, as the grid.
+    bounds = (-math.log(num_columns**2 / num_seen), math.log(num_rows**2 / num_seen))
+    low, high = (min(max(math.log(aspect), bounds[0]), bounds[1]) for aspect in options.resolved_aspect)
     ratio = math.exp(low + (high - low) * numbers[0])
     # Rounding may put a length that is the grid's a little above it.
-    height, width = (min(side, math.ceil(math.sqrt(num_seen * part))) for part in (ratio, 1 / ratio))
-    top, left = int(numbers[1] * (side - height + 1)), int(numbers[2] * (side - width + 1))
-    down, right = int(numbers[3] * side), int(numbers[4] * side)
+    height = min(num_rows, math.ceil(math.sqrt(num_seen * ratio)))
+    width = min(num_columns, math.ceil(math.sqrt(num_seen * (1 / ratio))))
+    top, left = int(numbers[1] * (num_rows - height + 1)), int(numbers[2] * (num_columns - width + 1))
+    down, right = int(numbers[3] * num_rows), int(numbers[4] * num_columns)
     rows, columns = np.divmod(np.arange(num_seen), width)
-    mask[(top + down + rows) % side, (left + right + columns) % side] = False
+    mask[(top + down + rows) % num_rows, (left + right + columns) % num_columns] = False
     return mask
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.local_errors import raise_if_local
-from data.members import IMAGE_SUFFIXES, is_system_name, readable
+from data.members import ARRAY_SUFFIX, READABLE_SUFFIXES, is_system_name, readable
 from data.shards import DataError
 from data.views.decoding import can_open
 
@@ -25,6 +25,7 @@ _MAGIC = {
     b"II*\0": "tif",
     b"MM\0*": "tif",
     b"\0\0\0\x0cjP  \r\n": "jp2",
+    b"\x93NUMPY": ARRAY_SUFFIX,
 }
 _BRANDS = {
     b"WEBP": "webp",
@@ -64,7 +65,8 @@ def walk_images(root: str) -> tuple[list[tuple[Path, str]], PassedOver]:
 
     Links to folders are followed, out of the tree too, but each real folder is entered once: under its own name if
     it lies in the tree, else under the first link to it. A link to a folder that holds the tree is passed over.
-    Suffixes decide what is an image; a file without one is looked into.
+    Suffixes decide what is an image; a file without one is looked into. Arrays (`.npy`) are images where there are no
+    others: beside them they may be anything.
 
     Raises:
         DataError: no such folder, or one that may not be read.
@@ -102,7 +104,12 @@ def walk_images(root: str) -> tuple[list[tuple[Path, str]], PassedOver]:
                     passed.add("link to a folder that is read already", entry.path)
             else:
                 _take_file(entry, found, passed)
-    return sorted(found), passed
+    images = [(path, suffix) for path, suffix in found if suffix != ARRAY_SUFFIX]
+    if images and len(images) < len(found):
+        for path, suffix in found:
+            if suffix == ARRAY_SUFFIX:
+                passed.add("array beside images (.npy)", str(path))
+    return sorted(images or found), passed
 
 
 def find_split_folders(root: str) -> tuple[list[str], PassedOver]:
@@ -164,11 +171,11 @@ def _take_file(entry: os.DirEntry[str], found: list[tuple[Path, str]], passed: P
         passed.add("broken link or special file", entry.path)
         return
     suffix = path.suffix[1:].lower() or _sniff(path)
-    if suffix not in IMAGE_SUFFIXES:
+    if suffix not in READABLE_SUFFIXES:
         passed.add(
             f"no image ({f'.{readable(suffix)}' if suffix else 'unknown content, no suffix'})", entry.path
         )
-    elif not can_open(suffix):
+    elif suffix != ARRAY_SUFFIX and not can_open(suffix):
         remedy = "pip install pillow-heif" if suffix in ("heic", "heif") else "needs a Pillow that reads it"
         passed.add(f"no decoder for .{suffix} ({remedy})", entry.path)
     else:

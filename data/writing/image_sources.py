@@ -17,9 +17,9 @@ from PIL import Image
 
 from data.config import MAX_IMAGE_PIXELS
 from data.local_errors import raise_if_local
-from data.members import IMAGE_SUFFIXES, readable
+from data.members import ARRAY_SUFFIX, READABLE_SUFFIXES, readable
 from data.shards import DataError
-from data.views.decoding import BadImageError, decode_image, decode_to_pil
+from data.views.decoding import BadImageError, decode_any, decode_to_pil, loses_bits
 from data.writing.duplicates import LabelConflicts
 from data.writing.folder_walk import PassedOver, sniff_suffix, walk_images
 from data.writing.labels import read_text
@@ -56,7 +56,8 @@ class FileSource(ImageSource):
     Args:
         files: in any order; it becomes part of the fingerprint.
         classes: names in index order.
-        max_side: images whose shorter side is longer are resized to it and written as JPEG; 0 keeps all as they are.
+        max_side: images of 8 bits in grey or RGB whose shorter side is longer are resized to it and written as JPEG; 0
+            keeps all as they are.
         drops_duplicates: see `ImageSource`.
         label_conflicts: see `ImageSource`.
     """
@@ -111,12 +112,14 @@ class FileSource(ImageSource):
                 return Rejected(self.name(index), "unreadable", "no regular file", index)
             content = path.read_bytes()
             suffix = file.suffix or path.suffix[1:].lower()
-            if suffix not in IMAGE_SUFFIXES and not (suffix := sniff_suffix(content)):
+            if suffix not in READABLE_SUFFIXES and not (suffix := sniff_suffix(content)):
                 return Rejected(
                     self.name(index), "no image", "neither by its suffix nor by its first bytes", index
                 )
-            pixels = decode_image(content, channels=3, max_pixels=MAX_IMAGE_PIXELS)
-            if self.max_side and min(pixels.shape[-2:]) > self.max_side:
+            pixels = decode_any(content, max_pixels=MAX_IMAGE_PIXELS)
+            is_photograph = pixels.dtype == "uint8" and len(pixels) in (1, 3) and suffix != ARRAY_SUFFIX
+            is_large = self.max_side and min(pixels.shape[-2:]) > self.max_side
+            if is_large and is_photograph and not loses_bits(content):
                 content, suffix = _shrink(content, self.max_side), "jpg"
         except OSError as error:
             raise_if_local(error, self.name(index))

@@ -151,7 +151,7 @@ def _take_in(scan: ShardScan, ordinal: int, sample: EncodedSample, image_key: st
         scan.find(ordinal, "holds several labels", str(error))
     scan.labels.append(label)
     # Here, so that the programs that inspect answer --help without torch.
-    from data.views.decoding import BadImageError, LabelMapError, decode_image, decode_label_map
+    from data.views.decoding import BadImageError, LabelMapError, decode_any, decode_label_map
 
     images = image_members(sample.members)
     if len(images) > 1 and not image_key:
@@ -160,9 +160,7 @@ def _take_in(scan: ShardScan, ordinal: int, sample: EncodedSample, image_key: st
     try:
         chosen = choose_image(sample.key, sample.members, image_key)
         if decode:
-            height, width = decode_image(
-                sample.members[chosen], channels=3, max_pixels=MAX_IMAGE_PIXELS
-            ).shape[-2:]
+            height, width = decode_any(sample.members[chosen], max_pixels=MAX_IMAGE_PIXELS).shape[-2:]
             if LABEL_MAP_SUFFIX in sample.members and chosen != LABEL_MAP_SUFFIX:
                 label_map = sample.members[LABEL_MAP_SUFFIX]
                 decode_label_map(label_map, (width, height), VOID_INDEX, sample.key)

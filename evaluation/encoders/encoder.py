@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from data.views.pictures import make_picture
 from evaluation.config import TransformConfig
 from evaluation.encoders.backbones import FeatureModule
 from evaluation.encoders.exported import EncoderError, Role, one_line
 from evaluation.encoders.preprocessing import NoPreprocessing, Preprocessing, ProcessorTransform
 
 Transform = Preprocessing | ProcessorTransform | NoPreprocessing
-# Height, width and channels of the pictures of noise on which an encoder is tried.
-_TRIAL_SIZE = (80, 96, 3)
+# Height and width of the pictures of noise on which an encoder is tried.
+_TRIAL_SIZE = (80, 96)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,9 @@ def _require_same_twice(encoder: Encoder) -> None:
     A network that masks, samples or drops in eval mode has no features: every figure would be a draw.
     """
     generator = np.random.default_rng(0)
-    pictures = [Image.fromarray(generator.integers(256, size=_TRIAL_SIZE, dtype=np.uint8)) for _ in range(2)]
+    format = encoder.transform.format
+    shape = (*_TRIAL_SIZE, format.channels)
+    pictures = [make_picture(generator.random(shape), format) for _ in range(2)]
     try:
         images = torch.stack([encoder.transform(picture) for picture in pictures])
         first, second = encoder.module(images), encoder.module(images)

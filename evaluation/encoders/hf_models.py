@@ -253,11 +253,12 @@ def hub_transform(
             )
         return Preprocessing(
             channels=getattr(config, "num_channels", 3),
-            image_size=int(size[0] if isinstance(size, list | tuple) else size),
+            image_size=(int(size[0]), int(size[1])) if isinstance(size, list | tuple) else int(size),
             crop_fraction=overrides.crop_fraction or 1.0,
             interpolation=overrides.interpolation or "bicubic",
             mean=overrides.mean,
             std=overrides.std,
+            pixels=overrides.pixels or "uint8",
         )
     if overrides != TransformConfig():
         raise EncoderError(

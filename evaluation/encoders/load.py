@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
 
+from data.views.pictures import fill_picture
 from evaluation.config import TransformConfig
 from evaluation.encoders.encoder import Encoder, LoadOptions
 from evaluation.encoders.exported import EncoderError, ExportedFolder, Role
@@ -112,10 +112,10 @@ def _pixels_beside(encoder: Encoder, options: LoadOptions) -> Encoder:
 
 @torch.no_grad()
 def _side_of_patch(encoder: Encoder, transform: Preprocessing) -> int | None:
-    """Returns the side in pixels of one of the encoder's patches; None where it has no square grid of them."""
-    blank = Image.new("RGB", (transform.image_size, transform.image_size))
-    tokens = encoder.module.patch_tokens(transform(blank)[None])
-    side = 0 if tokens is None else math.isqrt(tokens.shape[1])
-    if tokens is None or side**2 != tokens.shape[1] or transform.image_size % side:
+    """Returns the side in pixels of one of the encoder's patches; None where it has no grid of square ones."""
+    height, width = transform.height_and_width
+    tokens = encoder.module.patch_tokens(transform(fill_picture((width, height), transform.format))[None])
+    side = 0 if tokens is None else math.isqrt(height * width // max(1, tokens.shape[1]))
+    if tokens is None or not side or height % side or width % side:
         return None
-    return transform.image_size // side
+    return side if tokens.shape[1] * side**2 == height * width else None

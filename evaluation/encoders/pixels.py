@@ -66,12 +66,13 @@ def load_pixels(spec: WeightsSpec, options: LoadOptions) -> Encoder:
         )
     return build_pixels(
         Preprocessing(
-            channels=3,
+            channels=overrides.channels or 3,
             image_size=overrides.image_size,
             crop_fraction=overrides.crop_fraction or 1.0,
             interpolation=overrides.interpolation or "bicubic",
             mean=overrides.mean or (0.0,),
             std=overrides.std or (1.0,),
+            pixels=overrides.pixels or "uint8",
         )
     )
 

@@ -10,6 +10,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
+from data.views.config import PixelType
 from evaluation.encoders.backbones import TimmFeatures
 from evaluation.encoders.encoder import Encoder, LoadOptions, freeze
 from evaluation.encoders.exported import (
@@ -61,7 +62,7 @@ def build_random_init(text: str, folder: ExportedFolder, seed: int, options: Loa
     """Returns the architecture of an exported folder with the weights that `seed` draws; `text` is its name."""
     config = read_json(folder.path / "config.json")
     declared = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], args={})
-    transform = from_timm_config(declared, options.transform)
+    transform = from_timm_config(declared, options.transform, config.get("pixels", "uint8"))
     arguments = config.get("model_args", {})
     return _build_fresh(text, config["architecture"], arguments, transform, seed, options, folder.run_dir)
 
@@ -108,6 +109,9 @@ def _load(
 ) -> Encoder:
     model = _load_timm_model(text, name)
     declared = resolve_data_config(model=model, args={})
+    # Of our exports; timm has no name for it.
+    written = read_json(folder.path / "config.json") if folder else {}
+    pixels: PixelType = written.get("pixels", "uint8")
     size = options.transform.image_size
     if size is not None:
         _check_size(model, size, text)
@@ -117,7 +121,7 @@ def _load(
             label=label,
             role=role,
             module=TimmFeatures(model, options.num_blocks),
-            transform=from_timm_config(declared, options.transform),
+            transform=from_timm_config(declared, options.transform, pixels),
             weights_sha256=checksum(model.state_dict()),
             folder=folder.path if folder else None,
             run_dir=folder.run_dir if folder else None,
@@ -136,12 +140,13 @@ def _load_timm_model(spec: str, name: str) -> nn.Module:
         ) from error
 
 
-def _check_size(model: nn.Module, size: int, spec: str) -> None:
+def _check_size(model: nn.Module, size: int | tuple[int, int], spec: str) -> None:
     patch_embed = getattr(model, "patch_embed", None)
     fixed = getattr(patch_embed, "img_size", None)
     strict = getattr(patch_embed, "strict_img_size", False) and not getattr(model, "dynamic_img_size", False)
-    if strict and fixed is not None and tuple(fixed) != (size, size):
+    if strict and fixed is not None and tuple(fixed) != ((size, size) if isinstance(size, int) else size):
+        only = fixed[0] if fixed[0] == fixed[1] else list(fixed)
         raise EncoderError(
-            f"transform.image_size is {size}; expected {fixed[0]}, the only size that {spec} accepts; "
+            f"transform.image_size is {size}; expected {only}, the only size that {spec} accepts; "
             "set transform.image_size"
         )

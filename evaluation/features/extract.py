@@ -13,17 +13,19 @@ import os
 import socket
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from data.datasets import EvaluationStream, Manifest
+from data.views.config import PixelFormat
+from data.views.pictures import RGB, fill_picture
 from evaluation.config import EvaluationDataConfig, FeaturesConfig
 from evaluation.encoders.encoder import Encoder
+from evaluation.encoders.preprocessing import PictureTransform
 from evaluation.features.bank import FeatureBank, FeatureError, NonFiniteFeatureError
 from evaluation.features.cache import cache_file, read_cached
 from evaluation.features.patches import POOLED, PatchTokens, Reading
@@ -147,7 +149,7 @@ def extract_batches(
 def extract_together(
     module: nn.Module,
     manifest: Manifest,
-    transform: Callable[[Image.Image], Tensor],
+    transform: PictureTransform,
     data: EvaluationDataConfig,
     processes: Processes,
     limit: int | None,
@@ -156,7 +158,9 @@ def extract_together(
 
     For subsets: every process holds everything, nothing touches the disk.
     """
-    stream = open_stream(manifest, transform, data=data, processes=processes, limit=limit)
+    stream = open_stream(
+        manifest, transform, data=data, processes=processes, limit=limit, format=transform.format
+    )
     before = first_id_after(manifest, limit)
     part = extract_batches(
         module, stream, _blank_image(transform), device=processes.device, precision="fp32", before=before
@@ -166,8 +170,8 @@ def extract_together(
     return merged
 
 
-def _blank_image(transform: Callable[[Image.Image], Tensor]) -> Float[Tensor, "C H W"]:
-    return transform(Image.new("RGB", (64, 64)))
+def _blank_image(transform: PictureTransform) -> Float[Tensor, "C H W"]:
+    return transform(fill_picture((64, 64), transform.format))
 
 
 def merge_parts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -194,11 +198,12 @@ def open_stream(
     processes: Processes,
     limit: int | None = None,
     dense: bool = False,
+    format: PixelFormat = RGB,
 ) -> EvaluationStream:
     """Returns this process's stream over a split, or over a short beginning that holds its first `limit` images.
 
-    `transform` is that of an image, or where the stream is `dense` that of an image and its label map: see
-    `EvaluationStream`.
+    `transform` is that of a picture of this format, or where the stream is `dense` that of a picture and its label map:
+    see `EvaluationStream`.
     """
     # Parts of the stream are contiguous and equal: a `limit` of a tenth is the first of ten parts.
     thinned = 1 if limit is None else max(1, manifest.num_samples // limit)
@@ -207,6 +212,7 @@ def open_stream(
         manifest.split,
         None if dense else transform,
         dense_transform=transform if dense else None,
+        format=format,
         batch_size=data.batch_size,
         num_workers=data.num_workers,
         rank=processes.rank,
@@ -251,7 +257,13 @@ def _extract_group(
     """Returns this process's part for every encoder."""
     transform = reading.transform(encoders[0])
     stream = open_stream(
-        manifest, transform, data=data, processes=processes, limit=limit, dense=reading.label_maps
+        manifest,
+        transform,
+        data=data,
+        processes=processes,
+        limit=limit,
+        dense=reading.label_maps,
+        format=encoders[0].transform.format,
     )
     members = [PatchTokens(encoder) if reading.patches else encoder.module for encoder in encoders]
     part = extract_batches(
@@ -263,6 +275,11 @@ def _extract_group(
         before=first_id_after(manifest, limit),
         stored=reading.stored,
     )
+    if stream.skipped:
+        logger.warning(
+            "%s, %s: left out %d images, the first %s",
+            *(encoders[0].label, manifest.split, len(stream.skipped), stream.skipped[0]),
+        )
     # An empty part is still a file: the merging process must find one from everybody.
     about = {name: part.get(name, torch.empty(0, dtype=torch.int64)) for name in _KEYS}
     parts: list[dict[str, Tensor]] = []

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,8 +21,10 @@ from data.shards import MANIFEST_NAME, DataError, check_shard_files
 from data.stream.reader import Failure, ShardReader
 from data.stream.remote import is_remote, open_shards
 from data.stream.workers import start_worker
-from data.views.decoding import BadImageError, decode_to_pil, find_image
+from data.views.decoding import BadImageError, find_image
+from data.views.pictures import decode_picture
 from data.writing.folder_walk import walk_images
+from evaluation.encoders.preprocessing import PictureTransform
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -141,7 +142,7 @@ class _Batches(Dataset):
     def __init__(
         self,
         images: ImageList,
-        transform: Callable[[Image.Image], Tensor],
+        transform: PictureTransform,
         bounds: Sequence[tuple[int, int, int]],
     ) -> None:
         self.images, self.transform, self.bounds = images, transform, bounds
@@ -157,7 +158,10 @@ class _Batches(Dataset):
                 try:
                     if isinstance(encoded, BadImageError):
                         raise encoded
-                    tensors.append(self.transform(decode_to_pil(encoded, max_pixels=MAX_IMAGE_PIXELS)))
+                    format = self.transform.format
+                    tensors.append(
+                        self.transform(decode_picture(encoded, format, max_pixels=MAX_IMAGE_PIXELS))
+                    )
                     batch.names.append(name)
                 except BadImageError as error:
                     batch.bad.append((name, str(error)))
@@ -170,7 +174,7 @@ class _Batches(Dataset):
 
 def iterate_batches(
     images: ImageList,
-    transform: Callable[[Image.Image], Tensor],
+    transform: PictureTransform,
     parts: Sequence[int],
     *,
     part_images: int,

@@ -6,7 +6,6 @@ eval_segmentation.py): all of it is seen, its aspect ratio is lost, and label ma
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from data.views.pictures import Picture
 from evaluation.encoders.encoder import Encoder
 from evaluation.encoders.preprocessing import Preprocessing, ProcessorTransform
 from evaluation.features.bank import FeatureError
@@ -57,7 +57,7 @@ POOLED = Reading()
 
 
 class DensePreprocessing:
-    """Image and label map to the square that the encoder sees; picklable.
+    """Image and label map to what the encoder sees; picklable.
 
     Args:
         preprocessing: that squashes the image.
@@ -67,11 +67,11 @@ class DensePreprocessing:
         self.preprocessing = preprocessing
 
     def __call__(
-        self, image: Image.Image, label_map: Image.Image
-    ) -> tuple[Float[Tensor, "C S S"], UInt8[Tensor, "S S"]]:
+        self, image: Picture, label_map: Image.Image
+    ) -> tuple[Float[Tensor, "C H W"], UInt8[Tensor, "H W"]]:
         """Returns the preprocessed image and the class of each of its pixels."""
-        side = self.preprocessing.image_size
-        small = label_map.resize((side, side), Image.Resampling.NEAREST)
+        height, width = self.preprocessing.height_and_width
+        small = label_map.resize((width, height), Image.Resampling.NEAREST)
         return self.preprocessing(image), torch.from_numpy(np.array(small))
 
     def describe(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def square_preprocessing(encoder: Encoder) -> Preprocessing:
 
 
 class PatchTokens(nn.Module):
-    """An encoder's patch tokens alone: images [B, C, S, S] to `patch_tokens` [B, N, D] in the grid's row order.
+    """An encoder's patch tokens alone: images [B, C, H, W] to `patch_tokens` [B, N, D] in the grid's row order.
 
     Prefix tokens (CLS, registers) are removed as the encoder declares them. Cells of a last convolutional grid are
     taken, too.
@@ -122,11 +122,11 @@ class PatchTokens(nn.Module):
         self.module = encoder.module
         self._spec = encoder.spec
 
-    def forward(self, images: Float[Tensor, "B C S S"]) -> dict[str, Tensor]:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> dict[str, Tensor]:
         """Returns the tokens.
 
         Raises:
-            FeatureError: the encoder gives no patches, or no square grid that divides the image.
+            FeatureError: the encoder gives no patches, or no grid that divides the image.
         """
         tokens = self.module.patch_tokens(images)
         if tokens is None:
@@ -134,20 +134,27 @@ class PatchTokens(nn.Module):
                 f"encoder is {self._spec!r}, which hands on no patch tokens; expected a ViT, or a network with a last "
                 "grid of cells; set encoder"
             )
-        grid_side(tokens.shape[1], images.shape[-1], self._spec)
+        grid_shape(tokens.shape[1], (images.shape[-2], images.shape[-1]), self._spec)
         return {"patch_tokens": tokens}
 
 
-def grid_side(num_tokens: int, image_size: int, spec: str) -> int:
-    """Returns the side of the grid of an image's tokens.
+def grid_shape(num_tokens: int, size: tuple[int, int], spec: str) -> tuple[int, int]:
+    """Returns rows and columns of the grid of an image's tokens, whose patches are square.
+
+    Args:
+        num_tokens: N.
+        size: height and width of the image.
+        spec: the encoder's name, for the message.
 
     Raises:
-        FeatureError: they make no square that divides the image.
+        FeatureError: they make no such grid that divides the image.
     """
-    side = math.isqrt(num_tokens)
-    if side**2 != num_tokens or image_size % side:
+    height, width = size
+    rows = round((num_tokens * height / width) ** 0.5)
+    columns = num_tokens // max(1, rows)
+    if rows * columns != num_tokens or height % rows or width % columns or height * columns != width * rows:
         raise FeatureError(
-            f"encoder is {spec!r}, whose {num_tokens} patch tokens are no square grid that divides {image_size} x "
-            f"{image_size} pixels; expected a ViT and a multiple of its patch size; set encoder or transform.image_size"
+            f"encoder is {spec!r}, whose {num_tokens} patch tokens are no grid of squares that divides {height} x "
+            f"{width} pixels; expected a ViT and a multiple of its patch size; set encoder or transform.image_size"
         )
-    return side
+    return rows, columns

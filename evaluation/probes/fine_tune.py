@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms import RandomResizedCrop
 
 from data.datasets import Manifest
+from data.views.pictures import Picture
 from evaluation.confidence import bootstrap
 from evaluation.encoders.backbones import FeatureModule, TimmFeatures
 from evaluation.encoders.encoder import Transform
@@ -52,11 +53,12 @@ class RandomCropAndFlip:
         self.scale_min = scale_min
         self.flip = flip
 
-    def __call__(self, image: Image.Image) -> Float[Tensor, "C H W"]:
+    def __call__(self, image: Picture) -> Float[Tensor, "C H W"]:
         """Returns the augmented image in fp32; draws from torch's stream, which the loader seeds."""
         if self.scale_min < 1:
+            outline = torch.empty(image.height, image.width, device="meta")
             top, left, height, width = RandomResizedCrop.get_params(
-                image, [self.scale_min, 1.0], list(_ASPECT)
+                outline, [self.scale_min, 1.0], list(_ASPECT)
             )
             image = image.crop((left, top, left + width, top + height))
         if self.flip and torch.rand(()).item() < 0.5:
@@ -236,7 +238,12 @@ def _stream(
     limit = data.max_train_images if manifest is train else data.max_test_images
     before = first_id_after(manifest, limit)
     for images, labels, ids in open_stream(
-        manifest, transform, data=data, processes=Processes(device=session.processes.device), limit=limit
+        manifest,
+        transform,
+        data=data,
+        processes=Processes(device=session.processes.device),
+        limit=limit,
+        format=session.encoder.transform.format,
     ):
         if before is not None:
             images, labels = images[ids < before], labels[ids < before]

@@ -182,6 +182,7 @@ def _describe_probe(config: TrainingConfig) -> tuple[EvaluationDataConfig, Prepr
     transform = Preprocessing(
         channels=config.data.channels,
         image_size=config.model.image_size,
+        pixels=config.data.pixels,
         crop_fraction=1.0,
         interpolation=config.data.interpolation,
         mean=tuple(config.data.mean),

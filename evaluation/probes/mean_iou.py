@@ -97,21 +97,24 @@ def _ratio(part: Any, whole: Any) -> Any:
 
 
 def patch_histograms(
-    label_maps: UInt8[Tensor, "B S S"], side: int, num_classes: int
+    label_maps: UInt8[Tensor, "B H W"], grid: tuple[int, int], num_classes: int
 ) -> Int64[Tensor, "B N C+1"]:
     """Returns how many pixels of each class every patch holds, void last; int32, patches in row order.
 
     Args:
         label_maps: class indices and `VOID_INDEX`.
-        side: patches in a row and in a column; divides S.
+        grid: rows and columns of patches; they divide H and W.
         num_classes: C.
     """
-    patch = label_maps.shape[1] // side
+    rows, columns = grid
+    height, width = label_maps.shape[1] // rows, label_maps.shape[2] // columns
     found = []
     for maps in label_maps.split(_CHUNK):
-        cells = maps.view(-1, side, patch, side, patch).transpose(2, 3).reshape(len(maps), side**2, -1)
+        cells = (
+            maps.view(-1, rows, height, columns, width).transpose(2, 3).reshape(len(maps), rows * columns, -1)
+        )
         indices = torch.where(cells == VOID_INDEX, num_classes, cells.long())
-        counts = torch.zeros(len(maps), side**2, num_classes + 1, dtype=torch.int32)
+        counts = torch.zeros(len(maps), rows * columns, num_classes + 1, dtype=torch.int32)
         found.append(counts.scatter_add_(2, indices, torch.ones_like(indices, dtype=torch.int32)))
     return torch.cat(found)
 

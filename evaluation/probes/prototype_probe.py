@@ -88,7 +88,12 @@ def project_patches(
     module.to(device)
     before = first_id_after(manifest, limit)
     stream = open_stream(
-        manifest, encoder.transform, data=session.config.data, processes=Processes(), limit=limit
+        manifest,
+        encoder.transform,
+        data=session.config.data,
+        processes=Processes(),
+        limit=limit,
+        format=encoder.transform.format,
     )
     for images, _, sample_ids in stream:
         images = images if before is None else images[sample_ids < before]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from evaluation.features.bank import FeatureBank
-from evaluation.features.patches import grid_side
+from evaluation.features.patches import grid_shape
 from evaluation.features.session import Outcome, Session
 from evaluation.probes.linear import Logistic, fit_logistic
 from evaluation.probes.mean_iou import PixelCounts, count_patches, describe_counts, patch_histograms
@@ -60,10 +60,9 @@ def probe_segmentation(session: Session) -> Outcome:
     """
     config, (train_bank, test_bank) = session.config.segmentation, session.patches
     num_classes = train_bank.num_classes
-    side = grid_side(
-        train_bank.tensors["patch_tokens"].shape[1], train_bank.labels.shape[-1], session.encoder.spec
-    )
-    train, test = (_cut(bank, side, num_classes) for bank in (train_bank, test_bank))
+    height, width = train_bank.labels.shape[1:]
+    grid = grid_shape(train_bank.tensors["patch_tokens"].shape[1], (height, width), session.encoder.spec)
+    train, test = (_cut(bank, grid, num_classes) for bank in (train_bank, test_bank))
     absent = num_classes - len(train.labels[train.labels < num_classes].unique())
     if absent:
         session.note(f"segmentation: {absent} of {num_classes} classes are the label of no training patch")
@@ -78,7 +77,7 @@ def probe_segmentation(session: Session) -> Outcome:
     scored["ceiling"] = count_patches(test.histograms, ceiling)
     scored["majority"] = count_patches(test.histograms, majority.expand_as(ceiling))
     pixels = test.histograms[..., :-1].long().sum(dim=(0, 1)).tolist()
-    figures = _describe(session, scored, choices, pixels, side)
+    figures = _describe(session, scored, choices, pixels, grid)
     kept = {"sample_ids": test_bank.sample_ids[:_SHOWN]}
     for name in choices:
         kept[f"{name}_maps"] = choices[name].predictions[:_SHOWN]
@@ -92,7 +91,7 @@ def _describe(
     scored: dict[str, PixelCounts],
     choices: dict[str, _Choice],
     pixels: list[int],
-    side: int,
+    grid: tuple[int, int],
 ) -> dict[str, Any]:
     train, test = session.patches
     about = describe_counts(
@@ -107,15 +106,15 @@ def _describe(
     return {
         "headline": {f"{name}_miou": counts.mean_iou() for name, counts in scored.items()},
         **about,
-        "grid": [side, side],
-        "image_size": test.labels.shape[-1],
+        "grid": list(grid),
+        "image_size": session.encoder.transform.describe().get("image_size", test.labels.shape[-1]),
         "train_images": len(train.labels),
         "test_images": len(test.labels),
     }
 
 
-def _cut(bank: FeatureBank, side: int, num_classes: int) -> _Patches:
-    histograms = patch_histograms(bank.labels, side, num_classes)
+def _cut(bank: FeatureBank, grid: tuple[int, int], num_classes: int) -> _Patches:
+    histograms = patch_histograms(bank.labels, grid, num_classes)
     if not histograms[..., :-1].any():
         where = f"{bank.manifest.directory}:{bank.manifest.split}"
         raise ValueError(f"every pixel of {where} is void; expected some of a class; look at the label maps")

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from data.members import VOID_INDEX
+from data.views.config import PixelFormat
+from data.views.pictures import Picture, fill_picture
 from evaluation.encoders.preprocessing import Preprocessing
 from evaluation.features.bank import FeatureError
 from evaluation.features.extract import first_id_after, open_stream
-from evaluation.features.patches import DensePreprocessing, PatchTokens, grid_side, square_preprocessing
+from evaluation.features.patches import DensePreprocessing, PatchTokens, grid_shape, square_preprocessing
 from evaluation.features.processes import Processes
 from evaluation.features.session import Outcome, Session
 from evaluation.probes.fine_tune import shuffle_batches, warm_up_and_decay
@@ -53,19 +55,19 @@ class RandomScene:
         self.flip = flip
 
     def __call__(
-        self, image: Image.Image, label_map: Image.Image
+        self, image: Picture, label_map: Image.Image
     ) -> tuple[Float[Tensor, "C S S"], UInt8[Tensor, "S S"]]:
         """Returns both; draws from torch's stream, which the loader seeds."""
-        side = self.dense.preprocessing.image_size
+        side = self.dense.preprocessing.side
         low, high = self.scale
         factor, across, down, mirrored = torch.rand(4).tolist()
         shorter = max(1, round(side * (low + (high - low) * factor)))
         image, label_map = _resize(image, label_map, shorter)
         left = round(across * (image.width - side)) if image.width > side else 0
         top = round(down * (image.height - side)) if image.height > side else 0
-        fill = tuple(round(255 * value) for value in self.dense.preprocessing.mean)
-        square = Image.new("RGB", (side, side), (fill * 3)[:3])
-        square.paste(image, (-left, -top))
+        preprocessing = self.dense.preprocessing
+        square = fill_picture((side, side), preprocessing.format, preprocessing.mean)
+        square.paste(image, (-left, -top))  # type: ignore[arg-type]
         labels = Image.new("L", (side, side), VOID_INDEX)
         labels.paste(label_map, (-left, -top))
         if self.flip and mirrored < 0.5:
@@ -87,17 +89,17 @@ class WholeScene:
         self.stride = stride
 
     def __call__(
-        self, image: Image.Image, label_map: Image.Image
+        self, image: Picture, label_map: Image.Image
     ) -> tuple[Float[Tensor, "W C S S"], UInt8[Tensor, "H W"]]:
         """Returns the windows in row order and the label map."""
-        side = self.preprocessing.image_size
+        side = self.preprocessing.side
         image, label_map = _resize(image, label_map, side)
         places = window_places(image.height, image.width, side, self.stride)
         windows = [self.preprocessing(image.crop((x, y, x + side, y + side))) for y, x in places]
         return torch.stack(windows), torch.from_numpy(np.array(label_map))
 
 
-def _resize(image: Image.Image, label_map: Image.Image, shorter: int) -> tuple[Image.Image, Image.Image]:
+def _resize(image: Picture, label_map: Image.Image, shorter: int) -> tuple[Picture, Image.Image]:
     # Exactly that for the shorter side: a pixel more would be a window more.
     longer = max(shorter, round(shorter * max(image.size) / min(image.size)))
     size = (shorter, longer) if image.width <= image.height else (longer, shorter)
@@ -142,9 +144,9 @@ class LinearHead(nn.Module):
         """Returns logits of every pixel, interpolated between patches."""
         with torch.no_grad():
             tokens = self.encoder(images)["patch_tokens"].float()
-        side = grid_side(tokens.shape[1], images.shape[-1], "the encoder")
+        rows_and_columns = grid_shape(tokens.shape[1], (images.shape[-2], images.shape[-1]), "the encoder")
         logits = self.classifier(self.norm(tokens.flatten(0, 1))).view(*tokens.shape[:2], -1)
-        grid = logits.transpose(1, 2).unflatten(2, (side, side))
+        grid = logits.transpose(1, 2).unflatten(2, rows_and_columns)
         return interpolate(grid, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
@@ -159,7 +161,8 @@ def probe_segmentation_linear(session: Session) -> Outcome:
     encoder = PatchTokens(session.encoder).to(device).eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(session.config.seed)
-        blank = preprocessing(Image.new("RGB", (preprocessing.image_size,) * 2))[None].to(device)
+        side = preprocessing.side
+        blank = preprocessing(fill_picture((side, side), preprocessing.format))[None].to(device)
         with torch.no_grad():
             dim = encoder(blank)["patch_tokens"].shape[2]
         head = LinearHead(encoder, dim, num_classes).to(device)
@@ -176,7 +179,7 @@ def probe_segmentation_linear(session: Session) -> Outcome:
     figures: dict[str, Any] = {
         "headline": {"linear_miou": counts.mean_iou(), "steps": config.steps},
         **about,
-        "image_size": preprocessing.image_size,
+        "image_size": preprocessing.side,
         "last_loss": loss,
         "test_images": len(counts.unions),
     }
@@ -223,14 +226,16 @@ def _batches(session: Session, preprocessing: Preprocessing) -> Iterator[tuple[T
 
     def passes() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            yield from _stream(session, transform, is_train=True)
+            yield from _stream(session, transform, preprocessing.format, is_train=True)
 
     yield from shuffle_batches(
         passes(), batch_size=config.batch_size, buffer=config.shuffle_buffer, seed=session.config.seed
     )
 
 
-def _stream(session: Session, transform: Any, *, is_train: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def _stream(
+    session: Session, transform: Any, format: PixelFormat, *, is_train: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     data = session.config.data
     manifest = session.splits[0 if is_train else 1]
     limit = data.max_train_images if is_train else data.max_test_images
@@ -238,7 +243,9 @@ def _stream(session: Session, transform: Any, *, is_train: bool) -> Iterator[tup
     # Test images differ in their sizes.
     data = data if is_train else replace(data, batch_size=1)
     processes = Processes(device=session.processes.device)
-    stream = open_stream(manifest, transform, data=data, processes=processes, limit=limit, dense=True)
+    stream = open_stream(
+        manifest, transform, data=data, processes=processes, limit=limit, dense=True, format=format
+    )
     for images, labels, ids in stream:
         kept = slice(None) if before is None else ids < before
         if len(images[kept]):
@@ -251,9 +258,10 @@ def _score(head: LinearHead, session: Session, preprocessing: Preprocessing) -> 
     config, device = session.config.segmentation_linear, session.processes.device
     num_classes = head.classifier.out_features
     found = []
-    for windows, labels in _stream(session, WholeScene(preprocessing, config.stride), is_train=False):
+    scenes = WholeScene(preprocessing, config.stride)
+    for windows, labels in _stream(session, scenes, preprocessing.format, is_train=False):
         size = (labels.shape[1], labels.shape[2])
-        places = window_places(*size, preprocessing.image_size, config.stride)
+        places = window_places(*size, preprocessing.side, config.stride)
         with torch.autocast(device.type, torch.bfloat16, enabled=session.config.features.precision == "bf16"):
             logits = torch.cat(
                 [head(part.to(device)).float() for part in windows[0].split(config.batch_size)]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from data.views.config import PixelType
 from models import vit
 from models.config import ModelConfig
 from runtime.files import write_atomically
@@ -40,6 +41,7 @@ def export_encoder(
     mean: Sequence[float],
     std: Sequence[float],
     interpolation: str = "bicubic",
+    pixels: PixelType = "uint8",
     prototypes: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
     license_name: str = "apache-2.0",
@@ -50,9 +52,10 @@ def export_encoder(
         backbone: a timm model with `num_classes=0` and whole (unsharded) parameters; saved in fp32.
         out_dir: the folder; made if missing, files in it are replaced.
         model: the options that built the backbone; written so that the same network is rebuilt.
-        mean: of pixels in [0, 1], one number for all channels or one per channel.
+        mean: of pixels divided by their type's largest, one number for all channels or one per channel.
         std: standard deviation, likewise.
-        interpolation: of the resize to `model.image_size`; the centre crop takes the whole image.
+        interpolation: of the resize to `model.image_size`.
+        pixels: type of the images' numbers.
         prototypes: name to tensor, e.g. `means` [K, P], `variances` [K, P], `mixing_weights` [K].
         provenance: JSON-able facts for the model card: run, step, data, method, configuration hash.
         license_name: of the weights, as the model hub writes it.
@@ -64,7 +67,7 @@ def export_encoder(
     state = {name: _whole(name, tensor) for name, tensor in backbone.state_dict().items()}
     out_dir.mkdir(parents=True, exist_ok=True)
     data_config = {
-        "input_size": (model.channels, model.image_size, model.image_size),
+        "input_size": (model.channels, *model.height_and_width),
         "mean": per_channel(mean, model.channels),
         "std": per_channel(std, model.channels),
         "interpolation": interpolation,
@@ -79,16 +82,11 @@ def export_encoder(
             safe_serialization=True,
             data_config=data_config,
         )
-    _mend_config(out_dir / "config.json")
+    _mend_config(out_dir / "config.json", pixels)
     save_tensors(out_dir / PROTOTYPES_NAME, dict(prototypes))
-    card = _model_card(
-        backbone,
-        vit.measure_embed_dim(model, model.image_size),
-        data_config,
-        prototypes,
-        provenance,
-        license_name,
-    )
+    embed_dim = vit.measure_embed_dim(model)
+    facts = (prototypes, provenance, license_name)
+    card = _model_card(backbone, embed_dim, data_config, pixels, *facts)
     write_atomically(out_dir / CARD_NAME, card)
 
 
@@ -172,8 +170,8 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
     return whole.contiguous()
 
 
-def _mend_config(path: Path) -> None:
-    """Removes what breaks or misleads readers of timm's config.json.
+def _mend_config(path: Path, pixels: PixelType) -> None:
+    """Removes what breaks or misleads readers of timm's config.json, and adds what it has no name for.
 
     transformers passes `num_classes=0` itself and fails on a second one in `model_args`; the tag names the
     released weights of the same architecture, which these are not.
@@ -182,6 +180,8 @@ def _mend_config(path: Path) -> None:
     config.get("model_args", {}).pop("num_classes", None)
     for key in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
         config["pretrained_cfg"].pop(key, None)
+    if pixels != "uint8":
+        config["pixels"] = pixels
     write_atomically(path, json.dumps(config, indent=2))
 
 
@@ -189,6 +189,7 @@ def _model_card(
     backbone: nn.Module,
     embed_dim: int,
     data_config: Mapping[str, Any],
+    pixels: PixelType,
     prototypes: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
     license_name: str,
@@ -196,7 +197,12 @@ def _model_card(
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     shapes = [f"| `{name}` | {' x '.join(map(str, tensor.shape))} |" for name, tensor in prototypes.items()]
     facts = [f"| {key} | {value} |" for key, value in provenance.items()]
-    channels, size, _ = data_config["input_size"]
+    channels, height, width = data_config["input_size"]
+    unit = {
+        "uint8": "pixels in [0, 1]",
+        "uint16": "pixels divided by 65535",
+        "float32": "numbers as they are",
+    }
     lines = [
         "---",
         "library_name: timm",
@@ -211,7 +217,7 @@ def _model_card(
         f"# {backbone.pretrained_cfg['architecture']}, pretrained with prototypical self-supervision",  # type: ignore[index]
         "",
         f"{parameters:,} parameters, embedding of {embed_dim} numbers, no classifier. "
-        f"Input: {channels} x {size} x {size}, pixels in [0, 1] normalised with mean {list(data_config['mean'])} "
+        f"Input: {channels} x {height} x {width}, {unit[pixels]}, normalised with mean {list(data_config['mean'])} "
         f"and standard deviation {list(data_config['std'])}.",
         "",
         "```python",

@@ -165,6 +165,7 @@ class Snapshot:
             model=self._config.model,
             mean=self._config.data.mean,
             std=self._config.data.std,
+            pixels=self._config.data.pixels,
             prototypes=self._prototypes["prototypes"],
             provenance=self._provenance,
         )

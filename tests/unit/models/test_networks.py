@@ -114,23 +114,23 @@ def test_average_in_low_precision_is_refused():
 def test_width_is_measured_where_num_features_is_another():
     config = ModelConfig(name="mobilenetv3_small_100", image_size=64)
     network = SelfSupervisedNetwork(config, "student").eval()
-    assert network.backbone.num_features == 576 and measure_embed_dim(config, 64) == 1024
+    assert network.backbone.num_features == 576 and measure_embed_dim(config, (64, 64)) == 1024
     assert network([torch.randn(2, 3, 64, 64)])[0].shape == (2, 256)
 
 
 def test_measuring_draws_no_random_numbers():
     measure_embed_dim.cache_clear()
     before = torch.get_rng_state()
-    measure_embed_dim(tiny(), 28)
+    measure_embed_dim(tiny(), (28, 28))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "cait_xxs24_224", "hiera_tiny_224"])
 def test_networks_of_one_size_are_found_without_numbers(name):
     config = ModelConfig(name=name)
-    assert measure_embed_dim(config, 224) in (768, 192)
+    assert measure_embed_dim(config, (224, 224)) in (768, 192)
     with pytest.raises(ImageSizeError):
-        measure_embed_dim(config, 96)
+        measure_embed_dim(config, (96, 96))
 
 
 def test_what_the_meta_device_cannot_do_is_tried_on_numbers(monkeypatch):
@@ -140,13 +140,13 @@ def test_what_the_meta_device_cannot_do_is_tried_on_numbers(monkeypatch):
 
     monkeypatch.setattr("models.vit.build_backbone", lambda config, drop_path_rate: Counting())
     measure_embed_dim.cache_clear()
-    assert measure_embed_dim(tiny(channels=3), 28) == 3
+    assert measure_embed_dim(tiny(channels=3), (28, 28)) == 3
     measure_embed_dim.cache_clear()
 
 
 def test_tokens_without_a_pooling_are_no_embedding():
     with pytest.raises(ValueError, match=r"model\.global_pool is '', .* 2 axes .*set model\.global_pool"):
-        measure_embed_dim(tiny(global_pool=""), 28)
+        measure_embed_dim(tiny(global_pool=""), (28, 28))
 
 
 def test_a_width_that_heads_do_not_divide_is_one_line():

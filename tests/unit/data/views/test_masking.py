@@ -44,9 +44,11 @@ def draw_like(method, side):
     if method == "ibot":
         options = dataclasses.replace(BLOCK, min_patches=(side // 3) ** 2)
         shares = 0.1 + 0.4 * draw_uniforms(np.array(0, dtype=np.uint64), NUM_DRAWN)
-        return [draw_blocks(options, key, side, side * side * share) for key, share in enumerate(shares)]
+        return [
+            draw_blocks(options, key, (side, side), side * side * share) for key, share in enumerate(shares)
+        ]
     options = dataclasses.replace(BLOCK, crops=1.0) if method == "dinov2" else INVERSE
-    return [draw_mask(options, key, side) for key in range(NUM_DRAWN)]
+    return [draw_mask(options, key, (side, side)) for key in range(NUM_DRAWN)]
 
 
 @pytest.mark.parametrize(("method", "side"), ORIGINALS)
@@ -95,7 +97,7 @@ def test_a_share_of_the_crops_is_masked_whatever_the_other_options():
 def test_blocks_hide_no_more_than_asked_for_and_end(side):
     for key in range(60):
         number = int(side * side * (key % 12) / 12)
-        mask = draw_blocks(BLOCK, key, side, number)
+        mask = draw_blocks(BLOCK, key, (side, side), number)
         assert mask.shape == (side, side) and mask.sum() <= number
 
 
@@ -105,7 +107,7 @@ def test_inverse_blocks_hide_exactly_what_is_asked_for_around_one_rectangle(side
     options = dataclasses.replace(INVERSE, aspect=aspect)
     for key in range(60):
         number = int(side * side * (key % 13) / 12)
-        mask = draw_inverse_block(options, key, side, number)
+        mask = draw_inverse_block(options, key, (side, side), number)
         assert mask.sum() == number
         if 0 < number < side * side:
             seen = ~mask
@@ -115,12 +117,12 @@ def test_inverse_blocks_hide_exactly_what_is_asked_for_around_one_rectangle(side
 
 
 def test_every_patch_is_as_likely_to_be_hidden_by_an_inverse_block():
-    shares = np.mean([draw_mask(INVERSE, key, 8) for key in range(4000)], axis=0)
+    shares = np.mean([draw_mask(INVERSE, key, (8, 8)) for key in range(4000)], axis=0)
     assert np.abs(shares - 41 / 64).max() < 5 * math.sqrt(0.65 * 0.35 / 4000)
 
 
 def test_a_part_of_the_hidden_patches_is_predicted():
-    mask = draw_mask(INVERSE, 3, 14)
+    mask = draw_mask(INVERSE, 3, (14, 14))
     assert mask.sum() == 127
     counts = np.zeros((14, 14))
     for key in range(500):

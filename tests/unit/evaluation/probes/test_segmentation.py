@@ -58,7 +58,7 @@ def draw_maps(seed, batch=5, size=24, num_classes=6):
 def test_mean_iou_is_that_of_a_confusion_matrix_of_pixels(seed):
     maps, num_classes = draw_maps(seed)
     predictions = torch.from_numpy(np.random.default_rng(seed + 9).choice([0, 1, 2, 3], (5, 9)))
-    counts = count_patches(patch_histograms(maps, 3, num_classes), predictions)
+    counts = count_patches(patch_histograms(maps, (3, 3), num_classes), predictions)
     pixels = np.kron(predictions.numpy().reshape(5, 3, 3), np.ones((8, 8), dtype=np.int64))
     expected = confusion_iou(maps.numpy(), pixels, num_classes)
     assert np.isnan(expected[4]) and expected[5] == 0
@@ -74,7 +74,7 @@ def test_mean_iou_is_that_of_a_confusion_matrix_of_pixels(seed):
 
 def test_a_patch_counts_its_pixels_and_takes_the_class_of_most():
     maps, num_classes = draw_maps(0, batch=40)
-    histograms = patch_histograms(maps, 6, num_classes)
+    histograms = patch_histograms(maps, (6, 6), num_classes)
     assert histograms.shape == (40, 36, num_classes + 1) and histograms.sum(dim=2).eq(16).all()
     for image, row, column in ((0, 0, 0), (3, 2, 5), (39, 5, 1)):
         cell = maps[image, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].numpy()
@@ -82,13 +82,13 @@ def test_a_patch_counts_its_pixels_and_takes_the_class_of_most():
         assert histograms[image, 6 * row + column].tolist() == expected
     tie = torch.tensor([[2, 2, 1, 1], [255, 255, 3, 3]], dtype=torch.uint8).repeat(1, 1).view(1, 2, 4)
     tie = torch.cat([tie, tie], dim=1)  # 4 x 4 pixels, one patch: 1, 2, 3 and void four times each
-    assert patch_histograms(tie, 1, 4).argmax(dim=2).item() == 1
+    assert patch_histograms(tie, (1, 1), 4).argmax(dim=2).item() == 1
 
 
 def test_intervals_are_the_quantiles_of_resampled_images():
     maps, num_classes = draw_maps(1, batch=12)
     predictions = torch.randint(0, 4, (12, 9), generator=torch.Generator().manual_seed(0))
-    counts = count_patches(patch_histograms(maps, 3, num_classes), predictions)
+    counts = count_patches(patch_histograms(maps, (3, 3), num_classes), predictions)
     mean, classes = counts.intervals(resamples=100, level=0.9, seed=3)
 
     def resampled(of_counts):
@@ -302,7 +302,7 @@ def test_pixels_and_label_maps_stay_in_register():
     image, label_map = transform(Image.fromarray(marked), Image.fromarray(labels))
     assert label_map.shape == (32, 32) and image.shape == (3, 32, 32)
     tokens = encoder.module.patch_tokens(image[None])
-    share = patch_histograms(label_map[None], 2, 4)[0, :, 2] / 256
+    share = patch_histograms(label_map[None], (2, 2), 4)[0, :, 2] / 256
     assert share.tolist() == [0.25, 0, 0, 0.375] and tokens.shape == (1, 4, 768)
     assert (tokens.mean(dim=2)[0] - share).abs().max() < 0.06  # edges are interpolated in the pixels
 
