@@ -39,7 +39,8 @@ def run(program, *arguments, expect=0):
 
 
 def train(tmp_path, images, *overrides, expect=0):
-    where = (f"data.images={images}", f"data.cache_dir={tmp_path / 'cache'}", f"run.output_dir={tmp_path}")
+    source = ("data.shards=null", f"data.images={images}", f"data.cache_dir={tmp_path / 'cache'}")
+    where = (*source, f"run.output_dir={tmp_path}")
     probe = (
         "evaluation.knn_every_steps=2",
         "evaluation.knn_train_images=48",
