@@ -88,8 +88,9 @@ class Bench:
             took = [line["throughput/step_s"] for line in lines]
             counts = [step - before for step, before in zip(done, [0, *done], strict=False)]
             seconds = sum(count * step_s for count, step_s in zip(counts, took, strict=True))
-            speed = [line["throughput/images_per_s"] for line in lines if line["step"] > 1]
-            return Trained(speed, seconds, peak, str(folder / "run"))
+            speed = [line["throughput/images_per_s"] for line in lines]
+            # The first step, a line of its own, warms up.
+            return Trained(speed[1:] or speed, seconds, peak, str(folder / "run"))
         settings = folder / "settings.json"
         settings.write_text(json.dumps(self._settings(name, steps, workers), indent=1))
         program = str(ROOT / "benchmarks" / "_lightly_method.py")
