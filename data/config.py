@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from data.views.config import PixelFormat, PixelType, height_and_width
+from data.views.config import PixelFormat, PixelType, height_and_width, rule_of_masks
 
 RecipeName = Literal["dino", "carp", "grayscale-small", "none"]
 SamplerName = Literal["uniform", "class_balanced", "square_root"]
@@ -289,10 +289,10 @@ class DataConfig:
             rule = f"numbers in [0, {highest:g}], as {self.pixels} pixels are divided by {self.format.full_scale:g}"
             _require(scaled, name, values, rule)
         self._refuse_colours()
-        patch = self.masks.patch_size
-        fits = self.masks.kind == "none" or not any(side % patch for side in self.global_size)
-        rule = f"a multiple of data.masks.patch_size ({patch})"
-        _require(fits, "global_crop_size", self.global_crop_size, rule)
+        if (kind := self.masks.kind) != "none":
+            share = self.masks.resolved_crops and self.masks.resolved_ratio[1]
+            rule = rule_of_masks(self.global_size, self.masks.patch_size, kind == "block", share)
+            _require(not rule, "global_crop_size", self.global_crop_size, rule)
         require_one_source(images=self.images, shards=self.shards)
         has_source = self.images is not None or self.shards is not None
         _require(has_source, "shards", "null", "a folder of shards, or one of images in data.images")

@@ -59,7 +59,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="of shards")
     parser.add_argument("--role", choices=("teacher", "student"), default="teacher", help="of a checkpoint")
     parser.add_argument(
-        "--image-size", type=int, default=None, help="side in pixels, in place of the encoder's"
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="side in pixels, or height and width, in place of the encoder's",
     )
     for name in ("mean", "std"):
         parser.add_argument(
@@ -136,6 +140,8 @@ def _load(options: argparse.Namespace) -> Encoder:
     from runtime.config import build_config
 
     given = {name: getattr(options, name) for name in ("image_size", "mean", "std")}
+    if options.image_size is not None and len(options.image_size) == 1:
+        (given["image_size"],) = options.image_size
     try:
         config = build_config(EvaluationConfig, {"encoder": options.encoder, "transform": given})
         return load_encoder(options.encoder, role=options.role, transform=config.transform)

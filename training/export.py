@@ -85,6 +85,8 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
                 f"{run} has no whole checkpoint; expected a run directory or a checkpoint; set RUN"
             )
         checkpoint = latest
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"OUT is {out_dir}, which is a file; expected an empty folder or a new name; set OUT")
     held = {path.name for path in out_dir.iterdir()} if out_dir.is_dir() else set()
     if foreign := sorted(held - EXPORTED_NAMES):
         raise UserError(f"OUT is {out_dir}, which holds {foreign[0]}; expected an empty folder; set OUT")

@@ -57,7 +57,7 @@ def read_bands(data: bytes, max_pixels: int, channels: int | None = None) -> Arr
     """Returns an image's bands as they lie in the file, [C, H, W], native byte order.
 
     Of a `.npy` array of three axes the bands are the first or the last, whichever has the length `channels`, else
-    whichever is shorter, else the first.
+    whichever leaves a square, else whichever is shorter, else the first.
 
     Args:
         data: an encoded image.
@@ -118,6 +118,8 @@ def _read_npy(data: bytes, max_pixels: int, channels: int | None) -> Array:
 
 def _bands_come_first(shape: Sequence[int], channels: int | None) -> bool:
     fits = [shape[axis] == channels for axis in (0, 2)]
+    if fits[0] == fits[1]:
+        fits = [shape[1] == shape[2], shape[0] == shape[1]]
     return fits[0] if fits[0] != fits[1] else shape[0] <= shape[2]
 
 

@@ -36,3 +36,24 @@ class PixelFormat:
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
     """Returns both sides of what is one number for squares."""
     return (size, size) if isinstance(size, int) else size
+
+
+def rule_of_masks(size: tuple[int, int], patch_size: int, blocks: bool, share: float) -> str:
+    """Returns what a crop must be so that masks hide patches of it; empty where it is.
+
+    A term on patches that are never hidden would learn nothing, without a word.
+
+    Args:
+        size: height and width of the crop.
+        patch_size: side of a patch.
+        blocks: whether rectangles are hidden, which are lower and narrower than the crop; else all but one.
+        share: of the patches that is hidden at most; 0 where none is meant to be.
+    """
+    if any(side % patch_size for side in size):
+        return f"a multiple of data.masks.patch_size ({patch_size})"
+    rows, columns = size[0] // patch_size, size[1] // patch_size
+    if not share or (int(rows * columns * share) >= 1 and (not blocks or min(rows, columns) >= 2)):
+        return ""
+    return (
+        f"{'2 x 2 patches and more' if blocks else 'more patches'}: of {rows} x {columns} none is ever hidden"
+    )

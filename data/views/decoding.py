@@ -205,6 +205,10 @@ def _decode(data: bytes, format: PixelFormat, max_pixels: int) -> Tensor:
         if is_tiff(data):  # of more bands than Pillow has a mode for
             return _take_bands(data, format, max_pixels)
         raise
+    if format.channels > 1 and is_tiff(data) and image.mode == "L" and getattr(image, "n_frames", 1) > 1:
+        bands = read_bands(data, max_pixels)  # of which Pillow has seen the first
+        if len(bands) == format.channels and bands.dtype == np.uint8:
+            return torch.from_numpy(bands)
     require_size(*image.size, max_pixels)
     gray = format.channels == 1 or image.mode in _GRAY_MODES
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
@@ -228,7 +232,8 @@ def _take_bands(data: bytes, format: PixelFormat, max_pixels: int) -> Tensor:
             f"numbers of type {bands.dtype}; expected {format.pixels}, as data.pixels is {format.pixels}; set "
             f"data.pixels={fitting}"
         )
-    values = bands.astype(format.pixels)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, which is refused
+        values = bands.astype(format.pixels)
     if format.pixels == "float32" and not np.isfinite(values).all():
         raise BadImageError("values that are not finite")
     return torch.from_numpy(values)

@@ -18,6 +18,7 @@ from data.views.config import FULL_SCALE, PixelType
 # Channels of an image and the type of its numbers, by the name that `data.pixels` has for it.
 Kind = tuple[int, PixelType]
 _DIGITS = 6
+_SMALLEST_STD = 1e-6  # that data.std takes
 
 
 @dataclass
@@ -93,6 +94,8 @@ def describe_statistics(directory: str, *, num_decoded: int | None, num_processe
     (channels, pixels), *others = kinds
     chosen = measured.by_kind[kinds[0]]
     std = np.sqrt(chosen.squares / chosen.pixels)
+    flat = [str(number) for number in np.flatnonzero(std < _SMALLEST_STD)]
+    std = np.where(std < _SMALLEST_STD, 1.0, std)
     left_out = [f"{measured.unread} that cannot be read"] if measured.unread else []
     for kind in others:
         moments = measured.by_kind[kind]
@@ -100,6 +103,7 @@ def describe_statistics(directory: str, *, num_decoded: int | None, num_processe
     seen = f"{chosen.images:,} of {manifest.num_samples:,} images of {manifest.split}"
     return [
         f"# {'; left out: '.join([seen, *filter(None, [', '.join(left_out)])])}",
+        *([f"# one number in all of channel {', '.join(flat)} (from 0): std is 1 there"] if flat else []),
         "data:",
         f"  channels: {channels}",
         f"  pixels: {pixels}",
@@ -141,8 +145,9 @@ def _measure_shard(manifest: Manifest, num_decoded: int | None, number: int) -> 
             if isinstance(sample, Failure):
                 raise BadImageError(sample.reason)
             bands = decode_bands(find_image(sample, manifest.image_key), max_pixels=MAX_IMAGE_PIXELS)
-            if not np.isfinite(bands).all():
-                raise BadImageError("values that are not finite")
+            with np.errstate(over="ignore"):  # as training refuses what float32 cannot hold
+                if not np.isfinite(bands.astype(np.float32)).all():
+                    raise BadImageError("values that are not finite")
         except BadImageError:
             total.unread += 1
             continue

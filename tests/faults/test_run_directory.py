@@ -280,6 +280,9 @@ def test_an_export_replaces_an_export_and_nothing_else(finished: Path, tmp_path:
     with pytest.raises(UserError, match=r"OUT is .*, which holds notes\.txt"):
         export_from_run(finished, out, "teacher")
     assert (out / "notes.txt").exists()
+    with pytest.raises(UserError, match=r"OUT is .*notes\.txt, which is a file; expected an empty folder"):
+        export_from_run(finished, out / "notes.txt", "teacher")
+    assert (out / "notes.txt").read_text() == "x" and [path.name for path in out.glob(".*")] == []
 
 
 def test_evaluation_takes_the_newest_step_and_no_directory_that_no_save_made(copy: Path) -> None:

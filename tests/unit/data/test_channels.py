@@ -249,6 +249,22 @@ def test_statistics_of_mixed_images_say_what_they_leave_out(tmp_path, capsys):
     assert np.allclose(printed["data"]["mean"], values.mean(axis=1) / 255, rtol=1e-5)
 
 
+def test_statistics_of_a_band_of_one_number_can_be_pasted_too(tmp_path, capsys):
+    directory = tmp_path / "set"
+    directory.mkdir()
+    with webdataset.TarWriter(str(directory / "train-000000.tar"), mtime=0) as writer:
+        for number in range(4):
+            bands = draw(number, 4)
+            bands[2] = 7
+            writer.write({"__key__": f"k{number}", "npy": encode_npy(bands)})
+    assert not verify_shards.write_manifests(str(directory))
+    assert verify_shards.main([str(directory), "--statistics", "--processes", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "# one number in all of channel 2 (from 0): std is 1 there" in said
+    printed = yaml.safe_load(said[said.index("data:") : said.index(str(directory), said.index("data:"))])
+    assert DataConfig(shards=str(directory), **printed["data"]).std[2] == 1
+
+
 def test_arrays_are_images_where_there_are_no_others(folder, tmp_path):
     both = folder(4)
     made = make_folder_shards(str(both), str(tmp_path / "cache"))

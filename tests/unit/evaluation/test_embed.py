@@ -202,6 +202,13 @@ def test_a_mistake_is_one_line(arguments, message, photos, run_dir, tmp_path):
         embed(*(text.format(**places) for text in arguments), "--out", tmp_path / "f.npz")
 
 
+def test_a_size_is_a_side_or_height_and_width(photos, run_dir, tmp_path):
+    found = embed("raw-pixels", photos, "--image-size", "6", "8", "--out", tmp_path / "f.npz")
+    assert found["features"].shape == (NUM_IMAGES, 3 * 6 * 8)
+    found = embed("raw-pixels", photos, "--image-size", "6", "--out", tmp_path / "g.npz")
+    assert found["features"].shape == (NUM_IMAGES, 3 * 6 * 6)
+
+
 def test_nothing_that_others_made_is_replaced(photos, run_dir, tmp_path):
     out = tmp_path / "f.npz"
     np.savez(out, theirs=np.arange(3))

@@ -64,8 +64,28 @@ def test_pages_are_bands_and_overviews_are_none():
     assert np.array_equal(read_bands(overview, LIMIT), stack)
 
 
-def test_the_axis_of_bands_is_the_expected_one_else_the_shorter():
+def test_pages_of_8_bits_are_the_three_bands_that_are_asked_for():
+    """Pillow opens the first page alone, as a grey image: statistics had three bands and training one."""
+    stack = draw("u1", (3, 24, 16))
+    data = encode_tiff(*stack[:, None])
+    assert np.array_equal(decode_image(data, max_pixels=LIMIT), stack)
+    assert np.array_equal(decode_image(data, channels=1, max_pixels=LIMIT), stack[:1])
+    # Two pages are no colours: a scan of grey pages stays its first one.
+    assert np.array_equal(decode_image(encode_tiff(*stack[:2, None]), max_pixels=LIMIT), stack[:1])
+
+
+def test_numbers_beyond_float32_are_refused_without_a_warning(recwarn):
+    huge = np.full((2, 8, 8), 1e300)
+    with pytest.raises(BadImageError, match="not finite"):
+        decode_image(encode_npy(huge), format=PixelFormat(2, "float32"), max_pixels=LIMIT)
+    assert not recwarn.list
+
+
+def test_the_axis_of_bands_is_the_expected_one_else_what_leaves_a_square_else_the_shorter():
     image = draw("u2", (13, 8, 8))
+    # More bands than pixels on a side, as cut-outs of spectra have.
+    for array in (image, np.moveaxis(image, 0, 2)):
+        assert read_bands(encode_npy(array), LIMIT).shape == (13, 8, 8)
     assert read_bands(encode_npy(image), LIMIT, 13).shape == (13, 8, 8)
     assert read_bands(encode_npy(np.moveaxis(image, 0, 2)), LIMIT, 13).shape == (13, 8, 8)
     assert read_bands(encode_npy(draw("u1", (30, 40, 4))), LIMIT).shape == (4, 30, 40)

@@ -143,6 +143,9 @@ def test_a_part_of_the_hidden_patches_is_predicted():
         (lambda: MaskConfig(kind="block", ratio=(0.5, 0.1)), r"masks\.ratio is \(0\.5, 0\.1\); expected smallest"),
         (lambda: MaskConfig(kind="inverse_block", ratio=(0.5, 0.6)), r"data\.masks\.ratio .* one number, twice"),
         (lambda: make_config(dataclasses.replace(BLOCK, patch_size=14)), r"crop_size is 32; .*patch_size \(14\)"),
+        (lambda: make_config(dataclasses.replace(BLOCK, patch_size=32)), r"crop_size is 32; .* 2 x 2 patches and more"),
+        (lambda: DataConfig(shards="x", masks=BLOCK, global_crop_size=(4, 64)), r"of 1 x 16 none is ever hidden"),
+        (lambda: make_config(dataclasses.replace(INVERSE, patch_size=32)), r"more patches: of 1 x 1 none is"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together_are_refused(masks, message):
