@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATASETS ?= datasets
 OUTPUTS ?= outputs
 FASHION := $(DATASETS)/fashion-mnist
-DEMO := configs/pretrain_vit-mini_fashion-mnist_full.yaml
+DEMO := configs/pretrain_convnext-mini_fashion-mnist_full.yaml
 FAST := not slow and not slurm and not browser
 
 # What notices a package that is too old: every program's start, pretraining, evaluation, export, engines on two ranks,
@@ -17,7 +17,7 @@ MIN_TESTS := tests/unit/runtime/test_usage.py tests/smoke/test_main_job.py tests
 .PHONY: help demo test test-isa test-min test-all docs audit audit-all slow-tools lint format bench gpu-check options clean
 
 help:
-	@echo "make demo      install, fetch Fashion-MNIST, pretrain a small ViT, evaluate, write the report"
+	@echo "make demo      install, fetch Fashion-MNIST, pretrain a small network, evaluate, write the report"
 	@echo "make test      the fast suite;  make test-all  also Slurm, browser, fault loops, long runs"
 	@echo "make test-isa  tests of learned figures under other instruction sets and numbers of threads; prints their ranges"
 	@echo "make test-min  programs, engines and encoders with the oldest packages that requirements-min.txt allows, in .venv-min"
