@@ -32,8 +32,8 @@ def class_names(result: dict[str, Any], num_classes: int) -> list[str]:
     """Returns the classes' names from the manifest of the test split; their numbers where it is gone or shorter."""
     data = result["provenance"]["config"].get("data", {})
     try:
-        manifest = load_manifest(data.get("test_shards") or data["shards"], data["test_split"])
-        names = list(manifest.classes)
+        shards = data.get("test_shards") or data["shards"]
+        names = list(load_manifest(shards, data["test_split"]).classes) if shards else []
     except (KeyError, OSError, ValueError):
         names = []
     return names[:num_classes] if len(names) >= num_classes else [str(i) for i in range(num_classes)]

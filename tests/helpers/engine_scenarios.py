@@ -516,7 +516,13 @@ def probe_with_unequal_parts(engine_name: str, process: Process, work: Path, sha
     """The in-training k-NN between steps, where ranks keep images of unequally many batches, and without it."""
     config = SimpleNamespace(
         data=SimpleNamespace(
-            shards=shards, split="train", channels=1, interpolation="bicubic", mean=(0.5,), std=(0.5,)
+            shards=shards,
+            split="train",
+            channels=1,
+            pixels="uint8",
+            interpolation="bicubic",
+            mean=(0.5,),
+            std=(0.5,),
         ),
         model=SimpleNamespace(image_size=VIT.image_size),
         evaluation=SimpleNamespace(test_split="test", knn_train_images=300, knn_test_images=60),

@@ -130,7 +130,7 @@ def test_a_dry_run_waits_for_nobody() -> None:
     started = time.monotonic()
     running = [
         subprocess.Popen(
-            [*PRETRAIN, "run.dry_run=true", "run.device=cuda"],
+            [*PRETRAIN, "run.dry_run=true", "run.device=cuda", "run.dry_run_world_size=4"],
             cwd=ROOT,
             env=clean_environment(**environment),
             stdout=subprocess.PIPE,
