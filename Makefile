@@ -59,6 +59,7 @@ $(MIN)/.installed: requirements-min.txt requirements-dev.txt
 	$(PYTHON) -m venv $(MIN)
 	sed 's/>=/==/' requirements-min.txt > $(MIN)/oldest.txt
 	grep -E '^(pytest|hypothesis|jaxtyping|beartype|scikit-learn)' requirements-dev.txt >> $(MIN)/oldest.txt
+	echo tensorboard >> $(MIN)/oldest.txt
 	$(MIN)/bin/python -m pip install --quiet --disable-pip-version-check -r $(MIN)/oldest.txt
 	@touch $@
 
