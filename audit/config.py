@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from evaluation.config import PROBES
@@ -85,10 +86,10 @@ class AuditConfig:
             return own[0], (*self.overrides, *own[1:])
         return self.pretrain, (*self.overrides, *own)
 
-    @property
-    def all_probes(self) -> tuple[str, ...]:
-        """Every probe whose result a finished run has."""
-        return (*self.probes, "segmentation") if self.segment else self.probes
+    def has_results(self, run_dir: Path) -> bool:
+        """Returns whether a run has the result of every probe."""
+        probes = (*self.probes, "segmentation") if self.segment else self.probes
+        return all((run_dir / "results" / f"{probe}.json").is_file() for probe in probes)
 
     @property
     def chosen_arms(self) -> tuple[str, ...]:

@@ -62,9 +62,7 @@ class Cell:
     @property
     def is_done(self) -> bool:
         """Whether every probe has its result."""
-        return all(
-            (self.directory / "results" / f"{probe}.json").is_file() for probe in self.config.all_probes
-        )
+        return self.config.has_results(self.directory)
 
     def commands(self) -> list[list[str]]:
         """Returns the command lines of pretraining and of its evaluations."""

@@ -106,7 +106,7 @@ def collect_figures(config: AuditConfig, directory: Path) -> dict[str, dict[str,
     for arm in config.arms:
         for seed in config.seeds:
             path = directory / f"{arm}-seed{seed}"
-            if all((path / "results" / f"{probe}.json").is_file() for probe in config.all_probes):
+            if config.has_results(path):
                 figures.setdefault(arm, {})[str(seed)] = run_figures(load_runs([path])[0])
     return figures
 

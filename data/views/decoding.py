@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -98,10 +99,8 @@ def decode_image(
         DataError: the machine is out of memory or open files.
     """
     format = format or PixelFormat(channels)
-    try:
+    with _explained(data):
         pixels = _decode(data, format, max_pixels)
-    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise _bad_image(error, data) from error
     if pixels.shape[-1] < 1 or pixels.shape[-2] < 1:
         raise BadImageError("the image has no pixels")
     return pixels
@@ -114,10 +113,8 @@ def decode_bands(data: bytes, *, max_pixels: int) -> Array:
         BadImageError: not a whole image, or too large.
         DataError: the machine is out of memory or open files.
     """
-    try:
+    with _explained(data):
         bands = read_bands(data, max_pixels)
-    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise _bad_image(error, data) from error
     if not bands.size:
         raise BadImageError("the image has no pixels")
     return bands
@@ -133,6 +130,15 @@ def decode_any(data: bytes, *, max_pixels: int) -> Array:
     if data[: len(NPY_MAGIC)] == NPY_MAGIC or is_tiff(data):
         return decode_bands(data, max_pixels=max_pixels)
     return decode_image(data, max_pixels=max_pixels).numpy()
+
+
+@contextlib.contextmanager
+def _explained(data: bytes) -> Iterator[None]:
+    """Raises what a decoder says of an image as a `BadImageError`, of this machine as a `DataError`."""
+    try:
+        yield
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise _bad_image(error, data) from error
 
 
 def _bad_image(error: Exception, data: bytes) -> BadImageError:

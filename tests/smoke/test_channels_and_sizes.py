@@ -54,6 +54,12 @@ def read(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def embed_patches(tmp_path, images):
+    file = tmp_path / "f.npz"
+    run("evaluation.embed", tmp_path / "run", images, "--out", file, "--workers", "0", "--patches")
+    return file
+
+
 def evaluate(tmp_path, images, *overrides):
     data = (f"data.images={images}", f"data.cache_dir={tmp_path / 'cache'}", "data.num_workers=0")
     asked = ("probes=[knn]", "controls=[random-init, raw-pixels]", "control_seeds=1", "knn.k=[5]")
@@ -107,17 +113,7 @@ def test_bands_train_and_are_evaluated(tmp_path, channels, dtype, suffix):
 
     if channels != 13:  # all of it once
         return
-    run(
-        "evaluation.embed",
-        tmp_path / "run",
-        images,
-        "--out",
-        tmp_path / "f.npz",
-        "--workers",
-        "0",
-        "--patches",
-    )
-    with np.load(tmp_path / "f.npz") as file:
+    with np.load(embed_patches(tmp_path, images)) as file:
         assert file["features"].shape == (88, 24) and file["patches"].shape == (88, 2, 2, 24)
         assert len(file["bad_paths"]) == 0 and np.isfinite(file["features"]).all()
     if importlib.util.find_spec("onnxruntime"):
@@ -157,17 +153,7 @@ def test_crops_that_are_no_squares_train_with_masks_and_are_evaluated(tmp_path):
     found = evaluate(tmp_path, images)
     assert found["knn", "run"]["encoder"]["transform"]["image_size"] == [21, 28]
     assert found["knn", "raw-pixels"]["encoder"]["transform"]["image_size"] == [21, 28]
-    run(
-        "evaluation.embed",
-        tmp_path / "run",
-        images,
-        "--out",
-        tmp_path / "f.npz",
-        "--workers",
-        "0",
-        "--patches",
-    )
-    with np.load(tmp_path / "f.npz") as file:
+    with np.load(embed_patches(tmp_path, images)) as file:
         assert file["patches"].shape == (88, 3, 4, 24)
 
 
