@@ -1,4 +1,4 @@
-# Every target works on a bare machine with Python 3.11, make and a C++ compiler: it makes .venv when needed.
+# Every target works on a bare machine with Python 3.11 to 3.13 and make: it makes .venv when needed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from models.vit import compile_blocks
 from prototypes.build import build_estimator, build_objective
 from prototypes.diagnostics import UsageCounter
 from prototypes.estimator import PrototypeEstimator
-from prototypes.mixture.kernel import require_kernel
+from prototypes.mixture.kernel import find_missing_tool, require_kernel
 from prototypes.statistics import Collectives
 from runtime.config import config_hash
 from runtime.distributed import Process
@@ -207,7 +209,17 @@ def build_sets(
 
 
 def require_kernels(config: PretrainConfig, device: torch.device) -> None:
-    """Raises ValueError unless the kernel that each mixture asks for can run on a device."""
+    """Raises ValueError unless what each mixture and compiled blocks ask for can be built and run on a device."""
+    if config.model.compile_blocks:
+        on_cpu = (
+            None if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler is found (CXX, or g++)"
+        )
+        missing = on_cpu if device.type == "cpu" else find_missing_tool()
+        if missing is not None:
+            raise ValueError(
+                f"model.compile_blocks is true and {missing}; expected one for torch.compile on {device.type}; set "
+                "model.compile_blocks=false"
+            )
     for section in dict.fromkeys(config.levels.values()):
         options = config.prototypes_of(section)
         if options.mode == "full":

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 import statistics
+import sysconfig
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,21 +36,32 @@ def find_obstacle(device: torch.device) -> str | None:
     """Returns why the Triton kernel cannot run on a device, or None where it can; imports nothing."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the prototypes are on the device {device.type}"
-    return None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return find_missing_tool() if device.type == "cuda" else f"the prototypes are on the device {device.type}"
+
+
+def find_missing_tool() -> str | None:
+    """Returns what Triton lacks on this machine to build the C code that starts its kernels, or None.
+
+    Triton's own rule; what it has built once it keeps under ~/.triton, so that another machine may not need it.
+    """
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+        return "no C compiler is found (CC, gcc or clang)"
+    headers = Path(sysconfig.get_paths(scheme="posix_prefix")["include"])
+    return None if (headers / "Python.h").is_file() else f"Python's headers are not in {headers}"
 
 
 def require_kernel(kernel: str, device: torch.device, section: str = "prototypes") -> None:
     """Checks that the chosen kernel can run; `section` of the configuration names it.
 
     Raises:
-        ValueError: "triton" without a GPU or without triton.
+        ValueError: "triton" without a GPU, without triton, or without what it builds with.
     """
     obstacle = find_obstacle(device) if kernel == "triton" else None
     if obstacle is not None:
         raise ValueError(
-            f"{section}.gmm.kernel is triton and {obstacle}; expected a CUDA device with triton; "
+            f"{section}.gmm.kernel is triton and {obstacle}; expected a CUDA device, triton and a C compiler; "
             f"set {section}.gmm.kernel=auto"
         )
 

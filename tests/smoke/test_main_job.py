@@ -74,6 +74,25 @@ def test_modes_train_from_one_yaml(digit_shards, tmp_path, mode):
     assert lines[-1]["prototypes/used"] + lines[-1]["prototypes/dead"] == pytest.approx(1)
 
 
+def test_no_compiler_is_needed_on_a_cpu(digit_shards, tmp_path):
+    """DeepSpeed builds operators where it is not kept from it, while it is imported or at a first start."""
+    (tmp_path / "bin").mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    environment |= {"PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    shorter = ("optim.steps=2", "engine.deepspeed_config=ds_configs/zero1_fp32.json")
+    result = subprocess.run(
+        [sys.executable, "pretrain.py", *arguments_of(digit_shards, tmp_path, "bare", *shorter)],
+        cwd=starts.ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert max(read_losses(tmp_path / "bare")) == 2
+    assert not (tmp_path / "extensions").exists()
+
+
 IBOT = (
     "objective.instance.name=dino",
     "objective.koleo_weight=0.1",

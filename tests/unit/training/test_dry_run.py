@@ -253,6 +253,19 @@ def test_what_the_engine_refuses_the_dry_run_refuses():
     assert measure_cost(tiny(compiled)).unsupported == ("zero3", "fsdp2")  # BatchNorm in the head
 
 
+def test_compiled_blocks_without_a_compiler_are_one_line(monkeypatch, tmp_path):
+    compiled = tiny("model.compile_blocks=true")
+    monkeypatch.delenv("CXX", raising=False)
+    (tmp_path / "g++").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    describe_run(compiled, ALONE)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(
+        ValueError, match=r"compile_blocks is true and no C\+\+ compiler is found .*on cpu; set"
+    ):
+        describe_run(compiled, ALONE)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

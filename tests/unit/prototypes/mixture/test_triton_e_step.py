@@ -5,13 +5,14 @@ import logging
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.gmm import MAX_L1_ERROR
-from prototypes.mixture.kernel import choose_kernel, compute_l1_difference, require_kernel
+from prototypes.mixture.kernel import choose_kernel, compute_l1_difference, find_obstacle, require_kernel
 from prototypes.mixture.sparse import TopLogits, find_top_logits, keep_largest, make_logit_blocks
 from prototypes.statistics import Collectives
 from tests.helpers.triton_cases import PRODUCTS, SHAPES, TRAINED
@@ -209,3 +210,22 @@ def test_the_kernel_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="triton is not installed"):
         require_kernel("triton", torch.device("cuda"))
+
+
+def test_a_gpu_without_a_compiler_keeps_to_torch(monkeypatch, tmp_path):
+    """A slim image has none: "auto" must find that out before Triton raises, and "triton" says what is missing."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    for name in ("TRITON_INTERPRET", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_obstacle(gpu) == "no C compiler is found (CC, gcc or clang)"
+    with pytest.raises(ValueError, match=r"gmm.kernel is triton and no C compiler is found .*kernel=auto"):
+        require_kernel("triton", gpu)
+    compiler = tmp_path / "clang"
+    compiler.touch(mode=0o755)
+    assert find_obstacle(gpu) is None
+    (tmp_path / "Python.h").unlink()
+    assert find_obstacle(gpu) == f"Python's headers are not in {tmp_path}"
