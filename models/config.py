@@ -150,7 +150,7 @@ class ModelConfig:
     )
     """Side in pixels of the global crops, or their height and width, for which position embeddings are made."""
     patch_size: Annotated[int, "[1, 1e4]"] | None = None
-    """Side in pixels of a ViT's patch."""
+    """Side in pixels of a ViT's patch, or of a ConvNeXt's stem."""
     embed_dim: Annotated[int, "[1, 1e6]"] | None = None
     """D, the width of a ViT."""
     depth: Annotated[int, "[1, 1000]"] | None = None
@@ -163,6 +163,8 @@ class ModelConfig:
     """LayerScale's initial value of a ViT."""
     num_registers: Annotated[int, "[0, 1000]"] | None = None
     """Register tokens of a ViT."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Pixels per cell of a convolutional network's last map, by dilation: 8 keeps 4 x 4 cells of a 32-pixel image."""
     global_pool: str | None = None
     """How tokens become the embedding: `token` (CLS), `avg` (patch mean) or timm's own."""
     drop_path_rate: Annotated[float, "[0, 1)"] = 0.0

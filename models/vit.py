@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def build_backbone(config: ModelConfig, *, drop_path_rate: float | None = None) -> nn.Module:
     """Returns a timm backbone without classifier whose `forward` gives the embedding [B, D].
 
-    ViTs accept crops of any size (`dynamic_img_size`): position embeddings are interpolated to the crop's grid.
+    ViTs accept crops of any size (`dynamic_img_size`): position embeddings are interpolated to the crop's grid. Other
+    networks compute with channels last.
 
     Args:
         config: the backbone's options.
@@ -49,7 +50,13 @@ def build_backbone(config: ModelConfig, *, drop_path_rate: float | None = None) 
         ) from error
     if config.activation_checkpointing:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    if not is_vit(config.name):  # convolutions, pooling and BatchNorm are faster with channels last
+        backbone.register_forward_pre_hook(_put_channels_last)
     return backbone
+
+
+def _put_channels_last(_: nn.Module, images: tuple[Float[Tensor, "B C H W"]]) -> tuple[Tensor]:
+    return (images[0].contiguous(memory_format=torch.channels_last),)
 
 
 def backbone_arguments(config: ModelConfig) -> dict[str, Any]:
@@ -61,15 +68,16 @@ def backbone_arguments(config: ModelConfig) -> dict[str, Any]:
         arguments["global_pool"] = config.global_pool
     if is_vit(config.name):
         arguments |= {"img_size": config.image_size, "dynamic_img_size": True}
-        optional = {
-            "patch_size": config.patch_size,
-            "embed_dim": config.embed_dim,
-            "depth": config.depth,
-            "num_heads": config.num_heads,
-            "init_values": config.init_values,
-            "reg_tokens": config.num_registers,
-        }
-        arguments |= {name: value for name, value in optional.items() if value is not None}
+    optional = {
+        "patch_size": config.patch_size,
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "init_values": config.init_values,
+        "reg_tokens": config.num_registers,
+        "output_stride": config.output_stride,
+    }
+    arguments |= {name: value for name, value in optional.items() if value is not None}
     return arguments
 
 
