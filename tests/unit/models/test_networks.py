@@ -64,6 +64,27 @@ def test_resnet_takes_no_vit_options():
     assert backbone_arguments(ModelConfig(name="resnet50")) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("test_resnet", "patch_size"), ("test_convnext", "depth"), ("vit_tiny_patch16_224", "output_stride")],
+)
+def test_an_option_that_the_architecture_does_not_have_is_refused(name, option):
+    with pytest.raises(ValueError, match=rf"model.name is '{name}', which refuses an option .*{option}"):
+        build_backbone(ModelConfig(name=name, image_size=32, **{option: 8}))
+
+
+@pytest.mark.parametrize(
+    ("option", "cells"),
+    [({}, 1), ({"output_stride": 8}, 4), ({"name": "test_convnext3", "output_stride": 16}, 2)],
+)
+def test_small_images_keep_their_cells_and_channels_last_change_nothing(option, cells):
+    backbone = build_backbone(ModelConfig(**{"name": "test_resnet", "image_size": 32} | option)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    maps = backbone.forward_features(images)
+    assert maps.shape[2:] == (cells, cells)
+    torch.testing.assert_close(backbone(images), backbone.forward_head(maps))
+
+
 def test_unknown_architecture_suggests_the_nearest():
     with pytest.raises(ValueError, match="did you mean vit_small_patch16_224"):
         build_backbone(ModelConfig(name="vit_smal_patch16_224"))
