@@ -124,7 +124,7 @@ def _add_own_images(commands: argparse._SubParsersAction[Parser]) -> None:
     inat.add_argument("--categories", default="", help="categories.json with the taxonomy")
     inat.set_defaults(run=_make_inat)
     for command in (folder, table, inat):
-        _add_common_options(command)
+        _add_common_options(command, samples_per_shard=None)
         help_text = "resize images whose shorter side is longer than this; 0 keeps the bytes of all"
         command.add_argument("--max-side", type=int, default=0, help=help_text)
         command.add_argument(
@@ -147,7 +147,7 @@ def _add_label_maps(commands: argparse._SubParsersAction[Parser]) -> None:
     maps.add_argument("--first-class", type=int, default=0, help="value in the PNGs of the first class")
     maps.add_argument("--void", type=int, nargs="+", default=[255], help="values that are no class")
     maps.set_defaults(run=_make_segmentation)
-    _add_common_options(maps)
+    _add_common_options(maps, samples_per_shard=None)
 
 
 def _add_sets_of_sets(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -179,9 +179,11 @@ def _add_sets_of_sets(commands: argparse._SubParsersAction[Parser]) -> None:
     again.set_defaults(run=_reshuffle)
 
 
-def _add_common_options(parser: argparse.ArgumentParser) -> None:
+def _add_common_options(parser: argparse.ArgumentParser, samples_per_shard: int | None = 1500) -> None:
     parser.add_argument("--out", required=True, help="folder for the shards and manifest.json")
-    parser.add_argument("--samples-per-shard", type=int, default=1500)
+    fitting = "" if samples_per_shard else "; default: a 256th of them, 16 to 1500"
+    help_text = f"most images in a shard{fitting}"
+    parser.add_argument("--samples-per-shard", type=int, default=samples_per_shard, help=help_text)
     parser.add_argument("--shard-mib", type=int, default=256, help="most mebibytes of images in a shard")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle before writing")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -200,8 +202,8 @@ def _check_options(options: argparse.Namespace) -> None:
     if not options.out:
         raise DataError("--out is empty; expected a folder for the shards; set --out")
     for name, lowest in least.items():
-        value = getattr(options, name, lowest)
-        if not value >= lowest:
+        value = getattr(options, name, None)
+        if value is not None and not value >= lowest:
             flag = "--" + name.replace("_", "-")
             raise DataError(f"{flag} is {value}; expected at least {lowest}; set {flag}")
 
@@ -363,7 +365,7 @@ def _known_classes(directory: str, splits: set[str]) -> tuple[str, ...]:
 
 
 def _write(source: ImageSource, split: str, options: argparse.Namespace) -> None:
-    from data.writing.shard_writing import write_split
+    from data.writing.shard_writing import fit_shards, write_split
 
     Path(options.out).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -371,7 +373,7 @@ def _write(source: ImageSource, split: str, options: argparse.Namespace) -> None
         source,
         split,
         options.out,
-        samples_per_shard=options.samples_per_shard,
+        samples_per_shard=options.samples_per_shard or fit_shards(len(source)),
         max_shard_bytes=options.shard_mib * _MIB,
         seed=options.seed,
         num_processes=options.processes,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+COOKBOOK = ROOT / "docs" / "cookbook.md"
 # The configuration of the recipes as a network of two blocks on 28 pixels.
 SMALL = (
     "model.patch_size=14 model.embed_dim=24 model.depth=2 model.num_heads=2 model.image_size=28 "
@@ -27,12 +30,13 @@ REPLACED = {
     "ds_configs/zero2_bf16.json": "ds_configs/zero2_fp32.json",
     "pip install onnx onnxruntime onnxscript\n": "",
 }
+ARCHITECTURE = "vit_small_patch14_dinov2"  # of the weights that the recipes go on from
 DONOR = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
 
 
 def recipes() -> dict[str, list[tuple[str, str]]]:
     """Title to (language, code) of its blocks."""
-    text = (ROOT / "docs" / "cookbook.md").read_text()
+    text = COOKBOOK.read_text()
     sections = re.split(r"^## (.*)$", text, flags=re.MULTILINE)[1:]
     blocks = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
     return {title: blocks.findall(body) for title, body in zip(sections[::2], sections[1::2], strict=True)}
@@ -45,7 +49,7 @@ class Kitchen:
         self.root = root
         (root / "PHOTOS").mkdir()
         generator = np.random.default_rng(0)
-        for number in range(96):
+        for number in range(320):
             pixels = generator.integers(256, size=(32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "PHOTOS" / f"{number}.png")
         for name in ("configs", "ds_configs", "pretrain.py", "evaluate.py"):
@@ -86,13 +90,12 @@ class Kitchen:
             )
         return code
 
-    def write_donor(self, folder: str) -> None:
-        """A network of the released weights' architecture, small and untrained."""
-        import timm
+    def write_donor(self, folder: str, **options: int) -> None:
+        """A network of the released weights' architecture, untrained; small with `DONOR`."""
         from timm.models import save_for_hf
 
-        donor = timm.create_model("vit_small_patch14_dinov2", **DONOR)
-        save_for_hf(donor, str(self.root / folder), model_args=DONOR, safe_serialization=True)
+        donor = timm.create_model(ARCHITECTURE, **options)
+        save_for_hf(donor, str(self.root / folder), model_args=options, safe_serialization=True)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +129,7 @@ def test_a_small_vit_its_record_and_its_onnx_file(kitchen: Kitchen) -> None:
 def test_released_weights_with_and_without_a_network(
     kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kitchen.write_donor("donor")
+    kitchen.write_donor("donor", **DONOR)
     monkeypatch.setitem(REPLACED, "timm:vit_small_patch14_dinov2.lvd142m", "local-dir:donor")
     assert "step 2/2" in kitchen.cook("Continue from released weights")
     # What is fetched is the donor, by the same two calls.
@@ -145,3 +148,41 @@ def test_released_weights_with_and_without_a_network(
 def test_a_run_moves_from_one_process_to_two(kitchen: Kitchen) -> None:
     said = kitchen.cook("Go on with other hardware")
     assert "step 4/4" in said and "newest whole checkpoint" in said
+
+
+@pytest.mark.slow  # eight dry runs of a ViT-S
+def test_what_trains_is_accepted_as_it_is_written(kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is made smaller: the recipes' own sizes, shards, loader processes and weights go together."""
+    from data import make_shards
+    from runtime.config import load_config
+    from runtime.distributed import Process
+    from training.config import PretrainConfig
+    from training.dry_run import describe_run
+
+    monkeypatch.chdir(kitchen.root)
+    kitchen.write_donor("weights/dinov2-small", num_classes=0)
+    code = "\n".join(code for blocks in recipes().values() for language, code in blocks if language == "bash")
+    commands = [shlex.split(line) for line in code.replace("\\\n", " ").splitlines()]
+    (made,) = [command for command in commands if "data.make_shards" in command]
+    assert make_shards.main(made[made.index("imagefolder") :]) == 0
+    starts = [command for command in commands if "pretrain.py" in command]
+    # What the table says of other weights is the same start with another name.
+    continued = next(command for command in starts if "run.name=continued" in command)
+    for name, spec, sizes in re.findall(
+        r"^\| .*? \| `(\w+)` \| `timm:(.*?)` \| (\d+ and \d+)", COOKBOOK.read_text(), re.MULTILINE
+    ):
+        assert spec in timm.list_models(pretrained=True) and spec.partition(".")[0] == name
+        whole, part = sizes.split(" and ")
+        crops = [f"data.global_crop_size={whole}", f"data.local_crop_size={part}"]
+        starts.append([*continued, f"model.name={name}", "model.init=random", *crops])
+    assert len(starts) == 9
+    for command in starts:
+        at = command.index("pretrain.py") + 1
+        overrides = [
+            argument.replace(f"timm:{ARCHITECTURE}.lvd142m", "local-dir:weights/dinov2-small")
+            for argument in command[at + 1 :]
+        ]
+        config = load_config(PretrainConfig, command[at], [*overrides, "run.device=cpu"])
+        num_ranks = 2 if command[0] == "torchrun" else 1
+        said = describe_run(config, Process(0, num_ranks, 0, torch.device("cpu")))
+        assert re.search(r"320 images, 1\.2 steps per epoch, \d+ steps", said), said[-2000:]

@@ -16,7 +16,7 @@ from data.local_errors import raise_if_local
 from data.shards import DataError, write_whole
 from data.writing.folder_walk import find_split_folders
 from data.writing.image_sources import FileSource, list_splits
-from data.writing.shard_writing import write_split
+from data.writing.shard_writing import fit_shards, write_split
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,6 @@ _DONE_NAME = (
 _NO_PLAIN_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 _LONGEST_NAME = 60
 _GIB = 2**30
-# Ranks and their workers share out whole shards: a small folder must not end up in fewer than there are workers.
-_MOST_SAMPLES, _LEAST_SAMPLES, _SHARDS = 1500, 16, 256
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def _write(source: FileSource, split: str, directory: Path) -> int:
         source,
         split,
         str(directory),
-        samples_per_shard=min(_MOST_SAMPLES, max(_LEAST_SAMPLES, len(source) // _SHARDS)),
+        samples_per_shard=fit_shards(len(source)),
         num_processes=os.cpu_count() or 1,
     )
     counts = Counter(item.kind for item in rejected)

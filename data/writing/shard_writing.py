@@ -34,6 +34,7 @@ _RECORDS = ".records"  # one small file a finished shard: what makes a second ru
 _NAME_PATTERN = "%s-%06d.tar"
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SHARD_ORDER = 11  # purpose of the shuffle's random key
+_MOST_SAMPLES, _LEAST_SAMPLES, _NUM_SHARDS = 1500, 16, 256
 
 
 # Offset, checksum and label, as in `INDEX_DTYPE`.
@@ -74,12 +75,20 @@ class ShardJob:
         return _NAME_PATTERN % (self.split, self.number)
 
 
+def fit_shards(num_images: int) -> int:
+    """Returns how many images a shard should hold, of so many in a split.
+
+    Ranks and their workers share out whole shards: a small set must not end up in fewer than there are workers.
+    """
+    return min(_MOST_SAMPLES, max(_LEAST_SAMPLES, num_images // _NUM_SHARDS))
+
+
 def write_split(
     source: ImageSource,
     split: str,
     directory: str,
     *,
-    samples_per_shard: int = 1500,
+    samples_per_shard: int = _MOST_SAMPLES,
     max_shard_bytes: int = 256 * 1024 * 1024,
     seed: int = 0,
     num_processes: int = 1,

@@ -19,6 +19,7 @@ from data.stream.pipeline import TrainingStream
 from data.verify_shards import verify
 from data.writing import fashion_mnist
 from data.writing.inspection import scan_shard
+from data.writing.shard_writing import fit_shards
 
 
 def write_tree(root: Path, image_bytes, counts: dict[str, int], *, offset: int = 0) -> None:
@@ -72,6 +73,16 @@ def test_a_miniature_imagenet_goes_through(tmp_path, image_bytes, make_config, c
     index = load_index(train)
     assert index is not None and len(set(index["label"][:9].tolist())) > 1
     assert "train: 18 images, 3 classes, 4 shards" in capsys.readouterr().out
+
+
+def test_own_images_make_shards_for_all_loader_processes(tmp_path, image_bytes, make_config):
+    """A recipe's eight workers refused what `make_shards` had written of 300 photographs: one shard."""
+    assert [fit_shards(count) for count in (40, 10_000, 50_000, 1_281_167)] == [16, 39, 195, 1500]
+    write_tree(tmp_path / "in", image_bytes, {"a": 40})
+    assert run("imagefolder", tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert [shard.samples for shard in load_manifest(str(tmp_path / "out"), "train").shards] == [16, 16, 8]
+    config = make_config(str(tmp_path / "out"), num_workers=3, num_lanes=3)
+    TrainingStream(config, seed=0, global_batch_size=6, micro_batch_size=6, rank=0, world_size=1)
 
 
 def test_the_index_written_is_the_index_read_back(tmp_path, image_bytes):
