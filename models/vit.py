@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,17 @@ from models.config import ModelConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+# timm's arguments that shape a network, and our options; null leaves timm's own value for the name.
+_SHAPE = {
+    "patch_size": "patch_size",
+    "embed_dim": "embed_dim",
+    "depth": "depth",
+    "num_heads": "num_heads",
+    "init_values": "init_values",
+    "reg_tokens": "num_registers",
+    "output_stride": "output_stride",
+}
 
 
 def build_backbone(config: ModelConfig, *, drop_path_rate: float | None = None) -> nn.Module:
@@ -44,6 +56,13 @@ def build_backbone(config: ModelConfig, *, drop_path_rate: float | None = None) 
     except (
         Exception
     ) as error:  # an unknown option is a TypeError, a width that heads do not divide an assertion
+        unknown = re.search("unexpected keyword argument '([a-z_]+)'", str(error))
+        if unknown and unknown[1] in _SHAPE:
+            option = f"model.{_SHAPE[unknown[1]]}"
+            raise ValueError(
+                f"{option} is {arguments[unknown[1]]} with {config.name}; expected null, as that architecture has no "
+                f"such option; set {option}=null"
+            ) from error
         raise ValueError(
             f"model.name is {config.name!r}, which refuses an option ({_one_line(error)}); "
             "expected options of that architecture; set the options under model"
@@ -68,16 +87,8 @@ def backbone_arguments(config: ModelConfig) -> dict[str, Any]:
         arguments["global_pool"] = config.global_pool
     if is_vit(config.name):
         arguments |= {"img_size": config.image_size, "dynamic_img_size": True}
-    optional = {
-        "patch_size": config.patch_size,
-        "embed_dim": config.embed_dim,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "init_values": config.init_values,
-        "reg_tokens": config.num_registers,
-        "output_stride": config.output_stride,
-    }
-    arguments |= {name: value for name, value in optional.items() if value is not None}
+    shape = {argument: getattr(config, option) for argument, option in _SHAPE.items()}
+    arguments |= {argument: value for argument, value in shape.items() if value is not None}
     return arguments
 
 

@@ -25,6 +25,9 @@ from training.patches import read_masks
 RECIPES = sorted(p.stem for p in Path("configs").glob("pretrain_*.yaml"))
 FAST = {"pretrain_vits16_imagenet_full", "pretrain_resnet50_imagenet_joint"}
 SWIN = ("data.global_crop_size=224", "model.image_size=224", "data.local_crop_size=96")
+NO_VIT = tuple(
+    f"model.{option}=null" for option in ("patch_size", "embed_dim", "depth", "num_heads", "global_pool")
+)
 ALONE = Process(0, 1, 0, torch.device("cpu"))
 
 
@@ -156,7 +159,7 @@ def test_patches_that_are_left_out_cost_the_student_nothing_and_the_predictor_so
 
 def test_a_rate_for_what_the_network_lacks_is_refused():
     with pytest.raises(ValueError, match=r"optim\.patch_embed_lr_scale is 0\.5; expected 1 with ResNet"):
-        measure_cost(tiny("model.name=resnet18", "model.patch_size=null", "optim.patch_embed_lr_scale=0.5"))
+        measure_cost(tiny("model.name=resnet18", *NO_VIT, "optim.patch_embed_lr_scale=0.5"))
 
 
 @pytest.mark.parametrize("mode", ["full", "joint"])
@@ -278,11 +281,11 @@ def test_compiled_blocks_without_a_compiler_are_one_line(monkeypatch, tmp_path):
             r"data\.global_crop_size is 30, .*such as 28; set data\.global_crop_size and model\.image_size",
         ),
         (
-            ["model.name=swin_tiny_patch4_window7_224", *SWIN],
+            ["model.name=swin_tiny_patch4_window7_224", *NO_VIT, *SWIN],
             r"data\.local_crop_size is 96, .*several sizes, or no local crops; .*data\.num_local_crops=0",
         ),
         (
-            ["model.name=swin_tiny_patch4_window7_224"],
+            ["model.name=swin_tiny_patch4_window7_224", *NO_VIT],
             r"data\.global_crop_size is 28, .*such as 224; set data\.global_crop_size and model\.image_size",
         ),
     ],
@@ -314,12 +317,12 @@ def test_the_forecast_follows_from_flops_and_says_what_it_assumes(precision, tmp
 
 
 def test_networks_of_one_size_run_without_local_crops():
-    swin = tiny("model.name=swin_tiny_patch4_window7_224", *SWIN, "data.num_local_crops=0")
+    swin = tiny("model.name=swin_tiny_patch4_window7_224", *NO_VIT, *SWIN, "data.num_local_crops=0")
     check_crop_sizes(swin)
 
 
 def test_the_head_is_as_wide_as_the_measured_embedding():
-    cost = measure_cost(tiny("model.name=mobilenetv3_small_100", "data.local_crop_size=16"))
+    cost = measure_cost(tiny("model.name=mobilenetv3_small_100", *NO_VIT, "data.local_crop_size=16"))
     assert cost.head_parameters > 1024 * 32
 
 
