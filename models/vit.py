@@ -18,16 +18,11 @@ from models.config import ModelConfig
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# timm's arguments that shape a network, and our options; null leaves timm's own value for the name.
-_SHAPE = {
-    "patch_size": "patch_size",
-    "embed_dim": "embed_dim",
-    "depth": "depth",
-    "num_heads": "num_heads",
-    "init_values": "init_values",
-    "reg_tokens": "num_registers",
-    "output_stride": "output_stride",
+# What shapes a network, by timm's argument and by our option, whose null leaves timm's own value for the name.
+_NULLABLE = {
+    name: name for name in ("patch_size", "embed_dim", "depth", "num_heads", "init_values", "output_stride")
 }
+_NULLABLE["reg_tokens"] = "num_registers"
 
 
 def build_backbone(config: ModelConfig, *, drop_path_rate: float | None = None) -> nn.Module:
@@ -53,15 +48,13 @@ def build_backbone(config: ModelConfig, *, drop_path_rate: float | None = None) 
         arguments["drop_path_rate"] = rate
     try:
         backbone = timm.create_model(config.name, pretrained=False, num_classes=0, **arguments)
-    except (
-        Exception
-    ) as error:  # an unknown option is a TypeError, a width that heads do not divide an assertion
+    except Exception as error:
+        # An unknown option is a TypeError, a width that heads do not divide an assertion.
         unknown = re.search("unexpected keyword argument '([a-z_]+)'", str(error))
-        if unknown and unknown[1] in _SHAPE:
-            option = f"model.{_SHAPE[unknown[1]]}"
+        if unknown and (option := _NULLABLE.get(unknown[1])):
             raise ValueError(
-                f"{option} is {arguments[unknown[1]]} with {config.name}; expected null, as that architecture has no "
-                f"such option; set {option}=null"
+                f"model.{option} is {getattr(config, option)} with {config.name}; expected null, as that architecture "
+                f"has no such option; set model.{option}=null"
             ) from error
         raise ValueError(
             f"model.name is {config.name!r}, which refuses an option ({_one_line(error)}); "
@@ -87,8 +80,16 @@ def backbone_arguments(config: ModelConfig) -> dict[str, Any]:
         arguments["global_pool"] = config.global_pool
     if is_vit(config.name):
         arguments |= {"img_size": config.image_size, "dynamic_img_size": True}
-    shape = {argument: getattr(config, option) for argument, option in _SHAPE.items()}
-    arguments |= {argument: value for argument, value in shape.items() if value is not None}
+    shape = {
+        "patch_size": config.patch_size,
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "init_values": config.init_values,
+        "reg_tokens": config.num_registers,
+        "output_stride": config.output_stride,
+    }
+    arguments |= {name: value for name, value in shape.items() if value is not None}
     return arguments
 
 
