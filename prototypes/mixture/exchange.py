@@ -123,6 +123,7 @@ class Exchange:
 
         Collective; waits for how many rows and places each rank has, which are padded to the most.
         """
+        assert found.component is not None
         sums["num_bad"].fill_(float(num_bad))
         sizes = inputs.new_tensor([len(inputs), found.component.shape[1]])
         header = torch.cat([sizes, torch.stack([sums[name] for name in PROBE_SUMS])])

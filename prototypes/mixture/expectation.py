@@ -23,7 +23,9 @@ from .sparse import (
     bound_dropped,
     count_places,
     find_top_logits,
+    is_soft,
     keep_largest,
+    keep_whole_,
     make_logit_blocks,
 )
 from .touched import StepStatistics, sum_touched
@@ -166,15 +168,26 @@ class ObservingMixture(Mixture):
         features = self.row_features(batch.rows - self.reference())
         penalty = self._balance_penalty()
         threshold, is_hard = self.gmm.sparse.threshold, self.assigns_hard
+        # Whole rows stay where the logits were: there is room for one chunk of them, and none to send.
+        may_be_whole = (
+            sparse.may_wait(self.means.device)
+            and len(batch.rows) <= len(blocks)
+            and not (is_hard or across or self.exchange.method == "sparse")
+        )
         parts = []
         for rows in _iterate_rows(len(batch.rows), len(blocks)) or [slice(0, 0)]:
             filled = blocks[: rows.stop - rows.start]
-            top = self._find_top(features[rows], own, penalty, filled)
-            found = keep_largest(top, threshold, hard=is_hard, across=across)
+            probed = filled[:_PROBED_ROWS]
+            top = self._find_top(features[rows], own, penalty, filled, unless_soft=may_be_whole)
+            if top is None:
+                probed = probed.clone()
+                found = keep_whole_(filled.flatten(1)[:, : own.stop - own.start], threshold)
+            else:
+                found = keep_largest(top, threshold, hard=is_hard, across=across)
             if rows.start == 0:
                 if self.kernel == "triton" and not self._probe_follows(penalty):
-                    self._write_logits(features[rows][:_PROBED_ROWS], own, penalty, filled[:_PROBED_ROWS])
-                self._probe_found(filled[:_PROBED_ROWS], found, sums, penalty, across)
+                    self._write_logits(features[rows][:_PROBED_ROWS], own, penalty, probed)
+                self._probe_found(probed, found, sums, penalty, across)
             counted = found.has_winner & (batch.weight[rows] > 0)
             self._hits[own].scatter_add_(0, found.winner, counted.to(self._hits.dtype))
             parts.append(found)
@@ -183,15 +196,28 @@ class ObservingMixture(Mixture):
         return found
 
     def _find_top(
-        self, features: Tensor, own: slice, penalty: Tensor | None, blocks: Float[Tensor, "N C B"]
-    ) -> TopLogits:
-        """Returns the largest t_ik = beta log rho_ik - penalty_k of each row; the torch path leaves all in `blocks`."""
+        self,
+        features: Tensor,
+        own: slice,
+        penalty: Tensor | None,
+        blocks: Float[Tensor, "N C B"],
+        *,
+        unless_soft: bool,
+    ) -> TopLogits | None:
+        """Returns the largest t_ik = beta log rho_ik - penalty_k of each row; the torch path leaves all in `blocks`.
+
+        None with `unless_soft` where those of the first rows are soft; then nothing was looked for.
+        """
         paths = {
             "torch": lambda: self._find_top_with_torch(features, own, penalty, blocks),
             "triton": lambda: self._find_top_with_triton(features, own, penalty),
         }
         if self.kernel is None:
             self.kernel = self._choose_kernel(paths, features.device)
+        if unless_soft and self.kernel == "torch":
+            self._write_logits(features, own, penalty, blocks)
+            soft = is_soft(blocks[:_PROBED_ROWS], self.gmm.sparse.threshold)
+            return None if soft else self._list_logits(blocks, own)
         return paths[self.kernel]()
 
     def _choose_kernel(self, paths: dict[str, Callable[[], TopLogits]], device: torch.device) -> str:
@@ -214,6 +240,9 @@ class ObservingMixture(Mixture):
         self, features: Tensor, own: slice, penalty: Tensor | None, blocks: Float[Tensor, "N C B"]
     ) -> TopLogits:
         self._write_logits(features, own, penalty, blocks)
+        return self._list_logits(blocks, own)
+
+    def _list_logits(self, blocks: Float[Tensor, "N C B"], own: slice) -> TopLogits:
         places = count_places(own.stop - own.start, self.means.device)
         return find_top_logits(blocks, self.gmm.sparse.threshold, places)
 
@@ -280,7 +309,7 @@ class ObservingMixture(Mixture):
 
     def sum_found(
         self,
-        index: Int64[Tensor, "N m"],
+        index: Int64[Tensor, "N m"] | None,
         gamma: Float[Tensor, "N m"],
         batch: Batch,
         sums: dict[str, Tensor],
@@ -341,7 +370,7 @@ def _iterate_rows(number: int, size: int) -> list[slice]:
 
 
 def _join(parts: list[SparseResponsibilities]) -> SparseResponsibilities:
-    width = max(part.component.shape[1] for part in parts)
+    width = max(part.gamma.shape[1] for part in parts)
 
     def widen(values: Tensor) -> Tensor:
         return torch.nn.functional.pad(values, (0, width - values.shape[1])) if values.dim() == 2 else values

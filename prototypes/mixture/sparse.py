@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..statistics import Collectives
+from .assignments import find_winners
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Int64
 
 LARGEST = 128
 """Components kept of a row where their number must be known beforehand, as on a GPU."""
@@ -23,7 +24,12 @@ _LARGEST_ON_CPU = 1024
 _LARGEST_SHARE = 8
 """Of K components a CPU keeps at most the eighth part: with more entries the product of all is as fast."""
 _BLOCK = 128
-_BLOCKS_AT_ONCE = 8192
+_AT_ONCE = 2**18
+"""Logits that are worked on together: 1 MiB, which stays in a core's cache from pass to pass."""
+_SOFT_SHARE = 0.5
+_FEWEST_BLOCKS = 16
+"""Rows are soft where more than this share of at least so many blocks of components come near their maximum."""
+_BYTES_IN_WORD = 8
 _LOG_NOTHING = -80.0
 """exp of it is lost beside 1, and still no subnormal number, with which a CPU is fifty times slower."""
 _LOG_PRECISION = 17.0
@@ -53,7 +59,7 @@ class SparseResponsibilities(NamedTuple):
     """Responsibilities of the components kept, which sum to one in every row.
 
     Attributes:
-        component: [N, m] numbers of components, as in `TopLogits`.
+        component: [N, m] numbers of components, as in `TopLogits`; None where m = K and they stand in order.
         gamma: [N, m] responsibilities after renormalisation, 0 in places not filled.
         dropped: [N] share of the responsibility that was left out, before renormalisation.
         winner: [N] component with the largest responsibility of the row.
@@ -61,7 +67,7 @@ class SparseResponsibilities(NamedTuple):
         log_normaliser: [N] logsumexp_k t_ik over all components.
     """
 
-    component: Tensor
+    component: Tensor | None
     gamma: Tensor
     dropped: Tensor
     winner: Tensor
@@ -132,19 +138,45 @@ def find_top_logits(
     best = blocks.amax(2)
     row_max = best.amax(1)
     log_threshold = math.log(threshold) if threshold > 0 else -math.inf
-    reach = max(-log_threshold, math.log(blocks.shape[1] * blocks.shape[2]) + _LOG_PRECISION)
-    near_row, near_block = (best >= row_max[:, None] - reach).nonzero(as_tuple=True)
+    near = (best >= row_max[:, None] - _reach(blocks, log_threshold)).flatten().nonzero().squeeze(1)
     total = torch.zeros_like(row_max)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for start in range(0, max(1, len(near_row)), _BLOCKS_AT_ONCE):
-        row, block = (part[start : start + _BLOCKS_AT_ONCE] for part in (near_row, near_block))
-        shifted = blocks[row, block].sub_(row_max[row, None])
-        pair, column = (shifted >= log_threshold).nonzero(as_tuple=True)
-        found.append((row[pair], block[pair] * blocks.shape[2] + column, shifted[pair, column]))
+    num_blocks, size = blocks.shape[1:]
+    for part in near.split(_AT_ONCE // size):
+        row = part // num_blocks
+        shifted = blocks.flatten(0, 1).index_select(0, part).sub_(row_max[row, None])
+        place = _find_true(shifted >= log_threshold)
+        block = part[place // size]
+        found.append(
+            (block // num_blocks, block % num_blocks * size + place % size, shifted.flatten()[place])
+        )
         total.index_add_(0, row, shifted.clamp_min_(_LOG_NOTHING).exp_().sum(1))
     row, component, shifted = (torch.cat(parts) for parts in zip(*found, strict=True))
     index, logit = _arrange(row, component, shifted, len(blocks), largest)
     return TopLogits(index, logit, total.log(), row_max)
+
+
+def _reach(blocks: Float[Tensor, "N C B"], log_threshold: float) -> float:
+    """Returns how far below the row's maximum logits count: by themselves, or in the normaliser."""
+    return max(-log_threshold, math.log(blocks.shape[1] * blocks.shape[2]) + _LOG_PRECISION)
+
+
+def is_soft(blocks: Float[Tensor, "N C B"], threshold: float) -> bool:
+    """Returns whether rows have responsibilities nearly everywhere: lists would cost more than `keep_whole_`."""
+    if len(blocks) == 0 or blocks.shape[1] < _FEWEST_BLOCKS:
+        return False
+    best = blocks.amax(2)
+    near = best >= best.amax(1, keepdim=True) - _reach(blocks, math.log(threshold))
+    return float(near.float().mean()) > _SOFT_SHARE
+
+
+def _find_true(mask: Bool[Tensor, "n B"]) -> Int64[Tensor, " m"]:
+    """Returns the flat places of what is true, ascending: `nonzero` on eight at a time, of which few hold any."""
+    if mask.shape[1] % _BYTES_IN_WORD:
+        return mask.flatten().nonzero().squeeze(1)
+    words = mask.view(torch.int64).flatten().nonzero().squeeze(1)
+    inside = mask.view(-1, _BYTES_IN_WORD)[words].flatten().nonzero().squeeze(1)
+    return words[inside // _BYTES_IN_WORD] * _BYTES_IN_WORD + inside % _BYTES_IN_WORD
 
 
 def _arrange(
@@ -157,10 +189,12 @@ def _arrange(
     index = torch.zeros(num_rows, width, dtype=torch.int64)
     logit = torch.full((num_rows, width), -torch.inf)
     index[row, place], logit[row, place] = component, value
-    if width <= largest:
-        return index, logit
-    logit, kept = logit.topk(largest, dim=1)
-    return index.gather(1, kept), logit
+    if width > largest:
+        wide = (number > largest).nonzero().squeeze(1)
+        chosen, kept = logit[wide].topk(largest, dim=1)
+        logit[wide, :largest], index[wide, :largest] = chosen, index[wide].gather(1, kept)
+        index, logit = index[:, :largest], logit[:, :largest]
+    return index, logit
 
 
 def keep_largest(
@@ -195,6 +229,28 @@ def keep_largest(
     dropped = (1 - kept.squeeze(1)).clamp_min_(0.0)
     gamma /= kept.clamp_min(torch.finfo(kept.dtype).tiny)
     return SparseResponsibilities(top.component, gamma, dropped, winner, has_winner, largest + log_normaliser)
+
+
+def keep_whole_(logits: Float[Tensor, "N K"], threshold: float) -> SparseResponsibilities:
+    """As `keep_largest` of all logits t_ik, which become the responsibilities in their place: no list is made.
+
+    However many are above the threshold, all are kept. A few rows at a time: passes over them stay in the cache.
+    """
+    winner = torch.zeros(len(logits), dtype=torch.int64)
+    dropped, log_normaliser = logits.new_zeros(len(logits)), logits.new_zeros(len(logits))
+    size = max(1, _AT_ONCE // logits.shape[1])
+    for first in range(0, len(logits), size):
+        chosen = slice(first, first + size)
+        gamma = logits[chosen]
+        largest, winner[chosen] = find_winners(gamma)
+        total = gamma.sub_(largest[:, None]).clamp_min_(_LOG_NOTHING).exp_().sum(1)
+        log_normaliser[chosen] = largest + total.log()
+        torch.threshold_(gamma.div_(total[:, None]), threshold, 0.0)
+        kept = gamma.sum(1)
+        dropped[chosen] = (1 - kept).clamp_min_(0.0)
+        gamma.div_(kept.clamp_min(torch.finfo(kept.dtype).tiny)[:, None])
+    has_winner = torch.ones_like(winner, dtype=torch.bool)
+    return SparseResponsibilities(None, logits, dropped, winner, has_winner, log_normaliser)
 
 
 def _row_sum(values: Tensor, across: Collectives | None) -> Tensor:

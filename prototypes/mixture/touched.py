@@ -42,7 +42,7 @@ class StepStatistics:
 
 
 def sum_touched(
-    index: Int64[Tensor, "N m"],
+    index: Int64[Tensor, "N m"] | None,
     responsibilities: Float[Tensor, "N m"],
     observed: Float[Tensor, "N M"],
     weight: Float[Tensor, " N"],
@@ -52,23 +52,29 @@ def sum_touched(
 
     w_k = sum_i a_i gamma_ik and S_k = sum_i a_i gamma_ik s(h_i), a_i the rows' weights, every sum in the order of the
     rows: the same bits wherever it is computed. On a CPU exactly the components with an entry; on a GPU as many as
-    there are places, the others without mass, so that no size is waited for.
+    there are places, the others without mass, so that no size is waited for. Where `index` is None the
+    responsibilities are those of all components, and the sums a product.
     """
+    table = torch.cat([observed, torch.ones_like(weight)[:, None]], dim=1) * weight[:, None]
+    if index is None:
+        products = table.T @ responsibilities
+        touched = products[-1].nonzero().squeeze(1)
+        sums = products.T[touched]
+        return touched, sums[:, -1], sums[:, :-1]
     component, gamma = index.flatten(), responsibilities.flatten()
-    row = torch.arange(len(index), device=component.device).repeat_interleave(index.shape[1])
+    place = torch.arange(len(component), device=component.device)
     is_exact = sparse.may_wait(component.device)
     if is_exact:
-        filled = gamma.nonzero().squeeze(1)
-        component, gamma, row = component[filled], gamma[filled], row[filled]
+        place = gamma.nonzero().squeeze(1)
+        component, gamma = component[place], gamma[place]
     component, order = component.sort(stable=True)
     if is_exact:
         touched = torch.unique_consecutive(component)
     else:
         presence = gamma.new_zeros(num_components).scatter_reduce_(0, component, gamma[order], "amax")
         touched = presence.topk(min(num_components, len(component))).indices.sort().values
-    table = torch.cat([observed, torch.ones_like(weight)[:, None]], dim=1) * weight[:, None]
     sums = nn.functional.embedding_bag(
-        row[order],
+        place[order] // index.shape[1],
         table,
         torch.searchsorted(component, touched),
         mode="sum",

@@ -61,8 +61,7 @@ def dino_loss(
     def make_targets() -> Iterator[Targets]:
         for first in range(0, num_images, images_per_chunk):
             last = min(first + images_per_chunk, num_images)
-            probs = _compute_probs(teacher[:, first:last], teacher_prototypes, offsets)
-            figures.add(probs)
+            probs = figures.take(_compute_logits(teacher[:, first:last], teacher_prototypes, offsets))
             for view in range(num_views):
                 others = [index for index in range(num_targets) if index != view]
                 if others:
@@ -76,8 +75,8 @@ def dino_loss(
 
 
 @torch.no_grad()
-def _compute_probs(
+def _compute_logits(
     rows: Float[Tensor, "W n Q"], prototypes: Float[Tensor, "K Q"], offsets: Float[Tensor, "1 K"] | None
 ) -> Float[Tensor, "W n K"]:
     logits = (rows @ prototypes.to(rows.dtype).T).float()
-    return torch.softmax(logits if offsets is None else logits - offsets, dim=-1)
+    return logits if offsets is None else logits.sub_(offsets)

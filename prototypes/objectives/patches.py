@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
-
 from .cross_entropy import Targets, compute_cross_entropy
 from .interface import MeanOverRanks
 from .logits import LOGITS_PER_CHUNK, ChunkedLogits
@@ -60,9 +58,7 @@ def patch_loss(
         for rows, logits in ChunkedLogits(teacher, teacher_prototypes, logits_per_chunk):
             if offsets is not None:
                 logits = logits - pick_offsets(offsets, None if group is None else group[rows])
-            probs = torch.softmax(logits, dim=1)
-            figures.add(probs)
-            yield Targets(rows, probs, 1.0, weight[rows])
+            yield Targets(rows, figures.take(logits), 1.0, weight[rows])
 
     return figures.complete(
         compute_cross_entropy(student, student_prototypes, make_targets()), mean_over_ranks

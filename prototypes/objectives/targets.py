@@ -35,12 +35,18 @@ class TargetFigures:
         # [K] sum of the targets, their number and the sum of their entropies: one tensor to reduce.
         self._sums = torch.zeros(num_prototypes + 2, device=device)
 
-    def add(self, probs: Float[Tensor, "*batch K"]) -> None:
-        """Adds rows of targets, each with the weight 1."""
-        rows = probs.flatten(0, -2)
-        self._sums[:-2] += rows.sum(0)
-        self._sums[-2] += len(rows)
-        self._sums[-1] += torch.special.entr(rows).sum()
+    @torch.no_grad()
+    def take(self, logits: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
+        """Returns the targets softmax(logits), after adding them, each with the weight 1.
+
+        Their entropy is -sum p log p with the logarithms at hand: taking those of p costs as much as the logits did.
+        """
+        log_probs = torch.log_softmax(logits, dim=-1)
+        probs = log_probs.exp()
+        self._sums[:-2] += probs.flatten(0, -2).sum(0)
+        self._sums[-2] += logits.shape[:-1].numel()
+        self._sums[-1] -= log_probs.mul_(probs).sum()
+        return probs
 
     def complete(self, loss: Tensor, mean_over_ranks: MeanOverRanks | None) -> TargetLoss:
         """Returns a loss with its targets' figures over all ranks. Collective: one reduction of K + 2 floats."""

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from prototypes.mixture.sparse import bound_dropped, find_top_logits, keep_largest, make_logit_blocks
+from prototypes.mixture.sparse import (
+    bound_dropped,
+    find_top_logits,
+    is_soft,
+    keep_largest,
+    keep_whole_,
+    make_logit_blocks,
+)
 from prototypes.statistics import Collectives
 from tests.unit.prototypes.lockstep import Lockstep
 
@@ -74,17 +81,46 @@ def test_both_searches_keep_the_same(num_rows, num_components, scale, largest, s
 
 
 def test_a_row_with_more_than_the_largest_drops_the_rest():
-    logits = torch.zeros(2, 10)
+    logits = torch.zeros(3, 10)
     logits[1, 4] = 30.0
+    logits[2, 5] = 0.5
     kept = keep_largest(find_top_logits(in_blocks(logits), 1e-3, largest=4), 1e-3)
-    torch.testing.assert_close(kept.dropped, torch.tensor([0.6, 0.0]))
+    exact = torch.softmax(logits[2].double(), 0).sort().values[-4:]
+    torch.testing.assert_close(kept.dropped, torch.tensor([0.6, 0.0, float(1 - exact.sum())]))
     torch.testing.assert_close(kept.gamma[0], torch.full((4,), 0.25))
+    torch.testing.assert_close(kept.gamma[2].sort().values.double(), exact / exact.sum())
+    assert torch.equal(kept.gamma[1].sort().values, torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    assert torch.equal(kept.winner[1:], torch.tensor([4, 5]))
+
+
+@pytest.mark.parametrize(("num_rows", "num_components"), [(0, 2048), (1, 37), (300, 2048), (7, 5000)])
+@pytest.mark.parametrize("scale", [0.5, 3.0, 40.0])
+def test_whole_rows_keep_in_their_place_what_lists_keep(num_rows, num_components, scale):
+    logits = draw(num_rows, num_components, scale)
+    listed = keep_largest(find_top_logits(in_blocks(logits), 1e-4, num_components), 1e-4)
+    whole = keep_whole_(logits, 1e-4)
+    assert whole.component is None
+    assert whole.gamma is logits
+    assert torch.equal(whole.winner, listed.winner)
+    assert whole.has_winner.all()
+    torch.testing.assert_close(whole.gamma, spread(listed, num_components), rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(whole.dropped, listed.dropped, rtol=0, atol=1e-5)
+    torch.testing.assert_close(whole.log_normaliser, listed.log_normaliser, rtol=0, atol=1e-2)
+
+
+def test_rows_are_soft_where_most_blocks_of_many_come_near_the_maximum():
+    for scale, expected in ((1.0, True), (40.0, False)):
+        assert is_soft(in_blocks(draw(16, 8192, scale)), 1e-7) == expected
+        assert not is_soft(in_blocks(draw(16, 1024, scale)), 1e-7)
+    assert not is_soft(in_blocks(draw(0, 8192)), 1e-7)
 
 
 def test_a_row_whose_responsibilities_are_all_below_the_threshold_drops_everything():
     kept = keep_largest(find_top_logits(in_blocks(torch.zeros(1, 1000)), 0.01, 128), 0.01)
-    assert float(kept.dropped) == 1.0
-    assert kept.gamma.sum() == 0
+    whole = keep_whole_(torch.zeros(1, 1000), 0.01)
+    for found in (kept, whole):
+        assert float(found.dropped) == 1.0
+        assert found.gamma.sum() == 0
 
 
 def test_hard_assignments_share_ties():

@@ -142,6 +142,38 @@ def test_a_sparse_step_is_the_dense_one_up_to_what_it_leaves_out(name, options):
             assert few.metrics()[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_step_of_soft_rows_is_the_one_that_lists_what_it_keeps(name, monkeypatch):
+    options = {
+        "beta": AnnealingConfig(schedule="constant", end=4.0, guard=None),
+        "sparse": SparseConfig(threshold=1e-5),
+    }
+    rows = clustered_rows(N, P, seed=9)
+    weight = torch.rand(N, generator=torch.Generator().manual_seed(0)) + 0.5
+    found = []
+    for soft in (True, False):
+        estimator = build(make_config(2048, P, estimator=name, **options))
+        for seed in range(2):
+            take_step(estimator, clustered_rows(N, P, seed=seed))
+        estimator._is_dense, estimator._unread_share = False, None
+        with monkeypatch.context() as patch:
+            patch.setattr(expectation, "is_soft", lambda blocks, threshold, soft=soft: soft)
+            patch.setattr(expectation, "keep_largest" if soft else "keep_whole_", None)
+            take_step(estimator, rows, weight=weight)
+        assert is_sparse(estimator)
+        found.append(estimator)
+    whole, listed = found
+    for key, value in tensors(listed).items():
+        torch.testing.assert_close(tensors(whole)[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    (hits, mass), (listed_hits, listed_mass) = whole.assignment(), listed.assignment()
+    assert torch.equal(hits, listed_hits)
+    assert torch.equal(mass > 0, listed_mass > 0)
+    assert (mass == 0).any()
+    torch.testing.assert_close(mass, listed_mass, rtol=1e-4, atol=1e-5)
+    for key, value in listed.metrics().items():
+        assert whole.metrics()[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
 def test_at_threshold_zero_nothing_sparse_happens_and_the_reference_is_not_read(monkeypatch):
     estimator, twin = begin(sparse=DENSE), begin(sparse=DENSE)
     twin.reference_vector.fill_(torch.nan)
