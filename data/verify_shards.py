@@ -28,7 +28,7 @@ from data.stream.mixing import measure_mixing, report_mixing
 from data.usage import Parser
 from data.writing.findings import Finding, count, summarise
 from data.writing.foreign_shards import NUM_DECODED, log_passed_over, number_labels, scan_all, write_manifests
-from data.writing.inspection import ShardScan
+from data.writing.inspection import ShardScan, find_other_kinds
 from data.writing.labels import number_classes
 from data.writing.pixel_statistics import describe_statistics
 
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             "num_processes": options.processes,
         }
         findings = inspect(options.directory, **how)
-        wanted = options.statistics and not findings
+        wanted = options.statistics and not (options.write and findings)  # which leaves no manifest
         statistics = describe_statistics(options.directory, **how) if wanted else []
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
@@ -125,6 +125,7 @@ def verify(directory: str, *, num_decoded: int | None = NUM_DECODED, num_process
         files = [(Path(manifest.path_of(shard)), shard.name) for shard in manifest.shards]
         scans = list(scan_all(files, num_decoded, num_processes, split, manifest.image_key))
         log_passed_over(scans)
+        find_other_kinds(scans)
         numbers = number_classes(manifest.classes)
         labels: Counter[int] = Counter()
         complete = True

@@ -23,6 +23,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.views.config import FULL_SCALE
 from runtime.program import UserError, run_program
 from runtime.progress import describe_progress
 from runtime.usage import HelpFormatter
@@ -38,7 +39,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("evaluation.embed")  # also where this file is the program
 
 _PART_IMAGES = 256  # of a part on the disk: what a killed job does again, and what memory holds
-_OF_THE_TRANSFORM = re.compile(r"\btransform\.(image_size|mean|std)\b")
+_OVERRIDES = ("image_size", "channels", "pixels", "mean", "std")
+# Options of the rooms that do the work, by what this command line calls them.
+_OWN_WORDS = {f"transform.{name}": "--" + name.replace("_", "-") for name in _OVERRIDES} | {
+    "data.split": "--split",
+    "data.shards": "IMAGES",
+}
+_OTHERS_WORDS = re.compile(rf"\b({'|'.join(map(re.escape, _OWN_WORDS))})\b")
 _SAY_EVERY_S = 30.0
 _NUM_NAMED = 5
 
@@ -64,6 +71,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         nargs="+",
         metavar="N",
         help="side in pixels, or height and width, in place of the encoder's",
+    )
+    parser.add_argument(
+        "--channels", type=int, metavar="N", help="of the images, where the encoder says nothing: raw-pixels"
+    )
+    parser.add_argument(
+        "--pixels",
+        choices=tuple(FULL_SCALE),
+        help="type of the images' numbers, where the encoder says nothing",
     )
     for name in ("mean", "std"):
         parser.add_argument(
@@ -103,8 +118,15 @@ def embed(options: argparse.Namespace, processes: Processes) -> None:
     """Embeds every image and writes the file. Collective.
 
     Raises:
-        ValueError: whatever the user can mend, in one line.
+        UserError: whatever the user can mend, in one line and in the words of this command line.
     """
+    try:
+        _embed(options, processes)
+    except ValueError as error:
+        raise UserError(_OTHERS_WORDS.sub(lambda found: _OWN_WORDS[found[0]], str(error))) from error
+
+
+def _embed(options: argparse.Namespace, processes: Processes) -> None:
     from evaluation.features.image_lists import open_images
     from evaluation.features.npz_parts import PartFiles
 
@@ -130,24 +152,15 @@ def embed(options: argparse.Namespace, processes: Processes) -> None:
 
 
 def _load(options: argparse.Namespace) -> Encoder:
-    """Returns the encoder.
-
-    Raises:
-        UserError: what `evaluate.py` refuses, in the words of this command line.
-    """
     from evaluation.config import EvaluationConfig
     from evaluation.encoders.load import load_encoder
     from runtime.config import build_config
 
-    given = {name: getattr(options, name) for name in ("image_size", "mean", "std")}
+    given = {name: getattr(options, name) for name in _OVERRIDES}
     if options.image_size is not None and len(options.image_size) == 1:
         (given["image_size"],) = options.image_size
-    try:
-        config = build_config(EvaluationConfig, {"encoder": options.encoder, "transform": given})
-        return load_encoder(options.encoder, role=options.role, transform=config.transform)
-    except ValueError as error:
-        own_words = _OF_THE_TRANSFORM.sub(lambda found: "--" + found[1].replace("_", "-"), str(error))
-        raise UserError(own_words) from error
+    config = build_config(EvaluationConfig, {"encoder": options.encoder, "transform": given})
+    return load_encoder(options.encoder, role=options.role, transform=config.transform)
 
 
 def _open(files: PartFiles, images: ImageList) -> list[int]:

@@ -144,7 +144,7 @@ class LaneDataset(IterableDataset):
             raise BadImageError(sample.reason)
         config = self.config
         encoded = find_image(sample, self.image_key)
-        return sample.key, decode_image(encoded, format=config.format, max_pixels=config.max_image_pixels)
+        return sample.key, decode_image(encoded, config.format, max_pixels=config.max_image_pixels)
 
     def _check_memory(self) -> float:
         rss = measure_rss_mib()

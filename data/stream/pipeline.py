@@ -21,7 +21,8 @@ from data.stream.remote import open_shards
 from data.stream.samplers import build_copies
 from data.stream.workers import start_worker
 from data.views.collate import BatchPart, CropBatch, SharedCrops, collate_parts
-from data.views.decoding import BadImageError, decode_image, find_image, loses_bits
+from data.views.decoding import BadImageError, decode_image, find_image
+from data.views.kinds import describe_loss
 
 logger = logging.getLogger(__name__)
 
@@ -238,14 +239,15 @@ def check_decodable(reader: ShardReader, config: DataConfig) -> bytes:
             continue
         try:
             encoded = find_image(sample, image_key)
-            decode_image(encoded, format=config.format, max_pixels=config.max_image_pixels)
+            decode_image(encoded, config.format, max_pixels=config.max_image_pixels)
             return encoded
         except BadImageError as error:
             reason = reason or f"{sample.key}: {error}"
     raise DataError(
         f"{reader.manifest.path_of(shard)} has no image in its first samples ({reason}); expected members such as "
         f".jpg or .png, or .tif and .npy, of data.channels={config.channels} and data.pixels={config.pixels}; set "
-        "those, or data.shards to a folder of image shards"
+        f"those to what python -m data.verify_shards {reader.manifest.directory} --statistics prints, or data.shards "
+        "to a folder of image shards"
     )
 
 
@@ -256,11 +258,8 @@ def _report_format(config: DataConfig, first: bytes) -> None:
             "data.recipe %s: images of %d x %s have no colours, so that %s of it is left out or cut to what applies",
             *(config.recipe, config.channels, config.pixels, ", ".join(config.left_out_of_recipe)),
         )
-    if config.format.is_photograph and loses_bits(first):
-        logger.warning(
-            "data.pixels is uint8: values of more than 8 bits are scaled down to 8; set data.pixels=uint16 (or "
-            "float32) to keep them"
-        )
+    for lost in describe_loss(first) if config.format.is_photograph else ():
+        logger.warning("data.channels is %d and data.pixels uint8: %s", config.channels, lost)
 
 
 def _report_mixing(config: DataConfig, manifest: Manifest, seed: int, batch_size: int) -> None:

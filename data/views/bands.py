@@ -136,7 +136,7 @@ def _read_with_pillow(data: bytes, max_pixels: int) -> Array:
     require_size(*image.size, max_pixels)
     if image.mode == "1":
         image = image.convert("L")  # type: ignore[assignment]
-    elif image.mode in ("P", "PA", "YCbCr", "LAB", "HSV"):
+    elif image.mode in ("P", "PA", "YCbCr", "LAB", "HSV", "CMYK"):
         image = image.convert("RGB")  # type: ignore[assignment]
     array = np.asarray(image)
     if image.mode == "I" and image.format == "PNG":  # as older Pillows open what newer ones call I;16

@@ -30,21 +30,20 @@ from data.views.bands import (
     PNG_MAGIC,
     Array,
     BandsError,
-    is_deep_colour_png,
     is_tiff,
     read_bands,
     require_size,
 )
 from data.views.config import PixelFormat
+from data.views.kinds import DEEP_MODES, full_scale_of, holds_photograph
 
 with contextlib.suppress(ImportError):  # phones' photographs; Pillow does not open them by itself
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-_TIFF_BITS = 258
-_GRAY_MODES = ("L", "1", "LA", *_DEEP_MODES)
+_GRAY_MODES = ("L", "1", "LA", *DEEP_MODES)
+_RGB = PixelFormat()
 
 # What Pillow, NumPy and torchvision raise on bytes that are no whole image.
 DECODE_ERRORS = (
@@ -80,9 +79,7 @@ def can_open(suffix: str) -> bool:
     return Image.registered_extensions().get(f".{suffix}") in Image.OPEN
 
 
-def decode_image(
-    data: bytes, *, max_pixels: int, format: PixelFormat | None = None, channels: int = 3
-) -> Tensor:
+def decode_image(data: bytes, format: PixelFormat = _RGB, *, max_pixels: int) -> Tensor:
     """Returns an image as [C or 1, H, W] of `format.pixels`.
 
     A grey image comes back with one channel even where three are asked for: its caller repeats it after cropping,
@@ -90,15 +87,13 @@ def decode_image(
 
     Args:
         data: an encoded image.
+        format: what is asked for.
         max_pixels: larger images are refused before anything is allocated.
-        format: what is asked for; None for 8 bits of `channels`.
-        channels: 3 for RGB, 1 for grey values.
 
     Raises:
         BadImageError: not a whole image, too large, or not of this format.
         DataError: the machine is out of memory or open files.
     """
-    format = format or PixelFormat(channels)
     with _explained(data):
         pixels = _decode(data, format, max_pixels)
     if pixels.shape[-1] < 1 or pixels.shape[-2] < 1:
@@ -110,11 +105,13 @@ def decode_bands(data: bytes, *, max_pixels: int) -> Array:
     """Returns an image's bands as they lie in its file, [C, H, W]; see `data.views.bands.read_bands`.
 
     Raises:
-        BadImageError: not a whole image, or too large.
+        BadImageError: not a whole image, too large, or of numbers that are none in float32, which training refuses.
         DataError: the machine is out of memory or open files.
     """
     with _explained(data):
         bands = read_bands(data, max_pixels)
+        if bands.dtype.kind == "f":
+            _as_float32(bands)
     if not bands.size:
         raise BadImageError("the image has no pixels")
     return bands
@@ -151,19 +148,9 @@ def _bad_image(error: Exception, data: bytes) -> BadImageError:
     return BadImageError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def loses_bits(data: bytes) -> bool:
-    """Returns whether a decodable image has more than the 8 bits to which a photograph's values are scaled."""
-    if is_deep_colour_png(data):
-        return True
-    with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(data)) as image:
-        bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS, (8,))
-        return image.mode in _DEEP_MODES or max(bits) > 8
-    return False
-
-
 def decode_to_pil(data: bytes, *, max_pixels: int) -> Image.Image:
     """Returns an image as an RGB Pillow image; see `decode_image`."""
-    pixels = decode_image(data, channels=3, max_pixels=max_pixels)
+    pixels = decode_image(data, max_pixels=max_pixels)
     array = pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(array)
 
@@ -215,6 +202,8 @@ def _decode(data: bytes, format: PixelFormat, max_pixels: int) -> Tensor:
         bands = read_bands(data, max_pixels)  # of which Pillow has seen the first
         if len(bands) == format.channels and bands.dtype == np.uint8:
             return torch.from_numpy(bands)
+    if not holds_photograph(image):
+        return _take_bands(data, format, max_pixels)
     require_size(*image.size, max_pixels)
     gray = format.channels == 1 or image.mode in _GRAY_MODES
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
@@ -229,20 +218,20 @@ def _take_bands(data: bytes, format: PixelFormat, max_pixels: int) -> Tensor:
     bands = read_bands(data, max_pixels, format.channels)
     number, height, width = bands.shape
     if number != format.channels and (number, format.channels) != (1, 3):
-        raise BadImageError(
-            f"{number} bands of {height} x {width}; expected {format.channels}, as data.channels is {format.channels}"
-        )
-    if format.pixels != "float32" and bands.dtype != format.pixels:
-        fitting = str(bands.dtype) if str(bands.dtype) in ("uint8", "uint16") else "float32"
-        raise BadImageError(
-            f"numbers of type {bands.dtype}; expected {format.pixels}, as data.pixels is {format.pixels}; set "
-            f"data.pixels={fitting}"
-        )
+        raise BadImageError(f"{number} bands of {height} x {width}; expected {format.channels}")
+    if format.pixels == "float32":
+        return torch.from_numpy(_as_float32(bands))
+    if bands.dtype != format.pixels:
+        raise BadImageError(f"numbers of type {bands.dtype}; expected {format.pixels}")
+    return torch.from_numpy(bands)
+
+
+def _as_float32(bands: Array) -> Array:
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, which is refused
-        values = bands.astype(format.pixels)
-    if format.pixels == "float32" and not np.isfinite(values).all():
+        values = bands.astype(np.float32)
+    if not np.isfinite(values).all():
         raise BadImageError("values that are not finite")
-    return torch.from_numpy(values)
+    return values
 
 
 def _decode_with_pillow(image: Image.Image, gray: bool) -> Tensor:
@@ -254,7 +243,7 @@ def _decode_with_pillow(image: Image.Image, gray: bool) -> Tensor:
             raise BadImageError("values that are not finite")
         scale = 255.0 if image.mode == "F" and values.max(initial=0.0) <= 1.0 else 1.0
         if image.mode != "F":
-            scale = 255.0 / 65535.0
+            scale = 255.0 / full_scale_of(image)
         array = np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
         return torch.from_numpy(array)[None]
     mode = "L" if gray else "RGB"

@@ -70,7 +70,7 @@ def decode_picture(data: bytes, format: PixelFormat, *, max_pixels: int) -> Pict
     """
     if format.is_photograph:
         return decode_to_pil(data, max_pixels=max_pixels)
-    values = decode_image(data, format=format, max_pixels=max_pixels).numpy()
+    values = decode_image(data, format, max_pixels=max_pixels).numpy()
     return _from_values(np.broadcast_to(values, (format.channels, *values.shape[1:])))
 
 

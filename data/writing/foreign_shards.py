@@ -28,7 +28,7 @@ from data.shards import (
     save_manifest,
 )
 from data.writing.findings import Finding
-from data.writing.inspection import ShardScan, scan_shard
+from data.writing.inspection import ShardScan, find_other_kinds, scan_shard
 from data.writing.labels import LabelError, number_classes, number_label, read_class_names
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,8 @@ def write_manifests(
         )
         for split, files in splits.items()
     }
+    for of_split in scans.values():
+        find_other_kinds(of_split)
     every = [scan for of_split in scans.values() for scan in of_split]
     findings = [finding for scan in every for finding in scan.findings]
     log_passed_over(every)

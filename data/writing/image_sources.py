@@ -19,7 +19,8 @@ from data.config import MAX_IMAGE_PIXELS
 from data.local_errors import raise_if_local
 from data.members import ARRAY_SUFFIX, READABLE_SUFFIXES, readable
 from data.shards import DataError
-from data.views.decoding import BadImageError, decode_any, decode_to_pil, loses_bits
+from data.views.decoding import BadImageError, decode_any, decode_to_pil
+from data.views.kinds import describe_loss, kind_of
 from data.writing.duplicates import LabelConflicts
 from data.writing.folder_walk import PassedOver, sniff_suffix, walk_images
 from data.writing.labels import read_text
@@ -117,9 +118,9 @@ class FileSource(ImageSource):
                     self.name(index), "no image", "neither by its suffix nor by its first bytes", index
                 )
             pixels = decode_any(content, max_pixels=MAX_IMAGE_PIXELS)
-            is_photograph = pixels.dtype == "uint8" and len(pixels) in (1, 3) and suffix != ARRAY_SUFFIX
+            is_photograph = suffix != ARRAY_SUFFIX and kind_of(content, pixels).is_plain
             is_large = self.max_side and min(pixels.shape[-2:]) > self.max_side
-            if is_large and is_photograph and not loses_bits(content):
+            if is_large and is_photograph and not describe_loss(content):
                 content, suffix = _shrink(content, self.max_side), "jpg"
         except OSError as error:
             raise_if_local(error, self.name(index))

@@ -30,6 +30,7 @@ from data.members import (
 )
 from data.shards import DataError
 from data.stream.reader import READ_ERRORS, checksum_of, iterate_offsets, iterate_samples, reason_of
+from data.views.kinds import ImageKind, choose_format, kind_of
 from data.writing.findings import Finding
 from data.writing.labels import Label, LabelError, read_label
 
@@ -52,6 +53,7 @@ class ShardScan:
         checksums: CRC-32 of each sample's members.
         labels: class index or class name of each sample, None without.
         num_label_maps: samples that hold a class for every pixel.
+        kinds: ordinals of the decoded images, by what they hold.
         passed_over: members other than folders that belong to no sample, by reason, and the first names of each.
         findings: what is wrong with it by itself, whatever a manifest says; one for each kind.
     """
@@ -64,6 +66,7 @@ class ShardScan:
     checksums: list[int] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     num_label_maps: int = 0
+    kinds: dict[ImageKind, list[int]] = field(default_factory=dict)
     passed_over: dict[str, list[str]] = field(default_factory=dict)
     num_passed_over: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
@@ -118,6 +121,23 @@ def scan_shard(path: Path, *, name: str = "", num_decoded: int | None = 0, image
     return scan
 
 
+def find_other_kinds(scans: Sequence[ShardScan]) -> None:
+    """Finds the decoded images of a split that training does not read as it reads most of them."""
+    counts: Counter[ImageKind] = Counter()
+    for scan in scans:
+        counts.update({kind: len(ordinals) for kind, ordinals in scan.kinds.items()})
+    if len(counts) < 2:
+        return
+    format = choose_format(counts)
+    usual = "8 bits in grey or RGB" if format.is_photograph else f"{format.channels} x {format.pixels}"
+    for scan in scans:
+        for kind, ordinals in scan.kinds.items():
+            for ordinal in [] if kind.fits(format) else ordinals:
+                scan.find(
+                    ordinal, "has other bands or another type than most images", f"{kind}; expected {usual}"
+                )
+
+
 def _read_samples(path: Path, scan: ShardScan, num_decoded: int | None, image_key: str) -> None:
     decoded = None if num_decoded is None else set[int]()
     try:
@@ -160,7 +180,9 @@ def _take_in(scan: ShardScan, ordinal: int, sample: EncodedSample, image_key: st
     try:
         chosen = choose_image(sample.key, sample.members, image_key)
         if decode:
-            height, width = decode_any(sample.members[chosen], max_pixels=MAX_IMAGE_PIXELS).shape[-2:]
+            pixels = decode_any(sample.members[chosen], max_pixels=MAX_IMAGE_PIXELS)
+            scan.kinds.setdefault(kind_of(sample.members[chosen], pixels), []).append(ordinal)
+            height, width = pixels.shape[-2:]
             if LABEL_MAP_SUFFIX in sample.members and chosen != LABEL_MAP_SUFFIX:
                 label_map = sample.members[LABEL_MAP_SUFFIX]
                 decode_label_map(label_map, (width, height), VOID_INDEX, sample.key)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from data.config import MAX_IMAGE_PIXELS
 from data.shards import DataError, Manifest, load_manifest, split_names
-from data.views.config import FULL_SCALE, PixelType
+from data.views.config import FULL_SCALE, PixelFormat, PixelType
+from data.views.kinds import ImageKind, choose_format, kind_of
 
-# Channels of an image and the type of its numbers, by the name that `data.pixels` has for it.
-Kind = tuple[int, PixelType]
 _DIGITS = 6
 _SMALLEST_STD = 1e-6  # that data.std takes
+_OF_ALPHA = "# the last channel is transparency; with data.channels=3 (1 for grey) images are read without it"
 
 
 @dataclass
@@ -33,6 +33,11 @@ class Moments:
     mean: NDArray[np.float64]
     squares: NDArray[np.float64]
     first: str
+
+    def repeat(self, channels: int) -> Moments:
+        """Returns those of so many channels, as training repeats a grey one."""
+        mean, squares = (np.broadcast_to(part, channels) for part in (self.mean, self.squares))
+        return replace(self, mean=mean, squares=squares)
 
     def join(self, other: Moments) -> Moments:
         """Returns both as one."""
@@ -52,19 +57,30 @@ class SplitMoments:
     """What was measured of a split.
 
     Attributes:
-        by_kind: of the images that could be read.
+        by_kind: of the images that could be read, as they lie.
+        as_photographs: the same of those that can be read as 8 bits in grey or RGB.
         unread: how many could not.
     """
 
-    by_kind: dict[Kind, Moments] = field(default_factory=dict)
+    by_kind: dict[ImageKind, Moments] = field(default_factory=dict)
+    as_photographs: dict[ImageKind, Moments] = field(default_factory=dict)
     unread: int = 0
 
     def add(self, other: SplitMoments) -> None:
         """Joins other images."""
-        for kind, moments in other.by_kind.items():
-            own = self.by_kind.get(kind)
-            self.by_kind[kind] = moments if own is None else own.join(moments)
+        for ours, theirs in ((self.by_kind, other.by_kind), (self.as_photographs, other.as_photographs)):
+            for kind, moments in theirs.items():
+                own = ours.get(kind)
+                ours[kind] = moments if own is None else own.join(moments)
         self.unread += other.unread
+
+    def read_as(self, format: PixelFormat) -> Moments:
+        """Returns the moments of the images that training reads with a format, as it reads them."""
+        measured = self.as_photographs if format.is_photograph else self.by_kind
+        return reduce(
+            Moments.join,
+            (m.repeat(format.channels) for kind, m in measured.items() if kind.fits(format)),
+        )
 
 
 def describe_statistics(directory: str, *, num_decoded: int | None, num_processes: int = 1) -> list[str]:
@@ -83,30 +99,26 @@ def describe_statistics(directory: str, *, num_decoded: int | None, num_processe
     names = split_names(directory)
     manifest = load_manifest(directory, "train" if "train" in names else names[0])
     measured = measure_split(manifest, num_decoded=num_decoded, num_processes=num_processes)
-    gray, colour = ((1, "uint8"), (3, "uint8"))
-    if gray in measured.by_kind and colour in measured.by_kind:  # grey images among RGB are read as RGB
-        of_gray = measured.by_kind.pop(gray)
-        of_gray.mean, of_gray.squares = of_gray.mean.repeat(3), of_gray.squares.repeat(3)
-        measured.by_kind[colour] = measured.by_kind[colour].join(of_gray)
     if not measured.by_kind:
         raise DataError(f"{directory} holds no image that can be read; expected some; pass another folder")
-    kinds = sorted(measured.by_kind, key=lambda kind: -measured.by_kind[kind].images)
-    (channels, pixels), *others = kinds
-    chosen = measured.by_kind[kinds[0]]
+    format = choose_format({kind: moments.images for kind, moments in measured.by_kind.items()})
+    chosen = measured.read_as(format)
     std = np.sqrt(chosen.squares / chosen.pixels)
     flat = [str(number) for number in np.flatnonzero(std < _SMALLEST_STD)]
     std = np.where(std < _SMALLEST_STD, 1.0, std)
     left_out = [f"{measured.unread} that cannot be read"] if measured.unread else []
-    for kind in others:
-        moments = measured.by_kind[kind]
-        left_out.append(f"{moments.images} of {kind[0]} x {kind[1]}, the first {moments.first}")
+    for kind, moments in sorted(measured.by_kind.items(), key=lambda item: -item[1].images):
+        if not kind.fits(format):
+            left_out.append(f"{moments.images} of {kind}, the first {moments.first}")
+    alpha = any(kind.has_alpha and kind.fits(format) for kind in measured.by_kind)
     seen = f"{chosen.images:,} of {manifest.num_samples:,} images of {manifest.split}"
     return [
         f"# {'; left out: '.join([seen, *filter(None, [', '.join(left_out)])])}",
+        *([_OF_ALPHA] if alpha and not format.is_photograph else []),
         *([f"# one number in all of channel {', '.join(flat)} (from 0): std is 1 there"] if flat else []),
         "data:",
-        f"  channels: {channels}",
-        f"  pixels: {pixels}",
+        f"  channels: {format.channels}",
+        f"  pixels: {format.pixels}",
         f"  mean: {_as_yaml(chosen.mean)}",
         f"  std: {_as_yaml(std)}",
     ]
@@ -133,7 +145,7 @@ def _join(total: SplitMoments, parts: Iterable[SplitMoments]) -> None:
 def _measure_shard(manifest: Manifest, num_decoded: int | None, number: int) -> SplitMoments:
     # Here, so that the program answers --help without torch.
     from data.stream.reader import Failure, ShardReader
-    from data.views.decoding import BadImageError, decode_bands, find_image
+    from data.views.decoding import BadImageError, find_image
 
     shard = manifest.shards[number]
     selected: Sequence[int] = range(shard.samples) if shard.ordinals is None else shard.ordinals
@@ -144,27 +156,32 @@ def _measure_shard(manifest: Manifest, num_decoded: int | None, number: int) -> 
         try:
             if isinstance(sample, Failure):
                 raise BadImageError(sample.reason)
-            bands = decode_bands(find_image(sample, manifest.image_key), max_pixels=MAX_IMAGE_PIXELS)
-            with np.errstate(over="ignore"):  # as training refuses what float32 cannot hold
-                if not np.isfinite(bands.astype(np.float32)).all():
-                    raise BadImageError("values that are not finite")
+            _measure(find_image(sample, manifest.image_key), f"{shard.name}: {sample.key}", total)
         except BadImageError:
             total.unread += 1
-            continue
-        total.add(SplitMoments(dict([_measure(bands, f"{shard.name}: {sample.key}")])))
     return total
 
 
-def _measure(bands: NDArray[Any], name: str) -> tuple[Kind, Moments]:
-    pixels: PixelType = "float32"
-    if bands.dtype == np.uint8:
-        pixels = "uint8"
-    elif bands.dtype == np.uint16:
-        pixels = "uint16"
+def _measure(encoded: bytes, name: str, total: SplitMoments) -> None:
+    """Adds one image, as it lies and as a photograph: training converts what can be one to what it is told."""
+    from data.views.decoding import decode_any, decode_bands, decode_image
+
+    pixels = decode_any(encoded, max_pixels=MAX_IMAGE_PIXELS)
+    kind = kind_of(encoded, pixels)
+    found = SplitMoments()
+    if kind.is_photograph:
+        photograph = decode_image(encoded, max_pixels=MAX_IMAGE_PIXELS).numpy()
+        found.as_photographs[kind] = _moments(photograph, "uint8", name)
+    bands = photograph if kind.is_plain else decode_bands(encoded, max_pixels=MAX_IMAGE_PIXELS)
+    found.by_kind[kind] = _moments(bands, kind.pixels, name)
+    total.add(found)
+
+
+def _moments(bands: NDArray[Any], pixels: PixelType, name: str) -> Moments:
     values = bands.reshape(len(bands), -1) / FULL_SCALE[pixels]
     mean = values.mean(axis=1, dtype=np.float64)
     squares = np.square(values - mean[:, None]).sum(axis=1, dtype=np.float64)
-    return (len(bands), pixels), Moments(1, values.shape[1], mean, squares, name)
+    return Moments(1, values.shape[1], mean, squares, name)
 
 
 def _as_yaml(values: NDArray[np.float64]) -> str:

@@ -56,7 +56,7 @@ class TinyImagenetSource(ImageSource):
         name = self._names[index]
         try:
             content = self._archive.read(name)
-            decode_image(content, channels=3, max_pixels=MAX_IMAGE_PIXELS)
+            decode_image(content, max_pixels=MAX_IMAGE_PIXELS)
         except BadImageError as error:
             return Rejected(name, "broken", str(error), index)
         except OSError as error:

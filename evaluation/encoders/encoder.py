@@ -105,7 +105,8 @@ def _require_same_twice(encoder: Encoder) -> None:
     except Exception as error:
         raise EncoderError(
             f"encoder is {encoder.spec!r}, which cannot take images of its preprocessing "
-            f"({type(error).__name__}: {one_line(error)}); expected a size that fits; set transform.image_size"
+            f"({type(error).__name__}: {one_line(error)}); expected a size and channels that fit; set "
+            "transform.image_size, or transform.channels"
         ) from error
     for name, features in first.items():
         if not torch.allclose(features, second[name], rtol=1e-3, atol=1e-5, equal_nan=True):

@@ -163,7 +163,8 @@ class PartFiles:
         if not names:
             name, reason = bad[0]
             raise UserError(
-                f"none of {len(bad)} images can be decoded; the first, {name}: {reason}; pass others"
+                f"none of {len(bad)} images can be decoded as the encoder wants them; the first, {name}: {reason}; "
+                "pass others, or see --channels and --pixels"
             )
         shapes = {name: (len(names), *shape) for name, shape in shapes.items()}
         temporary = self.out.with_name(f".{self.out.name}.{os.getpid()}.tmp")

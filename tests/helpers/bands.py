@@ -65,6 +65,17 @@ def encode_tiff(
     return bytes(file)
 
 
+def encode_twelve_bits(grey: np.ndarray) -> bytes:
+    """Returns a TIFF of one strip [H, W], W even, whose samples are two to three bytes."""
+    height, width = grey.shape
+    first, second = (grey.reshape(-1, 2)[:, side].astype(np.uint32) for side in (0, 1))
+    packed = (first << 12 | second).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
+    file = bytearray(b"II*\0" + struct.pack("<L", 8 + len(packed)) + packed)
+    tags = {256: [width], 257: [height], 258: [12], 259: [1], 262: [1], 273: [8], 277: [1], 278: [height]}
+    _add_directory(file, tags | {279: [len(packed)]}, "<")
+    return bytes(file)
+
+
 def _parts(plane: np.ndarray, tile: int) -> list[np.ndarray]:
     _, height, width = plane.shape
     if not tile:

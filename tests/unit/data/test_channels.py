@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
 import torch
 import webdataset
 import yaml
+from PIL import Image
 
 from data import make_shards, show_crops, verify_shards
 from data.config import AugmentationConfig, DataConfig
@@ -17,10 +19,11 @@ from data.shards import DataError, load_manifest
 from data.stream.pipeline import TrainingStream
 from data.stream.reader import ShardReader
 from data.views.augmentations import DeviceAugmentation
-from data.views.decoding import find_image
+from data.views.config import PixelFormat
+from data.views.decoding import BadImageError, decode_image, find_image
 from data.views.pictures import BandImage, decode_picture
 from data.writing.folder_shards import make_folder_shards
-from tests.helpers.bands import encode_npy, encode_tiff
+from tests.helpers.bands import encode_npy, encode_tiff, encode_twelve_bits
 
 NUM_IMAGES = 12
 
@@ -178,18 +181,23 @@ def test_a_member_of_other_bands_is_named_before_the_run_and_counted_in_it(tmp_p
         for number in range(NUM_IMAGES):
             bands = draw(number, 4 if number == 10 else 13)
             writer.write({"__key__": f"k{number:02d}", "tif": encode_tiff(bands)})
-    assert not verify_shards.write_manifests(str(directory))
+    (finding,) = verify_shards.write_manifests(str(directory))
+    assert "sample 10 (k10): has other bands or another type than most images (4 x uint16; exp" in str(
+        finding
+    )
+    assert not verify_shards.write_manifests(str(directory), num_decoded=0)
+    assert verify_shards.verify(str(directory)) == [finding]
     with pytest.raises(DataError) as caught:
         stream_of(str(directory), channels=4, pixels="uint16")
     said = str(caught.value)
-    assert "(k00: 13 bands of 24 x 20; expected 4, as data.channels is 4)" in said and "\n" not in said
+    assert "(k00: 13 bands of 24 x 20; expected 4)" in said and "\n" not in said
     stream = stream_of(str(directory), channels=13, pixels="uint16", max_skipped_fraction=0.5)
     batches = iter(stream)
     found = [name for _ in range(3) for name in next(batches).skipped]
     assert found and all(
         name.startswith("k10 (sample 10): 4 bands of 24 x 20; expected 13") for name in found
     )
-    with pytest.raises(DataError, match=r"type uint16; expected uint8.*set data\.pixels=uint16"):
+    with pytest.raises(DataError, match=r"type uint16; expected uint8\).*--statistics prints"):
         stream_of(str(directory), channels=13)
 
 
@@ -233,8 +241,8 @@ def test_statistics_of_mixed_images_say_what_they_leave_out(tmp_path, capsys):
         for number in range(6):
             kind = {0: (1, "u1"), 1: (4, "u2")}.get(number, (3, "u1"))
             writer.write({"__key__": f"k{number}", "tif": encode_tiff(draw(number, *kind), photometric=1)})
-    assert not verify_shards.write_manifests(str(directory))
-    assert verify_shards.main([str(directory), "--statistics", "--processes", "1"]) == 0
+    assert not verify_shards.write_manifests(str(directory), num_decoded=0)
+    assert verify_shards.main([str(directory), "--statistics", "--processes", "1"]) == 2
     said = capsys.readouterr().out
     # Grey among RGB is read as RGB, and so it is measured.
     assert "# 5 of 6 images of train; left out: 1 of 4 x uint16, the first train-000000.tar: k1" in said
@@ -332,3 +340,124 @@ def test_statistics_of_another_unit_or_number_are_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(shards="x", **options)
     DataConfig(shards="x", pixels="float32", mean=(-1200.0,), std=(350.0,))
+
+
+def write_members(directory, *members):
+    """Shards of one member each; returns what training finds wrong with them in its first epoch, and what is found."""
+    directory.mkdir()
+    with webdataset.TarWriter(str(directory / "train-000000.tar"), mtime=0) as writer:
+        for number, (suffix, encoded) in enumerate(members):
+            writer.write({"__key__": f"k{number}", suffix: encoded})
+    findings = verify_shards.write_manifests(str(directory))
+    assert not verify_shards.write_manifests(str(directory), num_decoded=0)
+    assert verify_shards.verify(str(directory)) == findings
+    return [str(finding) for finding in findings]
+
+
+def statistics_of(directory, capsys):
+    verify_shards.main([str(directory), "--statistics", "--processes", "1"])
+    said = capsys.readouterr().out
+    return said, yaml.safe_load(said[said.index("data:") : said.index(str(directory), said.index("data:"))])[
+        "data"
+    ]
+
+
+def skipped_by_training(directory, **options):
+    stream = stream_of(str(directory), max_skipped_fraction=1, recipe="none", **options)
+    return sorted(
+        {name.split(" ")[0] for _, batch in zip(range(4), stream, strict=False) for name in batch.skipped}
+    )
+
+
+def encode_png(array, mode=None):
+    stream = io.BytesIO()
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_what_training_refuses_verify_shards_names(tmp_path, capsys):
+    """It called sets well of which training then refused images, or all of them."""
+    holes = np.where(draw(0, 4, "f4") > 60, np.nan, draw(0, 4, "f4"))
+    good = [("npy", encode_npy(draw(number, 4, "f4"))) for number in range(5)]
+    odd = [
+        ("npy", encode_npy(holes)),
+        ("npy", encode_npy(draw(9, 5, "f4"))),
+        ("npy", encode_npy(draw(9, 4, "u1"))),
+        ("npy", encode_npy(draw(9, 4, "u2") > 50)),
+    ]
+    said = "\n".join(write_members(tmp_path / "set", *good, *odd))
+    assert "sample 5 (k5): cannot be decoded (values that are not finite)" in said
+    assert (
+        "sample 6 (k6): has other bands or another type than most images (5 x float32; expected 4 x float32)"
+        in said
+    )
+    # Bytes can be read as float32, but would be 255 times too large beside the others: they are named as well.
+    assert "and 1 more like it" in said
+    text, printed = statistics_of(tmp_path / "set", capsys)
+    assert (printed["channels"], printed["pixels"]) == (4, "float32")
+    assert "1 that cannot be read" in text and "1 of 4 x uint8, the first train-000000.tar: k7" in text
+    assert skipped_by_training(tmp_path / "set", **printed) == ["k5", "k6"]
+
+
+def test_one_array_of_another_type_gives_no_advice_about_all(tmp_path):
+    members = [("npy", encode_npy(draw(number, 4, "u1"))) for number in range(9)]
+    members[3] = ("npy", encode_npy(draw(3, 4, "u1") > 9))
+    (said,) = write_members(tmp_path / "set", *members)
+    assert (
+        "sample 3 (k3): has other bands or another type than most images (4 x bool; expected 4 x uint8)"
+        in said
+    )
+    stream = stream_of(str(tmp_path / "set"), channels=4, max_skipped_fraction=1, recipe="none")
+    (name,) = {name for _, batch in zip(range(3), stream, strict=False) for name in batch.skipped}
+    assert name == "k3 (sample 3): numbers of type bool; expected uint8"
+
+
+def test_photographs_of_every_kind_are_one_kind(tmp_path, capsys, caplog):
+    """Grey, transparent, palettes, deep ones: training converts them, and they are measured as it reads them."""
+    picture = np.moveaxis(draw(1, 4, "u1"), 0, 2)
+    images = [
+        ("png", encode_png(picture[..., :3])),
+        ("png", encode_png(picture[..., :3])),
+        ("png", encode_png(picture)),
+        ("png", encode_png(picture[..., 0])),
+        ("png", encode_png(picture[..., 0].astype("u2") * 257)),
+    ]
+    assert write_members(tmp_path / "set", *images) == []
+    text, printed = statistics_of(tmp_path / "set", capsys)
+    assert "# 5 of 5 images" in text and (printed["channels"], printed["pixels"]) == (3, "uint8")
+    grey = picture[..., :1].repeat(3, axis=2)
+    read = np.stack([picture[..., :3]] * 3 + [grey] * 2) / 255
+    assert np.allclose(printed["mean"], read.mean(axis=(0, 1, 2)), rtol=1e-5)
+    assert skipped_by_training(tmp_path / "set", **printed) == []
+
+
+def test_a_fourth_channel_is_kept_or_said_to_be_dropped(tmp_path, capsys, caplog):
+    """All of them transparent: statistics keep that channel, and training without it says so."""
+    picture = np.moveaxis(draw(1, 4, "u1"), 0, 2)
+    assert write_members(tmp_path / "set", *[("png", encode_png(picture + n)) for n in range(6)]) == []
+    text, printed = statistics_of(tmp_path / "set", capsys)
+    assert printed["channels"] == 4 and "# the last channel is transparency" in text
+    stream_of(str(tmp_path / "set"))
+    assert "transparency is dropped; set data.channels=4 to keep it" in caplog.text
+    caplog.clear()
+    stream_of(str(tmp_path / "set"), channels=4)
+    assert "dropped" not in caplog.text
+
+
+def test_a_dark_or_signed_tiff_is_none(tmp_path):
+    """Twelve bits reach white; signed numbers are not read as unsigned ones, nor 32 bits as 16."""
+    values = np.arange(0, 4096, 4096 // 64, dtype="u2")[:64].reshape(8, 8) | 15
+    twelve = decode_image(encode_twelve_bits(values), PixelFormat(1), max_pixels=1000)
+    assert np.array_equal(twelve[0].numpy(), np.rint(values * (255 / 4095)).astype("u1"))
+    for dtype in ("i1", "i2", "i4", "u4"):
+        data = encode_tiff(draw(0, 1, dtype))
+        with pytest.raises(BadImageError, match=rf"type {np.dtype(dtype)}; expected uint8"):
+            decode_image(data, max_pixels=1000)
+        assert decode_image(data, PixelFormat(1, "float32"), max_pixels=1000).max() > 80
+        members = [("tif", encode_tiff(draw(n, 1, "u1"))) for n in range(3)]
+        (said,) = write_members(tmp_path / dtype, *members, ("tif", data))
+        assert (
+            f"(k3): has other bands or another type than most images (1 x {np.dtype(dtype)}; expected 8 bits in"
+            in said
+        )

@@ -92,7 +92,7 @@ def test_a_decoder_without_memory_is_judged_by_whether_there_is_any(image_bytes,
     monkeypatch.setattr(decoding, "_decode", fail)
     monkeypatch.setattr("data.local_errors._memory_is_short", lambda: is_short)
     with pytest.raises(DataError if is_short else BadImageError):
-        decode_image(image_bytes(0), channels=3, max_pixels=1000)
+        decode_image(image_bytes(0), max_pixels=1000)
 
 
 def test_a_verifier_without_memory_finds_no_fault_with_the_images(make_set, monkeypatch):

@@ -19,6 +19,7 @@ from evaluation.encoders.load import load_encoder
 from evaluation.features.npz_parts import PartFiles
 from evaluation.features.processes import Processes
 from runtime.program import UserError
+from tests.helpers.bands import encode_npy
 
 NUM_IMAGES = 40
 
@@ -184,7 +185,11 @@ def test_shards_give_the_same_features_under_the_names_of_their_samples(photos, 
         (["{run}", "{photos}", "--feature", "nosuch"], "^--feature is 'nosuch'; expected .*; set --feature$"),
         (["raw-pixels", "{photos}"], "^--image-size is null; expected the size .*; set --image-size$"),
         (["{run}", "{photos}", "--image-size", "0"], r"^--image-size is 0; expected .*; set --image-size$"),
-        (["{run}", "{photos}", "--image-size", "57"], r"set --image-size$"),
+        (["{run}", "{photos}", "--image-size", "57"], r"set --image-size, or --channels$"),
+        (["{run}", "{photos}", "--channels", "0"], "^--channels is 0; expected .*; set --channels$"),
+        (["{run}", "{photos}", "--channels", "13"], "set --image-size, or --channels$"),
+        (["s3x://nowhere", "{photos}"], "^(?!.*(data|transform)\\.)"),
+        (["{run}", "nosuch://bucket/set"], "^IMAGES is 'nosuch://bucket/set'; expected .*; set IMAGES$"),
         (["{run}", "{photos}", "--std", "0"], "^--std.* is 0.0; expected .*; set --std$"),
         (
             ["{run}", "{photos}", "--mean", ".5", ".5"],
@@ -209,6 +214,26 @@ def test_a_size_is_a_side_or_height_and_width(photos, run_dir, tmp_path):
     assert found["features"].shape == (NUM_IMAGES, 3 * 6 * 6)
 
 
+def test_bands_are_embedded_where_their_number_and_type_are_said(tmp_path):
+    """Raw pixels declare none: images of 5 x 16 bits were refused in the words of a training's options."""
+    (tmp_path / "bands").mkdir()
+    images = np.random.default_rng(0).integers(60000, size=(4, 5, 8, 8)).astype(np.uint16)
+    for number, image in enumerate(images):
+        (tmp_path / "bands" / f"{number}.npy").write_bytes(encode_npy(image))
+    start = ("raw-pixels", tmp_path / "bands", "--image-size", "8", "--out")
+    with pytest.raises(
+        UserError, match=r"none of 4 .*: 5 bands of 8 x 8; expected 3; pass .* --channels and --pix"
+    ):
+        embed(*start, tmp_path / "f.npz")
+    found = embed(*start, tmp_path / "g.npz", "--channels", "5", "--pixels", "uint16")
+    np.testing.assert_allclose(found["features"], images.reshape(4, -1) / 65535, atol=1e-6)
+    assert make_shards.main(["imagefolder", str(tmp_path / "bands"), "--out", str(tmp_path / "set")]) == 0
+    with pytest.raises(UserError, match=r"^--split is 'val'; expected one of .*: train; set --split$"):
+        embed(
+            "raw-pixels", tmp_path / "set", "--image-size", "8", "--split", "val", "--out", tmp_path / "h.npz"
+        )
+
+
 def test_nothing_that_others_made_is_replaced(photos, run_dir, tmp_path):
     out = tmp_path / "f.npz"
     np.savez(out, theirs=np.arange(3))
@@ -226,7 +251,7 @@ def test_nothing_that_others_made_is_replaced(photos, run_dir, tmp_path):
 def test_images_of_which_none_can_be_decoded_are_named(run_dir, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"none of 1 images can be decoded; the first, .*x\.png"):
+    with pytest.raises(UserError, match=r"none of 1 images can be decoded .*; the first, .*x\.png"):
         embed(run_dir, tmp_path / "bad", "--out", tmp_path / "f.npz")
 
 

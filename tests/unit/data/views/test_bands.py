@@ -16,7 +16,8 @@ from PIL import Image
 from data.views import bands
 from data.views.bands import read_bands
 from data.views.config import PixelFormat
-from data.views.decoding import BadImageError, decode_bands, decode_image, loses_bits
+from data.views.decoding import BadImageError, decode_bands, decode_image
+from data.views.kinds import describe_loss
 from tests.helpers.bands import encode_npy, encode_tiff
 
 LIMIT = 10**6
@@ -69,7 +70,7 @@ def test_pages_of_8_bits_are_the_three_bands_that_are_asked_for():
     stack = draw("u1", (3, 24, 16))
     data = encode_tiff(*stack[:, None])
     assert np.array_equal(decode_image(data, max_pixels=LIMIT), stack)
-    assert np.array_equal(decode_image(data, channels=1, max_pixels=LIMIT), stack[:1])
+    assert np.array_equal(decode_image(data, PixelFormat(1), max_pixels=LIMIT), stack[:1])
     # Two pages are no colours: a scan of grey pages stays its first one.
     assert np.array_equal(decode_image(encode_tiff(*stack[:2, None]), max_pixels=LIMIT), stack[:1])
 
@@ -77,7 +78,7 @@ def test_pages_of_8_bits_are_the_three_bands_that_are_asked_for():
 def test_numbers_beyond_float32_are_refused_without_a_warning(recwarn):
     huge = np.full((2, 8, 8), 1e300)
     with pytest.raises(BadImageError, match="not finite"):
-        decode_image(encode_npy(huge), format=PixelFormat(2, "float32"), max_pixels=LIMIT)
+        decode_image(encode_npy(huge), PixelFormat(2, "float32"), max_pixels=LIMIT)
     assert not recwarn.list
 
 
@@ -107,27 +108,25 @@ def test_what_pillow_opens_keeps_its_channels(mode):
 def test_training_gets_its_type_and_number_or_one_line():
     image = draw("u2", (4, 12, 10))
     for data in (encode_tiff(image), encode_npy(image)):
-        deep = decode_image(data, format=PixelFormat(4, "uint16"), max_pixels=LIMIT)
+        deep = decode_image(data, PixelFormat(4, "uint16"), max_pixels=LIMIT)
         assert deep.dtype == torch.uint16 and np.array_equal(deep.numpy(), image)
-        plain = decode_image(data, format=PixelFormat(4, "float32"), max_pixels=LIMIT)
+        plain = decode_image(data, PixelFormat(4, "float32"), max_pixels=LIMIT)
         assert plain.dtype == torch.float32 and np.array_equal(plain.numpy(), image.astype(np.float32))
-        with pytest.raises(
-            BadImageError, match=r"^4 bands of 12 x 10; expected 13, as data\.channels is 13$"
-        ):
-            decode_image(data, format=PixelFormat(13, "uint16"), max_pixels=LIMIT)
-        with pytest.raises(BadImageError, match=r"type uint16; expected uint8.*set data\.pixels=uint16$"):
-            decode_image(data, format=PixelFormat(4), max_pixels=LIMIT)
+        with pytest.raises(BadImageError, match=r"^4 bands of 12 x 10; expected 13$"):
+            decode_image(data, PixelFormat(13, "uint16"), max_pixels=LIMIT)
+        with pytest.raises(BadImageError, match=r"type uint16; expected uint8$"):
+            decode_image(data, PixelFormat(4), max_pixels=LIMIT)
         with pytest.raises(BadImageError, match=r"^4 bands of 12 x 10; expected 3"):
             decode_image(data, max_pixels=LIMIT)  # a photograph's reader says it, too
     holes = np.where(image > 30000, np.nan, image.astype(np.float32))
     with pytest.raises(BadImageError, match="not finite"):
-        decode_image(encode_npy(holes), format=PixelFormat(4, "float32"), max_pixels=LIMIT)
+        decode_image(encode_npy(holes), PixelFormat(4, "float32"), max_pixels=LIMIT)
 
 
 def test_a_grey_image_is_repeated_where_three_channels_are_asked_for():
     image = draw("u2", (1, 12, 10))
     for data in (encode_tiff(image), encode_npy(image[0])):
-        assert decode_image(data, format=PixelFormat(3, "uint16"), max_pixels=LIMIT).shape == (1, 12, 10)
+        assert decode_image(data, PixelFormat(3, "uint16"), max_pixels=LIMIT).shape == (1, 12, 10)
 
 
 def test_lost_bits_are_known():
@@ -135,12 +134,12 @@ def test_lost_bits_are_known():
     deep, shallow = io.BytesIO(), io.BytesIO()
     Image.fromarray(draw("u2", (12, 10))).save(deep, "PNG")
     Image.fromarray(draw("u1", (12, 10))).save(shallow, "PNG")
-    assert loses_bits(deep.getvalue()) and not loses_bits(shallow.getvalue())
-    assert loses_bits(encode_tiff(draw("u2", (3, 12, 10)), photometric=2))
+    assert describe_loss(deep.getvalue()) and not describe_loss(shallow.getvalue())
+    assert describe_loss(encode_tiff(draw("u2", (3, 12, 10)), photometric=2))
     png = bytearray(shallow.getvalue())
     png[24:26] = b"\x10\x02"  # 16 bits, RGB
     png[29:33] = struct.pack(">I", zlib.crc32(bytes(png[12:29])))
-    assert loses_bits(bytes(png))
+    assert describe_loss(bytes(png))
     with pytest.raises(BadImageError, match=r"only 8 are read; expected TIFF or \.npy"):
         decode_bands(bytes(png), max_pixels=LIMIT)
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from data.members import EncodedSample
+from data.views.config import PixelFormat
 from data.views.decoding import BadImageError, decode_image, decode_to_pil, find_image
 
 LIMIT = 10_000_000
@@ -24,7 +25,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def decode(data: bytes, channels: int = 3) -> torch.Tensor:
-    return decode_image(data, channels=channels, max_pixels=LIMIT)
+    return decode_image(data, PixelFormat(channels), max_pixels=LIMIT)
 
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))

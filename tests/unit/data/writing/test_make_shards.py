@@ -208,7 +208,7 @@ def test_over_large_images_are_shrunk_by_choice(tmp_path, image_bytes):
     assert run("imagefolder", tmp_path / "in", "--out", tmp_path / "out", "--max-side", 10) == 0
     manifest = load_manifest(str(tmp_path / "out"), "train")
     for _, sample in ShardReader(manifest).read(0, range(2)):
-        assert decode_image(find_image(sample), channels=3, max_pixels=1000).shape == (3, 10, 10)
+        assert decode_image(find_image(sample), max_pixels=1000).shape == (3, 10, 10)
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, image_bytes, capsys):

@@ -127,7 +127,7 @@ def test_values_that_are_not_finite_are_no_image():
     encoded = io.BytesIO()
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(encoded, "TIFF")
     with pytest.raises(BadImageError, match="not finite"):
-        decode_image(encoded.getvalue(), channels=3, max_pixels=100)
+        decode_image(encoded.getvalue(), max_pixels=100)
 
 
 @pytest.mark.parametrize("label", [b"1\n2\n", b"\x01\x00\x00\x00", "猫".encode("utf-16"), b"caf\xe9"])

@@ -128,7 +128,7 @@ def test_cifar_goes_through_pixel_by_pixel(tmp_path, name, version, packed):
         index = load_index(manifest)
         for ordinal, sample in ShardReader(manifest).read(0, range(len(labels))):
             number = int(sample.key.rsplit("-", 1)[1])
-            image = decode_image(find_image(sample), channels=3, max_pixels=10_000).numpy()
+            image = decode_image(find_image(sample), max_pixels=10_000).numpy()
             assert (image.reshape(-1) == pixels[number]).all()
             assert index["label"][ordinal] == labels[number]
     assert verify(str(tmp_path / "out"), num_decoded=None) == []
@@ -292,6 +292,6 @@ def test_the_pixels_are_not_those_of_a_transposed_image():
     pixels = np.zeros((1, 3072), dtype=np.uint8)
     pixels[0, :32] = 255
     source = cifar.build_source(pixels, np.array([0]), ("a",), "train")
-    image = decode_image(source.load(0).members["png"], channels=3, max_pixels=10_000)
+    image = decode_image(source.load(0).members["png"], max_pixels=10_000)
     assert image.shape == (3, 32, 32) and (image[0, 0] == 255).all() and int(image.sum()) == 32 * 255
     assert io.BytesIO(source.load(0).members["png"]).read(4) == b"\x89PNG"
