@@ -17,7 +17,7 @@ _Sigma = Annotated[float, "[0.01, 100]"]
 _Part = Annotated[float, "[0, 0.99]"]
 _Aspect = Annotated[float, "[0.01, 100]"]
 _Side = Annotated[int, "[1, 1e4]"]
-_Size = _Side | tuple[_Side, _Side]
+_Size = _Side | Annotated[tuple[_Side, _Side], "[height, width]"]
 
 # Pillow's own warning level for decompression bombs: a quarter of a gigabyte of RGB.
 MAX_IMAGE_PIXELS = 89_478_485

@@ -24,6 +24,8 @@ from evaluation.probes.config import (
 )
 from models.config import WeightsKind, parse_weights_spec
 
+_Side = Annotated[int, "[1, 1e4]"]
+
 PROBES = (
     "prototypes",
     "knn",
@@ -87,9 +89,7 @@ class EvaluationDataConfig:
 class TransformConfig:
     """Overrides of the encoder's own preprocessing; null keeps what the encoder declares."""
 
-    image_size: (
-        Annotated[int, "[1, 1e4]"] | tuple[Annotated[int, "[1, 1e4]"], Annotated[int, "[1, 1e4]"]] | None
-    ) = None
+    image_size: _Side | Annotated[tuple[_Side, _Side], "[height, width]"] | None = None
     """Side in pixels of the square that the encoder sees, or height and width."""
     channels: Annotated[int, "[1, 1e4]"] | None = None
     """Channels of the images, where the encoder declares none (`raw-pixels` alone: 3)."""

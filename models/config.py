@@ -24,6 +24,7 @@ _WORDS: tuple[WeightsKind, ...] = ("random", "raw-pixels")
 _PREFIXED: tuple[WeightsKind, ...] = ("random-init", "timm", "hf", "local-dir")
 _FILE_ENDS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".index.json")
 _MAX_SEED = 2**32 - 1
+_Side = Annotated[int, "[1, 1e4]"]
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,7 @@ class ModelConfig:
 
     name: str = "vit_small_patch16_224"
     """A timm architecture, e.g. `vit_large_patch16_224`, `vit_so400m_patch14_siglip_224`, `resnet50`."""
-    image_size: Annotated[int, "[1, 1e4]"] | tuple[Annotated[int, "[1, 1e4]"], Annotated[int, "[1, 1e4]"]] = (
-        224
-    )
+    image_size: _Side | Annotated[tuple[_Side, _Side], "[height, width]"] = 224
     """Side in pixels of the global crops, or their height and width, for which position embeddings are made."""
     patch_size: Annotated[int, "[1, 1e4]"] | None = None
     """Side in pixels of a ViT's patch, or of a ConvNeXt's stem."""

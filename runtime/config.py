@@ -68,13 +68,25 @@ def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise ConfigError(f"override is {override!r}; expected key.sub=value; write it with one '='")
     layers = list(_read_layers(yaml_path))
     try:
-        merged = OmegaConf.merge(*layers, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (
-        Exception
-    ) as error:  # references and overrides, of which OmegaConf raises whatever its parser meets
-        raise ConfigError(f"{yaml_path} cannot be read as YAML: {_one_line(error)}; mend the file") from error
-    return typing.cast(dict[str, Any], values)
+        return _merge(layers, overrides)
+    except Exception:  # references and overrides, of which OmegaConf raises whatever its parser meets
+        pass
+    for number in range(len(overrides) + 1):  # who is to blame?
+        try:
+            _merge(layers, overrides[:number])
+        except Exception as error:
+            if number == 0:
+                raise ConfigError(
+                    f"{yaml_path} cannot be read as YAML: {_one_line(error)}; mend the file"
+                ) from error
+            rule = f"key.sub=value with a value in YAML ({_one_line(error)}); quote or mend it"
+            raise ConfigError(f"override is {overrides[number - 1]!r}; expected {rule}") from error
+    raise AssertionError("what fails with all overrides fails with one of them")
+
+
+def _merge(layers: Sequence[dict[Any, Any]], overrides: Sequence[str]) -> dict[str, Any]:
+    merged = OmegaConf.merge(*layers, OmegaConf.from_dotlist(list(overrides)))
+    return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
 
 
 def _read_layers(path: str, named_by: tuple[Path, ...] = ()) -> Iterator[dict[Any, Any]]:
@@ -177,7 +189,13 @@ def _without_none(annotation: Any, *, wants_list: bool = False) -> Any:
     if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
         return annotation
     kinds = _kinds(annotation)
-    return next((kind for kind in kinds if wants_list and typing.get_origin(kind) is tuple), kinds[0])
+    return next((kind for kind in kinds if wants_list and _is_list(kind)), kinds[0])
+
+
+def _is_list(kind: Any) -> bool:
+    """Returns whether an option is a list, with its form beside it or not."""
+    base = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+    return typing.get_origin(base) is tuple
 
 
 def _kinds(annotation: Any) -> list[Any]:
@@ -185,8 +203,13 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def describe_type(annotation: Any) -> str:
-    """Returns an option's type and range in words: `float in [0, 1)`, `list of int, or null`, `adamw or lars`."""
+    """Returns an option's type and range in words: `float in [0, 1)`, `list of int, or null`, `adamw or lars`.
+
+    A list of so many numbers may have its form beside its type: `Annotated[tuple[Side, Side], "[height, width]"]`.
+    """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated and _is_list(annotation):
+        return f"{arguments[1]} of {describe_type(typing.get_args(arguments[0])[0])}"
     if origin is typing.Annotated:
         return f"{describe_type(arguments[0])} in {arguments[1]}"
     if origin in (types.UnionType, typing.Union):
@@ -235,6 +258,9 @@ def _build_section(config_class: type, values: Any, prefix: str, known_keys: set
 
 def _unknown_key_message(key: str, siblings: list[str], prefix: str, known_keys: set[str]) -> str:
     name = key[len(prefix) :]
+    if ":" in name:
+        rule = "key: value in YAML, with a space behind the colon"
+        return f"unknown key {key}; expected {rule}; write {name.replace(':', ': ', 1)}"
     # The key may be right and its section wrong: the same leaf elsewhere is the better guess.
     same_leaf = [known for known in sorted(known_keys) if known.rsplit(".", 1)[-1] == name]
     near = [prefix + sibling for sibling in difflib.get_close_matches(name, siblings, n=1)]
@@ -244,13 +270,17 @@ def _unknown_key_message(key: str, siblings: list[str], prefix: str, known_keys:
     return f"unknown key {key}; {hint}"
 
 
-def _convert(annotation: Any, value: Any, key: str) -> Any:
+def _convert(annotation: Any, value: Any, key: str, whole: Any = None) -> Any:
+    """Returns an option's value; of `whole`, the type that a message names, the annotation may be a part."""
+    whole = annotation if whole is None else whole
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
     if (section := section_class(annotation)) is not None:
         return _build_section(section, value, f"{key}.", set())
+    if origin is typing.Annotated and _is_list(annotation):
+        return _convert(arguments[0], value, key, whole)
     if origin is typing.Annotated:
-        number, allowed = _convert(arguments[0], value, key), parse_range(arguments[1])
+        number, allowed = _convert(arguments[0], value, key, whole), parse_range(arguments[1])
         if number in allowed:
             return number
         rule = allowed.describe(key.rsplit(".", 1)[-1])
@@ -259,7 +289,7 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        return _convert(_without_none(annotation, wants_list=is_list), value, key)
+        return _convert(_without_none(annotation, wants_list=is_list), value, key, whole)
     if origin is typing.Literal:
         if value is False and "off" in arguments:  # YAML 1.1 reads the word off as a boolean
             return "off"
@@ -284,9 +314,8 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
         return _plain(value, key)
     elif annotation in (bool, int) and type(value) is annotation:  # a bool is no int here
         return value
-    expected = describe_type(annotation)
     raise ConfigError(
-        f"{key} is {_shown(value)} ({type(value).__name__}); expected {expected}; set {_settable(key)}"
+        f"{key} is {_shown(value)} ({type(value).__name__}); expected {describe_type(whole)}; set {_settable(key)}"
     )
 
 

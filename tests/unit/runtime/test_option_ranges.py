@@ -39,6 +39,8 @@ def numbers_of(annotation: Any, ranges: tuple[str, ...] = ()) -> Iterator[tuple[
     """Yields (int or float, the ranges around it) for every number inside an annotation."""
     if typing.get_origin(annotation) is Annotated:
         base, *metadata = typing.get_args(annotation)
+        if typing.get_origin(base) is tuple:  # beside a list stands its form
+            metadata = []
         yield from numbers_of(base, (*ranges, *metadata))
     elif annotation in (int, float):
         yield annotation, ranges

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
 from runtime.config import ConfigError, load_config, read_yaml
 from training.config import PretrainConfig
 
+Side = Annotated[int, "[1, 1e4]"]
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -96,3 +98,39 @@ def test_base_is_no_option():
         load_config(
             PretrainConfig, str(ROOT / "configs" / "pretrain_vitl16_imagenet_full.yaml"), ["base=x.yaml"]
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized:
+    size: Side | Annotated[tuple[Side, Side], "[height, width]"] = 8
+    inner: Inner = field(default_factory=Inner)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["number=3", "text=["], r"^override is 'text=\['; expected key\.sub=value with a value in YAML \("),
+        (["text=${nosuch}", "number=3"], r"^override is 'text=\$\{nosuch\}'; .*'nosuch' not found"),
+        (
+            ["inner={rate:0.5}"],
+            r"^unknown key inner\.rate:0\.5; .* a space behind the colon; write rate: 0\.5$",
+        ),
+    ],
+)
+def test_a_mistake_in_an_override_is_not_the_files(overrides, message, tmp_path):
+    write(tmp_path, top="number: 1")
+    with pytest.raises(ConfigError, match=message):
+        load_config(Outer, str(tmp_path / "top.yaml"), overrides)
+    write(tmp_path, broken="text: ${nosuch}")
+    with pytest.raises(ConfigError, match=r"broken\.yaml cannot be read as YAML: .*; mend the file$"):
+        load_config(Outer, str(tmp_path / "broken.yaml"), overrides)
+    assert load_config(Outer, str(tmp_path / "broken.yaml"), ["text=mended"]).text == "mended"
+
+
+@pytest.mark.parametrize("size", ["32x48", "28.0", "[32]", "[[32, 48]]", "true"])
+def test_a_size_that_is_none_is_told_both_forms(size, tmp_path):
+    write(tmp_path, top="size: 8")
+    rule = r"expected int in \[1, 1e4\], or \[height, width\] of int in \[1, 1e4\]; set size$"
+    with pytest.raises(ConfigError, match=rule):
+        load_config(Sized, str(tmp_path / "top.yaml"), [f"size={size}"])
+    assert load_config(Sized, str(tmp_path / "top.yaml"), ["size=[32,48]"]).size == (32, 48)
