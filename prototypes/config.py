@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from .mixture.config import GmmConfig, require
@@ -146,6 +147,36 @@ _USUAL: dict[str, TermSettings] = {
     "capi": TermSettings("cosine", "sinkhorn", 0.12, 0.06),
 }
 
+_LOGIT_OPTIONS = frozenset(
+    (
+        "weight",
+        "logits",
+        "student_temperature",
+        "teacher_temperature",
+        "teacher_temperature_start",
+        "teacher_temperature_warmup_epochs",
+    )
+)
+_TARGET_OPTIONS = frozenset(("targets", "entropy_weight", "centre_momentum", "sinkhorn_iterations"))
+# What each term reads of a `TermConfig`. Another option that is set is refused: it would change nothing.
+_READS: dict[str, frozenset[str]] = {
+    "none": frozenset(),
+    "carp": _LOGIT_OPTIONS | {"entropy_weight"},
+    "dino": _LOGIT_OPTIONS | _TARGET_OPTIONS,
+    "ibot": _LOGIT_OPTIONS | _TARGET_OPTIONS,
+    "capi": _LOGIT_OPTIONS | _TARGET_OPTIONS,
+}
+# Of these what is read only beside another option: how a user writes that one, and whether a term has it.
+_READ_BESIDE: dict[str, tuple[str, Callable[[TermSettings], bool]]] = {
+    "entropy_weight": ("targets=entropy", lambda settings: settings.targets == "entropy"),
+    "centre_momentum": ("targets=centre", lambda settings: settings.targets == "centre"),
+    "sinkhorn_iterations": ("targets=sinkhorn", lambda settings: settings.targets == "sinkhorn"),
+    "teacher_temperature_warmup_epochs": (
+        "teacher_temperature_start=NUMBER",
+        lambda settings: settings.teacher_temperature_start is not None,
+    ),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TermConfig:
@@ -177,10 +208,37 @@ class TermConfig:
     sinkhorn_iterations: Annotated[int, "[1, 1000]"] = 3
     """Row and column normalisations of the targets "sinkhorn"."""
 
+    LEVEL: ClassVar[Level]
+
     @property
     def name(self) -> str:
         """Which loss."""
         raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        """Refuses options that the term does not read, unless they say what holds anyway."""
+        for option in fields(self):
+            name, value = option.name, getattr(self, option.name)
+            if name == "name" or value == option.default:
+                continue
+            is_read = name in _READS[self.name]
+            if (
+                not is_read
+                and self.name in _USUAL
+                and value == getattr(_USUAL[self.name], name, option.default)
+            ):
+                continue
+            beside, holds = _READ_BESIDE.get(name, ("", lambda settings: True))
+            if is_read and holds(self.resolved):
+                continue
+            section = f"objective.{self.LEVEL}"
+            default = "null" if option.default is None else option.default
+            rule = f"{default}, as {section}.name {self.name} reads it beside {beside} alone"
+            remedy = f"{section}.{beside}"
+            if not is_read:
+                rule = f"{default}, as {section}.name {self.name} does not read it"
+                remedy = f"{section}.name to a term that does"
+            raise ValueError(f"{section}.{name} is {value}; expected {rule}; set {remedy}, or leave it out")
 
     @property
     def resolved(self) -> TermSettings:
@@ -207,24 +265,19 @@ class TermConfig:
 class InstanceConfig(TermConfig):
     """The term that compares views of an image."""
 
+    LEVEL = "instance"
+
     name: Literal["carp", "dino", "none"] = "carp"
     """`carp`: -log<p, q> inside random partitions, plus the entropy of the mean probabilities. `dino`: cross-entropy
     with the teacher's targets over all prototypes. `none`: the term on patches alone.
     """
 
-    def __post_init__(self) -> None:
-        """Refuses targets that CARP does not have."""
-        require(
-            self.name != "carp" or self.targets in (None, "entropy"),
-            "objective.instance.targets",
-            self.targets,
-            "entropy with objective.instance.name carp",
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class PatchConfig(TermConfig):
     """The term that compares patches which the student did not see with what the teacher makes of them."""
+
+    LEVEL = "patch"
 
     name: Literal["none", "ibot", "capi"] = "none"
     """`ibot`: hidden behind a mask token (`data.masks.kind` block). `capi`: left out and predicted by cross-attention

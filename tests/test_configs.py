@@ -193,7 +193,7 @@ def test_a_launchers_variable_that_is_no_number_is_one_line(monkeypatch):
         ("optim.lr=fast", "optim.lr is 'fast' (str); expected float"),
         ("prototypes.mode=ful", "did you mean full?"),
         ("prototypes.partition.size=1000", "prototypes.partition.size"),
-        ("objective.instance.targets=centre", "objective.instance.targets is centre; expected entropy with"),
+        ("objective.instance.targets=centre", "objective.instance.targets is centre; expected null, as"),
         ("objective.logits=cosine", "set objective.instance.logits"),
         ("data=3", "expected a section"),
         ("nonsense", "expected key.sub=value"),
