@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from models.vit import backbone_arguments
 from runtime.files import write_atomically
 from runtime.program import Fault, UserError
 from runtime.record import read_record
@@ -126,6 +127,7 @@ class Bench:
             "threads": self.threads,
             "seed": self.seed,
             "encoder": config.model.name,
+            "encoder_arguments": backbone_arguments(config.model),
             "image_size": config.data.global_crop_size,
             "mean": config.data.mean,
             "std": config.data.std,
