@@ -154,7 +154,15 @@ def submit_commands(config: AuditConfig, options: Sequence[str]) -> list[str]:
 
     The runs land where the audit looks for them, so `--tables` collects them when they are done. Writes the
     evaluation's configuration, overrides included, into the audit's folder: that is what the jobs read.
+
+    Raises:
+        UserError: `segment` names a second evaluation, and a job chains one.
     """
+    if config.segment:
+        raise UserError(
+            f"segment is {config.segment} with --slurm; expected none, as a job is followed by one evaluation; "
+            "set segment= here, and run the audit without --slurm for that probe when the jobs are done"
+        )
     seeds = ",".join(str(seed) for seed in config.seeds)
     evaluation = load_config(EvaluationConfig, config.evaluate, [*config.evaluate_overrides, "controls=[]"])
     path = audit_directory(config) / "evaluate.yaml"

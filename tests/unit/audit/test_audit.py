@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from audit.write import difference_rows, spread, write_audit
 from evaluation.config import EvaluationConfig
 from evaluation.results import write_result
 from runtime.config import load_config
-from runtime.program import run_program
+from runtime.program import UserError, run_program
 
 PROBES = ("prototypes", "knn", "linear", "long_tail")
 GROUPS = ["head", "head", "medium", "tail"]
@@ -173,6 +174,8 @@ def test_seeds_come_first_and_commands_hold_the_arm(tmp_path):
     written = tmp_path / "audit" / "evaluate.yaml"
     assert f"--evaluate-config {written}" in lines[0]
     assert load_config(EvaluationConfig, str(written)).data.shards == "datasets/mine"
+    with pytest.raises(UserError, match="^segment is configs/eval_camvid_small.yaml with --slurm; .*set segment="):
+        submit_commands(replace(config, segment="configs/eval_camvid_small.yaml"), [])
 
 
 @pytest.mark.parametrize(
