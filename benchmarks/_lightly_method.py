@@ -151,7 +151,9 @@ METHODS: dict[str, type[Method]] = {"dino": Dino, "swav": SwaV, "simclr": SimClr
 
 def build_backbone(settings: dict[str, Any]) -> Any:
     """Returns timm's network without classifier, fresh."""
-    return timm.create_model(settings["encoder"], pretrained=False, num_classes=0, **settings["encoder_arguments"])
+    return timm.create_model(
+        settings["encoder"], pretrained=False, num_classes=0, **settings["encoder_arguments"]
+    )
 
 
 def build_transform(settings: dict[str, Any]) -> MultiViewTransform:

@@ -174,7 +174,9 @@ def test_seeds_come_first_and_commands_hold_the_arm(tmp_path):
     written = tmp_path / "audit" / "evaluate.yaml"
     assert f"--evaluate-config {written}" in lines[0]
     assert load_config(EvaluationConfig, str(written)).data.shards == "datasets/mine"
-    with pytest.raises(UserError, match=r"^segment is configs/eval_camvid_small.yaml with --slurm; .*set segment="):
+    with pytest.raises(
+        UserError, match=r"^segment is configs/eval_camvid_small.yaml with --slurm; .*set segment="
+    ):
         submit_commands(replace(config, segment="configs/eval_camvid_small.yaml"), [])
 
 
