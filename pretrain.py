@@ -53,11 +53,12 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
     from training.run_directory import held_run_directory
 
     if config.run.dry_run:
+        from evaluation.probes.knn import build_knn_probe
         from training.dry_run import describe_run
 
         process = distributed.unjoined()
         set_up_logging(process.rank)
-        print(describe_run(config, process) if process.is_main else "", end="")
+        print(describe_run(config, process, build_knn_probe) if process.is_main else "", end="")
         return 0
     settings = config.run
     with distributed.joined(
@@ -80,11 +81,13 @@ def pretrain(config: PretrainConfig, preemption: PreemptionFlag) -> int:
 
 def with_shards(config: PretrainConfig, process: Process) -> PretrainConfig:
     """Returns the configuration with shards in the place of `data.images`, written by rank 0. Collective."""
-    from data.writing.folder_shards import make_folder_shards
-
     data = config.data
     if data.images is None:
         return config
+    from data.writing.folder_shards import make_folder_shards
+    from training.build import check_before_images
+
+    check_before_images(config, process)
     images = data.images
     shards = process.do_on_main(
         lambda: make_folder_shards(images, data.cache_dir),

@@ -33,7 +33,7 @@ from training.checkpoints.saved_run import SavedRun
 from training.checkpoints.snapshot import Progress, RecordPosition
 from training.checkpoints.store import CheckpointStore
 from training.config import PretrainConfig
-from training.cost import computes_in_bf16, count_flops
+from training.cost import computes_in_bf16, count_flops, own_engine
 from training.drift import DriftGauge
 from training.engines.interface import Engine, TrainedNetwork
 from training.engines.synchronization import Synchronization
@@ -206,6 +206,19 @@ def build_sets(
         )
         for section in dict.fromkeys(config.levels.values())
     ]
+
+
+def check_before_images(config: PretrainConfig, process: Process) -> None:
+    """Refuses what a start refuses without a look at the images, which may take hours to write. Not collective.
+
+    Raises:
+        ValueError: sizes, an architecture, a kernel or a file of mechanics.
+    """
+    config.batch.micro_batch_size_per_gpu(process.world_size)
+    require_views(config.logging)
+    require_kernels(config, process.device)
+    own_engine(config)
+    check_crop_sizes(config)
 
 
 def require_kernels(config: PretrainConfig, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from data.shards import DataError
 from data.stream.remote import is_remote
 from data.writing.folder_shards import find_folder_shards
+from data.writing.image_sources import FileSource
 from runtime.config import config_to_yaml
 from runtime.distributed import Process, choose_device
 from training.build import build_stream, require_kernels
@@ -38,6 +39,8 @@ from training.metrics import require_views
 from training.prototype_sets import SECTIONS, estimator_name
 from training.run_length import check_length
 
+BuildProbe = Callable[[PretrainConfig, torch.device, Process], object]
+
 _GIB = 2**30
 GPU_SIZES_GB = (80, 141)
 # The forecast's assumptions: what a matrix product reaches on an H100 or H200, in bf16 and in fp32 without TF32, and
@@ -46,8 +49,13 @@ ASSUMED_CEILING = {"bf16": 790e12, "fp32": 50e12}
 ASSUMED_MFU = 0.4
 
 
-def describe_run(config: PretrainConfig, process: Process) -> str:
+def describe_run(config: PretrainConfig, process: Process, build_probe: BuildProbe | None = None) -> str:
     """Returns the resolved configuration and the run's cost as text. Not collective; takes no GPU memory.
+
+    Args:
+        config: of the run.
+        process: this one.
+        build_probe: as `training.build.build_trainer` takes it; refuses splits that the probe cannot use.
 
     Raises:
         ValueError: sizes, an architecture, a start, images or a combination that a run refuses; missing images are
@@ -60,7 +68,7 @@ def describe_run(config: PretrainConfig, process: Process) -> str:
         visible = torch.cuda.device_count()
         require_kernels(config, choose_device(config.run.device, process.local_rank, visible))
     check_crop_sizes(config)
-    images = _find_images(config, world_size)
+    images = _find_images(config, world_size, build_probe if config.evaluation.knn_every_steps else None)
     _try_initialisation(config)
     cost = measure_cost(config)
     lines = [
@@ -106,7 +114,7 @@ class _Images:
     remark: str = ""
 
 
-def _find_images(config: PretrainConfig, world_size: int) -> _Images:
+def _find_images(config: PretrainConfig, world_size: int, build_probe: BuildProbe | None) -> _Images:
     """Returns how many images an epoch has. Writes nothing and asks nothing of a remote store.
 
     Raises:
@@ -127,18 +135,29 @@ def _find_images(config: PretrainConfig, world_size: int) -> _Images:
         return _Images(None, f"data.shards is {data.written_shards!r}, which is not there")
     # What a start does, but for a rank that is this process.
     alone = Process(0, world_size, 0, torch.device("cpu"))
-    number = build_stream(replace(config, data=data), alone).num_samples
+    config = replace(config, data=data)
+    number = build_stream(config, alone).num_samples
     check_length(config, number)
+    if build_probe is not None:
+        build_probe(config, alone.device, alone)
     return _Images(number)
 
 
-def _count_unwritten(config: PretrainConfig, sources: Mapping[str, Sized]) -> _Images:
-    split = config.data.split
-    if split not in sources:
+def _count_unwritten(config: PretrainConfig, sources: Mapping[str, FileSource]) -> _Images:
+    wanted, probe = {"data.split": config.data.split}, config.evaluation
+    if probe.knn_every_steps:
+        wanted["evaluation.test_split"] = probe.test_split
+    for option, split in wanted.items():
+        if split not in sources:
+            raise DataError(
+                f"{option} is {split!r}; expected one of {config.data.images}: {', '.join(sources)}; set {option}"
+            )
+    number = len(sources[config.data.split])
+    if probe.knn_every_steps and not sources[config.data.split].classes:
         raise DataError(
-            f"data.split is {split!r}; expected one of {config.data.images}: {', '.join(sources)}; set data.split"
+            f"evaluation.knn_every_steps is {probe.knn_every_steps}; expected 0, as {config.data.images} holds no "
+            "folders of classes; set evaluation.knn_every_steps"
         )
-    number = len(sources[split])
     check_length(config, number)
     return _Images(
         number, "at most: the first start that is no dry run writes them as shards, without bad ones"

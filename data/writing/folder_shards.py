@@ -52,13 +52,16 @@ def find_folder_shards(images: str, cache_dir: str) -> FolderShards:
         DataError: no such folder, no image in it, or splits of different classes.
     """
     root = os.path.realpath(images)
+    if not Path(root).is_dir():
+        raise DataError(f"data.images is {images!r}; expected an existing folder of images; set data.images")
     try:
-        folders = find_split_folders(root)[0] if Path(root).is_dir() else []
+        folders = find_split_folders(root)[0]
         roots = {name.lower(): str(Path(root) / name) for name in folders} or {"train": root}
         listed = list_splits(roots, strays_are_unlabelled=True)
     except DataError as error:
+        reason = re.sub(rf"^{re.escape(root)} ", "it ", str(error))
         raise DataError(
-            f"data.images is {images!r}: {error}; or write shards yourself with python -m data.make_shards "
+            f"data.images is {images!r}: {reason}; or write shards yourself with python -m data.make_shards "
             "imagefolder, and set data.shards"
         ) from error
     # One image under two classes: left out, counted and listed, as nobody is there to be asked.

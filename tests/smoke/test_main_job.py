@@ -274,6 +274,9 @@ def test_a_folder_of_images_is_enough(tmp_path):
     own = (f"data.images={photos}", "data.shards=null", f"data.cache_dir={cache}")
     watched = ("checkpoint.keep_best=true", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
     probed = ("evaluation.knn_every_steps=1", "logging.tensorboard=true", "optim.steps=3")
+    for mistake in ("model.name=nosuch", "data.local_crop_size=13", "engine.deepspeed_config=nosuch.json"):
+        run("not there", tmp_path, "mine", *own, mistake, expect=2)
+        assert not cache.exists()  # which may take hours to write
     result = run("not there", tmp_path, "mine", *own, *watched, *probed)
     assert "writing the 160 images" in result.stderr and re.search(
         r"step 2/3  .*  66\.7 %, \d+ s left", result.stderr

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data.views.masking import draw_masks
 from data.writing.folder_shards import make_folder_shards
+from evaluation.probes.knn import build_knn_probe
 from models.student_teacher import SelfSupervisedNetwork
 from runtime.config import load_config
 from runtime.distributed import Process
@@ -229,7 +230,8 @@ def test_a_folder_that_a_start_refuses_the_dry_run_refuses_and_writes_nothing(tm
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((28, 28), number, dtype=np.uint8)).save(path)
     cache = tmp_path / "cache"
-    own = ("data.shards=null", f"data.images={tmp_path / 'photos'}", f"data.cache_dir={cache}")
+    place = (f"data.images={tmp_path / 'photos'}", f"data.cache_dir={cache}")
+    own = ("data.shards=null", *place, "evaluation.knn_every_steps=0")  # there is no split to score
     assert "40 images, 1.2 steps per epoch, 2 steps (at most" in describe_run(
         tiny(*own, "optim.epochs=2"), ALONE
     )
@@ -245,6 +247,41 @@ def test_a_folder_that_a_start_refuses_the_dry_run_refuses_and_writes_nothing(tm
     with pytest.raises(ValueError, match="shards of split 'train'; expected at least 64"):
         describe_run(tiny(*own, "data.num_workers=64"), ALONE)
     assert written == {path: path.stat().st_mtime_ns for path in Path(made).iterdir()}
+
+
+def test_splits_that_the_probe_refuses_the_dry_run_refuses(tmp_path):
+    """A run found out after its shards were written, and its networks built, that there was nothing to score."""
+    probed = "evaluation.knn_every_steps=1"
+    shards = f"data.shards={write_digit_shards(tmp_path / 'shards', num_train=48, num_test=16, per_shard=16)}"
+    describe_run(tiny(shards, probed), ALONE, build_knn_probe)
+    wrong = (
+        "evaluation.test_split=val",
+        r"evaluation\.test_split is 'val'; expected one of .*: test, train; set",
+    )
+    with pytest.raises(ValueError, match=wrong[1]):
+        describe_run(tiny(shards, probed, wrong[0]), ALONE, build_knn_probe)
+    describe_run(tiny(shards, "evaluation.knn_every_steps=0", wrong[0]), ALONE, build_knn_probe)
+    for split, suffix in (("train", "a/"), ("test", "a/"), ("val", "")):
+        folder = tmp_path / "photos" / split / suffix
+        folder.mkdir(parents=True)
+        for number in range(40):
+            Image.fromarray(np.full((28, 28), number, dtype=np.uint8)).save(folder / f"{split}{number}.png")
+    own = (
+        "data.shards=null",
+        f"data.images={tmp_path / 'photos'}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        probed,
+    )
+    with pytest.raises(
+        ValueError, match=r"evaluation\.test_split is 'none'; expected one of .*photos: .*test"
+    ):
+        describe_run(tiny(*own, "evaluation.test_split=none"), ALONE)
+    for split in ("train", "test"):  # no folder, no class
+        (tmp_path / "photos" / split / f"{split}.png").write_bytes(next(folder.iterdir()).read_bytes())
+    with pytest.raises(
+        ValueError, match=r"evaluation\.knn_every_steps is 1; expected 0, as .* no folders of classes"
+    ):
+        describe_run(tiny(*own), ALONE)
 
 
 def test_what_the_engine_refuses_the_dry_run_refuses():

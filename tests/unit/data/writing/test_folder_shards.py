@@ -102,10 +102,13 @@ def test_an_interrupted_start_is_taken_up(tmp_path, monkeypatch):
 
 def test_a_mistake_is_one_line_before_anything_is_written(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    with pytest.raises(DataError, match=r"data\.images is .*nowhere.*existing folder.*data\.make_shards"):
+    with pytest.raises(
+        DataError,
+        match=r"^data\.images is '[^']*nowhere'; expected an existing folder of images; set data\.images$",
+    ):
         make_folder_shards(str(tmp_path / "nowhere"), str(cache))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no image"):
+    with pytest.raises(DataError, match=r"^data\.images is '.*': it holds no image"):
         make_folder_shards(str(tmp_path / "empty"), str(cache))
     assert not cache.exists()
     photos = write_photos(tmp_path / "p", "1.png")
