@@ -74,12 +74,13 @@ def look_at(page, folder, width, height=1600):
 @pytest.mark.parametrize("width", [1280, 360])
 def test_report_looks_right(tmp_path, width):
     runs = [
-        write_run(tmp_path / name, seed=seed)
+        write_run(tmp_path / name, seed=seed, with_patches=bool(seed))
         for seed, name in enumerate(("first", "a_run_with_a_long_name" * 3))
     ]
     page = report.write_report(runs, tmp_path / "report", with_images=False)
     verdict, console = look_at(page, tmp_path, width)
-    assert verdict["images"] >= 5 and verdict["loaded"] == verdict["images"]
+    # One a group of panels: loss, k-NN, prototypes, and both of patches.
+    assert verdict["loaded"] == verdict["images"] == page.read_text().count("<img ") >= 5
     assert verdict["screen"] == width and verdict["page"] <= width
     assert "CONSOLE" not in console
     shot = tmp_path / "shot.png"  # compared by eye where it matters; pytest keeps its last three folders
