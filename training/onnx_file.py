@@ -27,7 +27,10 @@ _DYNAMIC_BATCHES = (1, 3)
 
 
 class _Outputs(nn.Module):
-    """`embedding` [B, D], and `patch_tokens` [B, N, D] where the network has tokens that it can tell apart."""
+    """`embedding` [B, D], and `patch_tokens` [B, N, D] where the network has tokens that it can tell apart.
+
+    Tokens as training gives them to a head: models that pool patches have their last norm behind the pooling.
+    """
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -39,7 +42,9 @@ class _Outputs(nn.Module):
         embedding = self.backbone.forward_head(tokens, pre_logits=True)
         if tokens.ndim != 3 or self.num_prefix_tokens is None:
             return (embedding,)
-        return embedding, tokens[:, self.num_prefix_tokens :]
+        patches = tokens[:, self.num_prefix_tokens :]
+        norm = getattr(self.backbone, "fc_norm", None)
+        return embedding, patches if norm is None else norm(patches)
 
 
 def require_packages() -> None:

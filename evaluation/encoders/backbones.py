@@ -32,7 +32,10 @@ class FeatureModule(nn.Module):
 
     @abstractmethod
     def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
-        """Returns the last block's patch tokens, or None for a network without a token grid."""
+        """Returns the last block's patch tokens, or None for a network without a token grid.
+
+        As the network hands them on; of ours behind the norm that they pass before a head in training.
+        """
 
     def with_patches(
         self, images: Float[Tensor, "B C H W"]
@@ -50,15 +53,18 @@ class TimmFeatures(FeatureModule):
     Args:
         model: built with `num_classes=0`.
         num_blocks: last blocks whose CLS token is kept.
+        is_ours: whether it is a network of this project, whose heads see patch tokens behind `fc_norm`. Models that
+            pool patches have their last norm there, behind the pooling; elsewhere no token ever passed it by itself.
 
     Raises:
         EncoderError: several blocks are asked for, and the model hands on the CLS token of the last alone.
     """
 
-    def __init__(self, model: nn.Module, num_blocks: int = 1) -> None:
+    def __init__(self, model: nn.Module, num_blocks: int = 1, *, is_ours: bool = False) -> None:
         super().__init__()
         self.model: Any = model
         self.num_blocks = num_blocks
+        self.is_ours = is_ours
         prefixes = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters()} & _PREFIX_PARAMETERS
         declared = getattr(model, "num_prefix_tokens", None)
         self._num_prefix_tokens = 0 if declared is None and not prefixes else declared
@@ -101,24 +107,21 @@ class TimmFeatures(FeatureModule):
         if tokens.ndim == 4:
             return {**features, "mean": patches.mean(dim=1)}, patches
         # Models that pool patches normalise after pooling, the others before: fc_norm is then an identity.
-        normalise = getattr(self.model, "fc_norm", None) or nn.Identity()
-        features["mean"] = normalise(patches.mean(dim=1))
+        features["mean"] = self._normalise(patches.mean(dim=1))
         if self._has_class_token:
-            features["cls"] = torch.stack([normalise(cls) for cls in [*earlier, tokens[:, 0]]], dim=1)
-        return features, patches
+            features["cls"] = torch.stack([self._normalise(cls) for cls in [*earlier, tokens[:, 0]]], dim=1)
+        return features, self._normalise(patches) if self.is_ours else patches
 
     def patch_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
         """Returns the last block's patch tokens, or the cells of the last grid."""
-        return self._patches(self.model.forward_features(images))
+        tokens = self.model.forward_features(images)
+        patches = self._patches(tokens)
+        is_projected = self.is_ours and patches is not None and tokens.ndim == 3
+        return self._normalise(patches) if is_projected else patches
 
-    def projected_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"] | None:
-        """Returns the patch tokens as training gives them to a head: behind the norm that pooled features pass.
-
-        Models that pool patches have it behind the pooling, and none before.
-        """
-        tokens = self.patch_tokens(images)
-        normalise = getattr(self.model, "fc_norm", None) or nn.Identity()
-        return None if tokens is None else normalise(tokens)
+    def _normalise(self, tokens: Tensor) -> Tensor:
+        norm = getattr(self.model, "fc_norm", None)
+        return tokens if norm is None else norm(tokens)
 
     def _patches(self, tokens: Any) -> Float[Tensor, "B N D"] | None:
         if not isinstance(tokens, Tensor) or tokens.ndim not in (3, 4):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -64,7 +63,7 @@ def build_random_init(text: str, folder: ExportedFolder, seed: int, options: Loa
     declared = resolve_data_config(pretrained_cfg=config["pretrained_cfg"], args={})
     transform = from_timm_config(declared, options.transform, config.get("pixels", "uint8"))
     arguments = config.get("model_args", {})
-    return _build_fresh(text, config["architecture"], arguments, transform, seed, options, folder.run_dir)
+    return _build_fresh(text, config["architecture"], arguments, transform, seed, options, folder)
 
 
 def build_untrained(encoder: Encoder, name: str, seed: int, options: LoadOptions) -> Encoder:
@@ -81,8 +80,9 @@ def _build_fresh(
     transform: Preprocessing,
     seed: int,
     options: LoadOptions,
-    run_dir: Path | None = None,
+    folder: ExportedFolder | None = None,
 ) -> Encoder:
+    """Returns fresh weights of an architecture, which is ours where it is that of an exported folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
@@ -91,10 +91,10 @@ def _build_fresh(
             spec=text,
             label=f"random-init-seed{seed}",
             role="control",
-            module=TimmFeatures(model, options.num_blocks),
+            module=TimmFeatures(model, options.num_blocks, is_ours=folder is not None),
             transform=transform,
             weights_sha256=checksum(model.state_dict()),
-            run_dir=run_dir,
+            run_dir=folder.run_dir if folder else None,
         )
     )
 
@@ -120,7 +120,7 @@ def _load(
             spec=text,
             label=label,
             role=role,
-            module=TimmFeatures(model, options.num_blocks),
+            module=TimmFeatures(model, options.num_blocks, is_ours=role != "released"),
             transform=from_timm_config(declared, options.transform, pixels),
             weights_sha256=checksum(model.state_dict()),
             folder=folder.path if folder else None,

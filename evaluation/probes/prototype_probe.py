@@ -97,7 +97,7 @@ def project_patches(
     )
     for images, _, sample_ids in stream:
         images = images if before is None else images[sample_ids < before]
-        tokens = module.projected_tokens(images.to(device)) if len(images) else None
+        tokens = module.patch_tokens(images.to(device)) if len(images) else None
         if tokens is None:
             continue
         rows = project(encoder.folder, tokens.flatten(0, 1).float().cpu(), space)
