@@ -4,11 +4,14 @@
 checkpoint of a run directory, or from the checkpoint that RUN names.
 
 The folder holds what `timm.models.save_for_hf(..., safe_serialization=True)` writes (`config.json` with
-`model_args`, `model.safetensors`), `prototypes.safetensors` and a model card. `timm.create_model(
-"local-dir:OUT", pretrained=True)` and `transformers.AutoModel.from_pretrained(OUT)` give the same features.
+`model_args`, `model.safetensors`), a model card and, for whoever asks which prototype an image or a patch is nearest
+to, `prototypes.safetensors` and the same role's `projection_head.safetensors`; of a run whose patches have their own,
+also `patch_prototypes.safetensors` and `patch_head.safetensors`. `timm.create_model("local-dir:OUT", pretrained=True)`
+and `transformers.AutoModel.from_pretrained(OUT)` give the same features, and read neither heads nor prototypes.
 With `--format onnx` OUT is one file: `images` to `embedding` [B, D] and, of a ViT, `patch_tokens` [B, N, D]; any batch,
-and any size that the network allows; its metadata say how images are prepared. onnxruntime's outputs are compared with
-the encoder's before the file is kept. It needs `pip install onnx onnxruntime onnxscript`.
+and any size that the network allows; its metadata say how images are prepared. It holds neither heads nor prototypes.
+onnxruntime's outputs are compared with the encoder's before the file is kept. It needs
+`pip install onnx onnxruntime onnxscript`.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ from training.checkpoints.exported_encoder import (
     EXPORTED_NAMES,
     PROTOTYPES_NAME,
     assemble_backbone,
+    assemble_heads,
     export_encoder,
     load_exported,
 )
@@ -91,8 +95,12 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
     if foreign := sorted(held - EXPORTED_NAMES):
         raise UserError(f"OUT is {out_dir}, which holds {foreign[0]}; expected an empty folder; set OUT")
     config = load_config(PretrainConfig, str(run_dir / "config.yaml"))
-    backbone = assemble_backbone(config.model, ConsolidatedState(checkpoint), which)
-    exported = checkpoint / "teacher"
+    state, exported = ConsolidatedState(checkpoint), checkpoint / "teacher"
+    backbone = assemble_backbone(config.model, state, which)
+    beside = assemble_heads(config.model, state, which)
+    own = exported / "patch_prototypes.safetensors"
+    if own.is_file():
+        beside["patch_prototypes"] = load_tensors(own)
     temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     export_encoder(
         backbone,
@@ -103,6 +111,8 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
         interpolation=config.data.interpolation,
         pixels=config.data.pixels,
         prototypes=load_tensors(exported / PROTOTYPES_NAME),
+        beside=beside,
+        levels=config.levels,
         provenance=load_manifest(checkpoint)["facts"]
         | {"role": which, "step": load_manifest(checkpoint)["step"]},
     )

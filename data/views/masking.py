@@ -95,7 +95,9 @@ def draw_blocks(options: MaskConfig, key: int, grid: Grid, num_hidden: float) ->
     Rectangles are added one after the other, each of an area uniform between `min_patches` and what is missing (half of
     the grid at most) and of a log-uniform aspect ratio. One that does not fit into the grid, adds nothing or adds too
     much is drawn again, ten times at most, whereupon the mask is done: BEiT (Bao et al. 2022), algorithm 1, as iBOT
-    (least area (side / 3)^2, a fraction of a patch too many allowed) and DINOv2 (4 patches, whole ones) have it.
+    (least area (side / 3)^2, a fraction of a patch too many allowed) and DINOv2 (4 patches, whole ones) have it. A
+    rectangle is lower and narrower than the grid, as theirs, unless that has two rows or columns: of single rows the
+    usual aspect ratios hide a fifth of what is asked for.
     """
     mask = np.zeros(grid, dtype=bool)
     number, missing = 0, num_hidden
@@ -120,7 +122,8 @@ def _add_block_(mask: Mask, options: MaskConfig, key: NDArray[np.uint64], missin
     widths = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
     tops = (tries[:, 2] * (rows - heights + 1)).astype(np.int64)
     lefts = (tries[:, 3] * (columns - widths + 1)).astype(np.int64)
-    fits = (heights < rows) & (widths < columns)
+    room = int(min(rows, columns) == 2)
+    fits = (heights < rows + room) & (widths < columns + room)
     for index in np.flatnonzero(fits):
         top, left, height, width = tops[index], lefts[index], heights[index], widths[index]
         block = mask[top : top + height, left : left + width]

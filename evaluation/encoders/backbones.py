@@ -116,8 +116,9 @@ class TimmFeatures(FeatureModule):
         """Returns the last block's patch tokens, or the cells of the last grid."""
         tokens = self.model.forward_features(images)
         patches = self._patches(tokens)
-        is_projected = self.is_ours and patches is not None and tokens.ndim == 3
-        return self._normalise(patches) if is_projected else patches
+        if patches is None or tokens.ndim == 4 or not self.is_ours:
+            return patches
+        return self._normalise(patches)
 
     def _normalise(self, tokens: Tensor) -> Tensor:
         norm = getattr(self.model, "fc_norm", None)

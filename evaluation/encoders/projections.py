@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from evaluation.encoders.exported import read_json
 from models.config import HeadConfig
 from models.heads import UNIT_LENGTH, ProjectionHead
 from runtime.config import read_yaml
@@ -42,18 +43,23 @@ class Space:
 def find_spaces(folder: Path, run_dir: Path | None) -> dict[str, Space]:
     """Returns the spaces of an exported folder by level: of the terms that its run was trained with.
 
-    Without the run's configuration there is one of images, and one of patches where they have prototypes of their own.
+    The folder says which (`levels` of its `config.json`); where an older one does not, the run's configuration does,
+    and without that there is a space of images, and one of patches where they have prototypes of their own.
     """
     has_own = (folder / PATCH_PROTOTYPES_FILE).is_file()
-    instance, patch = "carp", "ibot" if has_own else "none"
-    if run_dir is not None and (run_dir / "config.yaml").is_file():
-        objective = read_yaml(str(run_dir / "config.yaml")).get("objective", {})
-        instance = objective.get("instance", {}).get("name", "carp")
-        patch = objective.get("patch", {}).get("name", "none")
+    described = folder / "config.json"
+    levels = read_json(described).get("levels") if described.is_file() else None
+    if levels is None:
+        instance, patch = "carp", "ibot" if has_own else "none"
+        if run_dir is not None and (run_dir / "config.yaml").is_file():
+            objective = read_yaml(str(run_dir / "config.yaml")).get("objective", {})
+            instance = objective.get("instance", {}).get("name", "carp")
+            patch = objective.get("patch", {}).get("name", "none")
+        levels = [level for level, name in (("instance", instance), ("patch", patch)) if name != "none"]
     spaces = {}
-    if instance != "none":
+    if "instance" in levels:
         spaces["instance"] = Space("instance", HEAD_FILE, PROTOTYPES_FILE)
-    if patch != "none":
+    if "patch" in levels:
         head = PATCH_HEAD_FILE if (folder / PATCH_HEAD_FILE).is_file() else HEAD_FILE
         spaces["patch"] = Space("patch", head, PATCH_PROTOTYPES_FILE if has_own else PROTOTYPES_FILE)
     return spaces

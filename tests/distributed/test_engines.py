@@ -365,9 +365,11 @@ def test_whole_steps_resume_bitwise(two_ranks: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_every_term_resumes_bitwise_under_every_engine(tmp_path: Path) -> None:
-    scenarios = [entry for e in ENGINES for entry in of_modes("resume_step", engine=e)]
-    for entry in run_scenarios(scenarios, 2, tmp_path, "resumed", timeout_s=580):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_term_resumes_bitwise_under_every_engine(tmp_path: Path, engine: str) -> None:
+    found = run_scenarios(of_modes("resume_step", engine=engine), 2, tmp_path, "resumed", timeout_s=580)
+    assert len(found) == 2 * len(TERMS)
+    for entry in found:
         check_resumed_step(entry)
 
 

@@ -6,11 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from evaluation.encoders.load import load_encoder
+from evaluation.encoders.projections import Space, find_spaces, load_projection_head
+from models.heads import UNIT_LENGTH
 from tests.helpers import starts
 from tests.helpers.bands import encode_npy, encode_tiff
 from tests.helpers.digits import DEMO, TINY
+from training.checkpoints.exported_encoder import EXPORTED_NAMES
+from training.checkpoints.state_files import ConsolidatedState
 from training.export import main as export
 
 NUM_CLASSES = 3
@@ -137,6 +142,12 @@ def test_crops_that_are_no_squares_train_with_masks_and_are_evaluated(tmp_path):
         "data.masks.min_patches=1",
         "data.masks.crops=1",
         "model.patch_size=7",
+        "model.patch_head.hidden_dim=20",
+        "model.patch_head.projection_dim=8",
+        "model.patch_head.normalize_bottleneck=true",
+        "patch_prototypes.num_prototypes=48",
+        "patch_prototypes.dim=8",
+        "patch_prototypes.partition.size=16",
     )
     sizes = ("data.global_crop_size=[21, 28]", "model.image_size=[21, 28]", "data.local_crop_size=[14, 21]")
     turns = ("data.augmentation.quarter_turns=0.75",)
@@ -155,6 +166,58 @@ def test_crops_that_are_no_squares_train_with_masks_and_are_evaluated(tmp_path):
     assert found["knn", "raw-pixels"]["encoder"]["transform"]["image_size"] == [21, 28]
     with np.load(embed_patches(tmp_path, images)) as file:
         assert file["patches"].shape == (88, 3, 4, 24)
+    check_exports(tmp_path / "run", tmp_path)
+
+
+def check_exports(run_dir, tmp_path):
+    """Heads and prototypes of views and patches, bit for bit: the teacher's as its checkpoint's, the student's own."""
+    checkpoint = run_dir / "checkpoints/step-00000002"
+    folders = {which: tmp_path / f"exported-{which}" for which in ("teacher", "student")}
+    for which, folder in folders.items():
+        assert export([str(run_dir), str(folder), "--which", which]) == 0
+        assert {path.name for path in folder.iterdir()} == EXPORTED_NAMES
+        assert find_spaces(folder, None) == find_spaces(checkpoint / "teacher", run_dir)
+    weights = [name for name in EXPORTED_NAMES if name.endswith(".safetensors")]
+    for name in weights:
+        tensors, expected = load_file(folders["teacher"] / name), load_file(checkpoint / "teacher" / name)
+        assert tensors.keys() == expected.keys() and tensors
+        assert all(torch.equal(tensors[key], value) for key, value in expected.items()), name
+    state = ConsolidatedState(checkpoint)
+    for head in ("projection_head", "patch_head"):
+        loaded = load_projection_head(folders["student"], f"{head}.safetensors").state_dict()
+        own = {key: state[f"student/network.{head}.{key}"] for key in loaded if key != UNIT_LENGTH}
+        assert own and all(torch.equal(loaded[key], value) for key, value in own.items())
+        assert not torch.equal(next(iter(own.values())), state[f"teacher/network.{head}.{next(iter(own))}"])
+
+
+def test_capi_trains_on_crops_that_are_no_squares(tmp_path):
+    """32 x 48 pixels: four rows and six columns, of which inverse blocks leave out as many of every crop."""
+    images = write_images(tmp_path / "images", 1, "u1", encode=encode_tiff, suffix="tif", size=(36, 52))
+    capi = (
+        "objective.instance.name=none",
+        "objective.patch.name=capi",
+        "data.masks.kind=inverse_block",
+        "data.masks.patch_size=8",
+        "data.masks.predicted=0.5",
+        "data.num_local_crops=0",
+        "prototypes.mode=partial",
+        "model.patch_size=8",
+        "model.global_pool=avg",
+        "model.embed_dim=32",
+        "model.predictor.depth=1",
+        "model.predictor.num_heads=2",
+    )
+    sizes = ("data.global_crop_size=[32, 48]", "model.image_size=[32, 48]")
+    train(tmp_path, images, *capi, *sizes)
+    lines = [line for line in read(tmp_path / "run") if "loss/patch_cross_entropy" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(np.isfinite(line["loss/total"]) and line["optim/grad_norm"] > 0 for line in lines)
+    assert load_encoder(str(tmp_path / "run")).module.model.patch_embed.grid_size == (4, 6)
+    with np.load(embed_patches(tmp_path, images)) as file:
+        assert file["patches"].shape == (88, 4, 6, 32)
+    assert export([str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
+    expected = {"patch": Space("patch", "projection_head.safetensors", "prototypes.safetensors")}
+    assert find_spaces(tmp_path / "exported", None) == expected
 
 
 @pytest.mark.parametrize(

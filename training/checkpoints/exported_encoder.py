@@ -1,4 +1,4 @@
-"""An exported encoder: what timm and transformers load, with its prototypes and a model card."""
+"""An exported encoder: what timm and transformers load, with its heads, its prototypes and a model card."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from data.views.config import PixelType
 from models import vit
 from models.config import ModelConfig
+from models.heads import UNIT_LENGTH
+from prototypes.config import Level
 from runtime.files import write_atomically
 from training.checkpoints.files import CheckpointError
 from training.checkpoints.state_files import (
@@ -29,8 +31,20 @@ logger = logging.getLogger(__name__)
 
 PROTOTYPES_NAME = "prototypes.safetensors"
 CARD_NAME = "README.md"
+HEADS = ("projection_head", "patch_head")
+# What may lie beside the encoder, by the names of their files: for whoever asks which prototype an image, or a patch,
+# is nearest to.
+BESIDE = (*HEADS, "patch_prototypes")
 # What an export writes, and all that a later export to the same folder replaces.
-EXPORTED_NAMES = frozenset({"config.json", "model.safetensors", PROTOTYPES_NAME, CARD_NAME})
+EXPORTED_NAMES = frozenset(
+    {
+        "config.json",
+        "model.safetensors",
+        PROTOTYPES_NAME,
+        CARD_NAME,
+        *(f"{name}.safetensors" for name in BESIDE),
+    }
+)
 
 
 def export_encoder(
@@ -43,10 +57,12 @@ def export_encoder(
     interpolation: str = "bicubic",
     pixels: PixelType = "uint8",
     prototypes: Mapping[str, Tensor],
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
+    levels: Mapping[Level, str] | None = None,
     provenance: Mapping[str, Any],
     license_name: str = "apache-2.0",
 ) -> None:
-    """Writes a backbone, its prototypes and a model card into `out_dir`. Not collective: call on one rank.
+    """Writes a backbone, its heads and prototypes and a model card into `out_dir`. Not collective: call on one rank.
 
     Args:
         backbone: a timm model with `num_classes=0` and whole (unsharded) parameters; saved in fp32.
@@ -57,6 +73,8 @@ def export_encoder(
         interpolation: of the resize to `model.image_size`.
         pixels: type of the images' numbers.
         prototypes: name to tensor, e.g. `means` [K, P], `variances` [K, P], `mixing_weights` [K].
+        beside: further files of tensors, by name: some of `BESIDE`; heads as `mark_head` gives them.
+        levels: which prototypes images (`instance`) and patches (`patch`) are compared with; kept in `config.json`.
         provenance: JSON-able facts for the model card: run, step, data, method, configuration hash.
         license_name: of the weights, as the model hub writes it.
 
@@ -82,12 +100,12 @@ def export_encoder(
             safe_serialization=True,
             data_config=data_config,
         )
-    _mend_config(out_dir / "config.json", pixels)
-    save_tensors(out_dir / PROTOTYPES_NAME, dict(prototypes))
-    embed_dim = vit.measure_embed_dim(model)
-    facts = (prototypes, provenance, license_name)
-    card = _model_card(backbone, embed_dim, data_config, pixels, *facts)
-    write_atomically(out_dir / CARD_NAME, card)
+    _mend_config(out_dir / "config.json", pixels, levels)
+    files = {"prototypes": prototypes, **(beside or {})}
+    for name, tensors in files.items():
+        save_tensors(out_dir / f"{name}.safetensors", dict(tensors))
+    about = (backbone, vit.measure_embed_dim(model), data_config, pixels, files, provenance, license_name)
+    write_atomically(out_dir / CARD_NAME, _model_card(*about))
 
 
 def load_exported(directory: Path) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -121,6 +139,26 @@ def assemble_backbone(config: ModelConfig, state: Mapping[str, Tensor], which: s
     return build_shell(
         config, {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
     )
+
+
+def assemble_heads(
+    config: ModelConfig, state: Mapping[str, Tensor], which: str
+) -> dict[str, dict[str, Tensor]]:
+    """Returns the heads of one role by name, as `export_encoder` takes them, from a checkpoint's full tensors."""
+    found = {}
+    for head in HEADS:
+        prefix = f"{which}/network.{head}."
+        tensors = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+        if tensors:
+            found[head] = mark_head(config, head, tensors)
+    return found
+
+
+def mark_head(config: ModelConfig, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a head's tensors and, where its rows have unit length, the mark that says so."""
+    options = config.head if name == "projection_head" else config.patch_head
+    is_unit = options is not None and options.normalize_bottleneck
+    return {**tensors, **({UNIT_LENGTH: torch.ones(())} if is_unit else {})}
 
 
 def build_shell(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Module:
@@ -170,7 +208,7 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
     return whole.contiguous()
 
 
-def _mend_config(path: Path, pixels: PixelType) -> None:
+def _mend_config(path: Path, pixels: PixelType, levels: Mapping[Level, str] | None) -> None:
     """Removes what breaks or misleads readers of timm's config.json, and adds what it has no name for.
 
     transformers passes `num_classes=0` itself and fails on a second one in `model_args`; the tag names the
@@ -182,6 +220,8 @@ def _mend_config(path: Path, pixels: PixelType) -> None:
         config["pretrained_cfg"].pop(key, None)
     if pixels != "uint8":
         config["pixels"] = pixels
+    if levels is not None:
+        config["levels"] = dict(levels)
     write_atomically(path, json.dumps(config, indent=2))
 
 
@@ -190,12 +230,11 @@ def _model_card(
     embed_dim: int,
     data_config: Mapping[str, Any],
     pixels: PixelType,
-    prototypes: Mapping[str, Tensor],
+    files: Mapping[str, Mapping[str, Tensor]],
     provenance: Mapping[str, Any],
     license_name: str,
 ) -> str:
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    shapes = [f"| `{name}` | {' x '.join(map(str, tensor.shape))} |" for name, tensor in prototypes.items()]
     facts = [f"| {key} | {value} |" for key, value in provenance.items()]
     channels, height, width = data_config["input_size"]
     unit = {
@@ -234,11 +273,20 @@ def _model_card(
         "|---|---|",
         *facts,
         "",
-        f"## Prototypes (`{PROTOTYPES_NAME}`)",
+        "## Prototypes and the heads before them",
         "",
-        "| tensor | shape |",
-        "|---|---|",
-        *shapes,
+        "| file | tensor | shape |",
+        "|---|---|---|",
+        *_describe_tensors(files),
         "",
     ]
     return "\n".join(lines)
+
+
+def _describe_tensors(files: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """Returns the lines of a table: file, tensor and shape."""
+    return [
+        f"| `{file}.safetensors` | `{name}` | {' x '.join(map(str, tensor.shape)) or 'a mark'} |"
+        for file, tensors in files.items()
+        for name, tensor in tensors.items()
+    ]

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from data.stream.pipeline import merge_positions
-from models.heads import UNIT_LENGTH
 from prototypes.estimator import PrototypeEstimator, Role
 from runtime.distributed import Process
-from training.checkpoints.exported_encoder import build_shell, export_encoder
+from training.checkpoints.exported_encoder import HEADS, build_shell, export_encoder, mark_head
 from training.checkpoints.state_files import (
     collect_rng_state,
     collect_share,
@@ -42,7 +41,6 @@ from training.prototype_sets import SECTIONS, modules_of
 from training.step import TrainingStep
 
 _TEACHER_BACKBONE = "teacher/network.backbone."
-_HEADS = ("projection_head", "patch_head")
 _ROLES: tuple[Role, ...] = ("teacher", "student")
 
 
@@ -118,7 +116,7 @@ class Snapshot:
         self._process = process
         self._provenance = provenance
         self._teacher: dict[str, Tensor] = {}
-        self._heads: dict[str, dict[str, Tensor]] = {name: {} for name in _HEADS}
+        self._heads: dict[str, dict[str, Tensor]] = {name: {} for name in HEADS}
         self._prototypes: dict[str, dict[str, Tensor]] = {}
         self._learned: dict[str, dict[Role, Tensor]] = {section: {} for section in SECTIONS}
         self._share = collect_share(self._stream(training_step.engine), process.rank, process.world_size)
@@ -159,28 +157,28 @@ class Snapshot:
             save_tree(directory, "objective", self._objective)
         save_tree(directory, "progress", self._progress)
         save_tree(directory, "record", self._record)
+        model = self._config.model
+        beside = {name: mark_head(model, name, head) for name, head in self._heads.items() if head}
+        beside |= {name: own for name, own in self._prototypes.items() if name != "prototypes"}
         export_encoder(
-            build_shell(self._config.model, self._teacher),
+            build_shell(model, self._teacher),
             directory / "teacher",
-            model=self._config.model,
+            model=model,
             mean=self._config.data.mean,
             std=self._config.data.std,
             pixels=self._config.data.pixels,
             prototypes=self._prototypes["prototypes"],
+            beside=beside,
+            levels=self._config.levels,
             provenance=self._provenance,
         )
-        # Beside the encoder, for whoever asks which prototype an image, or a patch, is nearest to.
-        beside = {name: self._with_kind(name, head) for name, head in self._heads.items() if head}
-        beside |= {name: own for name, own in self._prototypes.items() if name != "prototypes"}
-        for name, tensors in beside.items():
-            save_tensors(directory / "teacher" / f"{name}.safetensors", tensors)
 
     def _stream(self, engine: Engine) -> Any:
         """The engine's state; on the way rank 0 keeps what the export needs."""
         for name, tensor in engine.iterate_state():
             if self._process.is_main and name.startswith(_TEACHER_BACKBONE):
                 self._teacher[name.removeprefix(_TEACHER_BACKBONE)] = tensor.detach().to("cpu", copy=True)
-            for head in _HEADS if self._process.is_main else ():
+            for head in HEADS if self._process.is_main else ():
                 prefix = f"teacher/network.{head}."
                 if name.startswith(prefix):
                     self._heads[head][name.removeprefix(prefix)] = tensor.detach().to("cpu", copy=True)
@@ -188,13 +186,6 @@ class Snapshot:
                 if name.startswith(f"{role}/learned_{section}."):
                     self._learned[section][role] = tensor.detach().to("cpu", copy=True)
             yield name, tensor
-
-    def _with_kind(self, name: str, head: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns a head's tensors and, where its rows have unit length, the mark that says so."""
-        model = self._config.model
-        options = model.head if name == "projection_head" else model.patch_head
-        is_unit = options is not None and options.normalize_bottleneck
-        return head | ({UNIT_LENGTH: torch.ones(())} if is_unit else {})
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
         """The epoch's usage so far. A copy: the counters themselves go on per rank."""

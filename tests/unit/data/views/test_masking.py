@@ -101,6 +101,13 @@ def test_blocks_hide_no_more_than_asked_for_and_end(side):
         assert mask.shape == (side, side) and mask.sum() <= number
 
 
+@pytest.mark.parametrize("grid", [(2, 2), (2, 3), (2, 6), (2, 14), (14, 2), (3, 14), (4, 6)])
+def test_blocks_of_a_low_grid_hide_what_is_asked_for(grid):
+    options = MaskConfig(kind="block", crops=1.0, ratio=(0.5, 0.5))
+    shares = [draw_mask(options, key, grid).mean() for key in range(300)]
+    assert np.mean(shares) > 0.9 * 0.5 and max(shares) <= 0.5
+
+
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 8, 14, 37])
 @pytest.mark.parametrize("aspect", [(0.5, 2.0), (0.01, 0.02), (3.0, 100.0)])
 def test_inverse_blocks_hide_exactly_what_is_asked_for_around_one_rectangle(side, aspect):

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from evaluation.encoders.backbones import TimmFeatures
+from evaluation.encoders.load import load_encoder
 from evaluation.encoders.projections import (
     HEAD_FILE,
     PATCH_HEAD_FILE,
@@ -15,9 +16,11 @@ from evaluation.encoders.projections import (
     load_projection_head,
     project,
 )
+from evaluation.features.patches import PatchTokens
 from models.config import HeadConfig, ModelConfig, OutputsConfig
 from models.heads import UNIT_LENGTH, ProjectionHead
 from models.student_teacher import SelfSupervisedNetwork
+from training.checkpoints.exported_encoder import export_encoder
 
 
 @pytest.mark.parametrize("is_unit", [False, True])
@@ -87,6 +90,40 @@ def test_patches_are_projected_as_in_training(tmp_path, pool, is_shared):
     space = Space("patch", HEAD_FILE if is_shared else PATCH_HEAD_FILE, PROTOTYPES_FILE)
     of_patches = network.projection_head if is_shared else network.patch_head
     save_file(of_patches.state_dict(), tmp_path / space.head)
-    tokens = TimmFeatures(network.backbone).projected_tokens(images)
+    tokens = TimmFeatures(network.backbone, is_ours=True).patch_tokens(images)
     assert tokens.shape == (3, 16, 24)
     torch.testing.assert_close(project(tmp_path, tokens.flatten(0, 1), space), expected)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_probes_of_patches_read_the_tokens_that_the_objective_trained(tmp_path, pool):
+    """Of our networks and their untrained controls; a folder of timm's gives its tokens as it hands them on."""
+    sizes = {"image_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    model = ModelConfig(name="vit_tiny_patch16_224", global_pool=pool, **sizes)
+    network = SelfSupervisedNetwork(model, "teacher", OutputsConfig(patches="left_out")).eval()
+    for parameter in network.backbone.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    export_encoder(
+        network.backbone,
+        tmp_path / "ours",
+        model=model,
+        mean=(0.5,),
+        std=(0.5,),
+        prototypes={"means": torch.randn(4, 4)},
+        provenance={},
+    )
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        embedding, trained = network.backbone(images, tokens=True)
+        probed = PatchTokens(load_encoder(str(tmp_path / "ours")))(images)
+        torch.testing.assert_close(probed["patch_tokens"], trained)
+        ours, timms = (load_encoder(f"{kind}{tmp_path / 'ours'}").module for kind in ("", "local-dir:"))
+        features, patches = ours.with_patches(images)
+        torch.testing.assert_close(patches, trained)
+        for found in (features, timms(images)):
+            torch.testing.assert_close(found["embedding"], embedding)
+            torch.testing.assert_close(found["mean"], features["mean"])
+        untrained = load_encoder(f"random-init:{tmp_path / 'ours'}:7").module
+        untrained.model.load_state_dict(ours.model.state_dict())
+        torch.testing.assert_close(untrained.patch_tokens(images), trained)
+        assert torch.allclose(timms.patch_tokens(images), trained, atol=1e-4) == (pool == "token")
