@@ -62,6 +62,8 @@ def export(config: ModelConfig, backbone: torch.nn.Module, out: Path) -> None:
         mean=(0.3,),
         std=(0.4,) * config.channels,
         prototypes={"means": torch.randn(16, 8)},
+        beside={"patch_prototypes": {"means": torch.randn(5, 8)}},
+        levels={"instance": "prototypes", "patch": "patch_prototypes"},
         provenance={"run": "a test", "step": 12},
     )
 
@@ -108,7 +110,9 @@ def test_the_card_and_the_config_tell_the_truth(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     for line in ("library_name: timm", "pipeline_tag: image-feature-extraction", "license: apache-2.0"):
         assert line in card
-    assert "| run | a test |" in card and "| `means` | 16 x 8 |" in card
+    assert "| run | a test |" in card and "| `prototypes.safetensors` | `means` | 16 x 8 |" in card
+    assert "| `patch_prototypes.safetensors` | `means` | 5 x 8 |" in card
+    assert written["levels"] == {"instance": "prototypes", "patch": "patch_prototypes"}
 
 
 def test_a_live_backbone_stays_as_it_is_and_half_weights_become_fp32(tmp_path: Path) -> None:
