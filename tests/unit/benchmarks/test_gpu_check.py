@@ -171,6 +171,7 @@ def test_the_documents_have_such_lines_until_somebody_measures():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # more than a test may take, whoever else uses the machine: its parts have limits
 def test_the_rehearsal_runs_every_part(tmp_path):
     """Minutes: three processes of every benchmark, and a training step of six kinds."""
     assert main(["--tiny", "--out", str(tmp_path)]) == 0
