@@ -28,7 +28,7 @@ def _cores_as_before():
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
-    for split, count in (("train", 64), ("test", 32)):
+    for split, count in (("train", 256), ("test", 32)):
         for number in range(count):
             path = folder / "images" / split / f"class{number % 4}" / f"{split}{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,13 +64,13 @@ def test_wrong_input_is_one_line(arguments, expected, shards, tmp_path, capsys):
 
 
 def test_peers_read_the_very_bytes_that_we_decode(shards, tmp_path):
-    assert _peer_runs.unpack(shards, tmp_path / "train") == 64
+    assert _peer_runs.unpack(shards, tmp_path / "train") == 256
     found = sorted((tmp_path / "train" / "images").glob("*/*"))
     originals = (shards.parent / "images" / "train").glob("*/*")
     assert sorted(path.read_bytes() for path in found) == sorted(path.read_bytes() for path in originals)
     assert {path.parent.name for path in found} == {f"000{c}-class{c}" for c in range(4)}
     found[0].write_bytes(b"seen")  # complete: not written again
-    assert _peer_runs.unpack(shards, tmp_path / "train") == 64 and found[0].read_bytes() == b"seen"
+    assert _peer_runs.unpack(shards, tmp_path / "train") == 256 and found[0].read_bytes() == b"seen"
 
 
 def test_memory_is_that_of_all_processes_together(monkeypatch):
