@@ -107,12 +107,24 @@ def test_the_table_says_what_is_no_evidence():
 
 
 def compare(shards, out, *names):
-    arguments = ["--minutes", "0.002", "--batch", "16", "--calibration-steps", "4", "--workers", "0"]
+    arguments = [
+        "--minutes",
+        "0.002",
+        "--batch",
+        "16",
+        "--calibration-steps",
+        "4",
+        "--workers",
+        "0",
+        "--lr",
+        "0.002",
+    ]
     place = ["--data", str(shards), "--threads", "1", "--out", str(out), "--environment", str(LIGHTLY)]
     return run_program(peers.main, [*arguments, *place, "--only", *names])
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("names", [("full", "joint"), ("dino", "swav", "simclr")], ids=["ours", "lightly"])
 def test_a_small_comparison_is_whole_and_goes_on(names, shards, tmp_path, capsys, monkeypatch):
     if "dino" in names and not (LIGHTLY / "installed.txt").is_file():
