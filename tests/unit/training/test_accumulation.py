@@ -103,8 +103,8 @@ def check_equal_steps(found, expected):
             assert error <= 1e-5 * float(outcome_of_one.loss["total"]), name
         scale = max(float(gradient.abs().max()) for gradient in gradients_of_one.values())
         for name, gradient in gradients_of_one.items():
-            # Entries that cancel to nothing (an attention's key bias) have no relative error of their own. A second step
-            # stands on prototypes that the first one's rounding has moved: 1.2e-5 was seen there, 4e-7 in a first step.
+            # Entries that cancel to nothing (an attention's key bias) have no relative error of their own. A second
+            # step stands on what the first one's rounding has moved: 1.2e-5 was seen there, 4e-7 in a first step.
             assert float((gradients[name] - gradient).abs().max()) <= 5e-5 * scale, name
         for section, (projections, *_) in outcome_of_one.sets.items():
             assert_close(outcome.sets[section].projections, projections, section)
