@@ -18,12 +18,6 @@ from models.config import ModelConfig
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# What shapes a network, by timm's argument and by our option, whose null leaves timm's own value for the name.
-_NULLABLE = {
-    name: name for name in ("patch_size", "embed_dim", "depth", "num_heads", "init_values", "output_stride")
-}
-_NULLABLE["reg_tokens"] = "num_registers"
-
 
 def build_backbone(config: ModelConfig, *, drop_path_rate: float | None = None) -> nn.Module:
     """Returns a timm backbone without classifier whose `forward` gives the embedding [B, D].
@@ -51,10 +45,12 @@ def build_backbone(config: ModelConfig, *, drop_path_rate: float | None = None) 
     except Exception as error:
         # An unknown option is a TypeError, a width that heads do not divide an assertion.
         unknown = re.search("unexpected keyword argument '([a-z_]+)'", str(error))
-        if unknown and (option := _NULLABLE.get(unknown[1])):
+        shape = _shape_arguments(config)
+        if unknown and unknown[1] in shape:
+            option = "model.num_registers" if unknown[1] == "reg_tokens" else f"model.{unknown[1]}"
             raise ValueError(
-                f"model.{option} is {getattr(config, option)} with {config.name}; expected null, as that architecture "
-                f"has no such option; set model.{option}=null"
+                f"{option} is {shape[unknown[1]]} with {config.name}; expected null, as that architecture has no such "
+                f"option; set {option}=null"
             ) from error
         raise ValueError(
             f"model.name is {config.name!r}, which refuses an option ({_one_line(error)}); "
@@ -80,6 +76,11 @@ def backbone_arguments(config: ModelConfig) -> dict[str, Any]:
         arguments["global_pool"] = config.global_pool
     if is_vit(config.name):
         arguments |= {"img_size": config.image_size, "dynamic_img_size": True}
+    return arguments | _shape_arguments(config)
+
+
+def _shape_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Returns the timm arguments of the options that are set; null leaves timm's own value for the name."""
     shape = {
         "patch_size": config.patch_size,
         "embed_dim": config.embed_dim,
@@ -89,8 +90,7 @@ def backbone_arguments(config: ModelConfig) -> dict[str, Any]:
         "reg_tokens": config.num_registers,
         "output_stride": config.output_stride,
     }
-    arguments |= {name: value for name, value in shape.items() if value is not None}
-    return arguments
+    return {argument: value for argument, value in shape.items() if value is not None}
 
 
 def is_vit(name: str) -> bool:
