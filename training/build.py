@@ -53,6 +53,7 @@ from training.run_length import check_length, report_extension, steps_per_epoch
 from training.step import TrainingStep
 from training.throughput import Throughput, measure_product_ceiling
 from training.trainer import Probe, Trainer
+from training.unread import describe_unread
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ def build_trainer(
             of which none is usable.
     """
     require_views(config.logging)
+    if process.is_main and (unread := describe_unread(config)):
+        logger.info(unread)
     root = directory.path / "checkpoints"
     on_saved = build_evaluation_job(config, directory.path)
     resumption = Resumption(root, process) if config.run.resume else None

@@ -38,6 +38,7 @@ from training.initialisation import (
 from training.metrics import require_views
 from training.prototype_sets import SECTIONS, estimator_name
 from training.run_length import check_length
+from training.unread import describe_unread
 
 BuildProbe = Callable[[PretrainConfig, torch.device, Process], object]
 
@@ -74,6 +75,7 @@ def describe_run(config: PretrainConfig, process: Process, build_probe: BuildPro
     lines = [
         "--- configuration",
         config_to_yaml(config).rstrip(),
+        *([f"# {unread}"] if (unread := describe_unread(config)) else []),
         "--- model",
         f"backbone parameters     {cost.backbone_parameters:>15,}",
         f"head parameters         {cost.head_parameters:>15,}",
