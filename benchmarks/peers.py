@@ -2,9 +2,10 @@
 
 lightly's DINO, SwAV and SimCLR, put together from its public parts as its examples do (`_lightly_method.py`) in an
 environment of their own, beside our `full` and `joint`: the same encoder (timm's test_resnet), images, two crops of 32
-pixels, batch, optimizer, schedules, widths, K = 1,024, threads and minutes, one after another. Everyone first shows
-with how many loader processes it is fastest, and how many steps fit into the minutes; then trains for so many, with
-its whole schedule. k-NN and linear probe are ours, of the frozen encoders (of `full`, `joint` and `dino` the teacher).
+pixels, batch, optimizer, schedules, widths, K = 1,024, threads and minutes. First all of them in turn, several times
+over, as a machine's speed drifts by more than they differ, show with how many loader processes each is fastest, and how
+many steps fit into the minutes; then each trains for so many, with its whole schedule. k-NN and linear probe are ours,
+of the frozen encoders (of `full`, `joint` and `dino` the teacher).
 
 Nobody's learning rate, augmentation or loss is tuned here; with --lr every contestant runs at each of several rates.
 Writes OUT/peers.md and OUT/peers.json. Stopped and started again, it goes on; what is done with other settings is
@@ -20,6 +21,7 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, nargs="+", default=list(_WORKERS), help="loader processes to try"
     )
+    parser.add_argument("--rounds", type=int, default=3, help="of all contestants in turn, for the speed")
     parser.add_argument(
         "--calibration-steps", type=int, default=_CALIBRATION_STEPS, help="the second half is timed"
     )
@@ -84,6 +87,7 @@ def check(options: argparse.Namespace) -> tuple[str, ...]:
         "--workers": (options.workers, min(options.workers) >= 0, "0 or more"),
         "--lr": (options.lr, all(0 < lr < math.inf for lr in options.lr or ()), "more than 0"),
         "--batch": (options.batch, options.batch is None or options.batch > 1, "2 or more"),
+        "--rounds": (options.rounds, options.rounds >= 1, "1 or more"),
         "--calibration-steps": (options.calibration_steps, options.calibration_steps >= 2, "2 or more"),
         "--seed": (options.seed, 0 <= options.seed < 2**32, "0 to 4294967295"),
     }
@@ -114,20 +118,22 @@ def main(arguments: list[str]) -> int:
     python = install(Path(options.environment).absolute()) if needs_lightly else Path(sys.executable)
     num_images = unpack(shards, out / "train")
     rows: list[dict[str, Any]] = []
+    bench = Bench(
+        config=config,
+        shards=shards,
+        images=out / "train" / "images",
+        num_images=num_images,
+        out=out,
+        python=python,
+        threads=options.threads,
+        seed=options.seed,
+    )
+    speeds = take_turns(bench, names, options)
     for lr in options.lr or (config.optim.lr,):
         at_rate = load_config(PretrainConfig, str(OURS["full"]), [*chosen, f"optim.lr={lr}"])
-        bench = Bench(
-            config=at_rate,
-            shards=shards,
-            images=out / "train" / "images",
-            num_images=num_images,
-            out=out,
-            python=python,
-            threads=options.threads,
-            seed=options.seed,
-        )
+        bench = replace(bench, config=at_rate)
         for name in names:
-            rows.append(compete(bench, name, options, controls=not rows))
+            rows.append(compete(bench, name, options, speeds[name], controls=not rows))
             print(write_table(rows), flush=True)
             record = {
                 "options": vars(options),
@@ -140,7 +146,45 @@ def main(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
-def compete(bench: Any, name: str, options: argparse.Namespace, *, controls: bool) -> dict[str, Any]:
+def take_turns(bench: Any, names: tuple[str, ...], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns how fast each contestant is in short runs, all in turn, back and forth: from its file where it is done.
+
+    Returns:
+        By name, `images_per_s`: number of loader processes to the speed of each round; and `load` of the machine before
+        each round.
+
+    Raises:
+        UserError: it was done with other settings.
+    """
+    done = bench.out / "speeds.json"
+    settings = {"names": list(names)} | _settings(
+        options, "data", "threads", "workers", "batch", "rounds", "calibration_steps"
+    )
+    if done.is_file():
+        known = json.loads(done.read_text())
+        _require_same(known["settings"], settings, done)
+        return known["speeds"]
+    speeds: dict[str, dict[str, Any]] = {
+        name: {"images_per_s": {str(number): [] for number in sorted(set(options.workers))}, "load": []}
+        for name in names
+    }
+    for turn in range(options.rounds):
+        for name in names if turn % 2 == 0 else reversed(names):
+            of_name = speeds[name]
+            of_name["load"].append(os.getloadavg()[0])
+            for workers, found in of_name["images_per_s"].items():
+                tried = bench.train(
+                    name, bench.out / "trial" / name, steps=options.calibration_steps, workers=int(workers)
+                )
+                found.append(statistics.median(tried.images_per_s[len(tried.images_per_s) // 2 :]))
+        print(f"turn {turn + 1} of {options.rounds}: {_last_speeds(speeds)}", flush=True)
+    done.write_text(json.dumps({"settings": settings, "speeds": speeds}, indent=1) + "\n")
+    return json.loads(done.read_text())["speeds"]
+
+
+def compete(
+    bench: Any, name: str, options: argparse.Namespace, speeds: dict[str, Any], *, controls: bool
+) -> dict[str, Any]:
     """Returns one contestant's row: from its file where it is done, else after training and evaluation.
 
     Raises:
@@ -149,65 +193,77 @@ def compete(bench: Any, name: str, options: argparse.Namespace, *, controls: boo
     lr = bench.config.optim.lr
     folder = bench.out / f"{name}-lr{lr:g}"
     done = folder / "result.json"
-    settings = {
-        key: getattr(options, key) for key in ("data", "minutes", "threads", "workers", "batch", "seed")
-    }
-    settings |= {"lr": lr, "calibration_steps": options.calibration_steps}
+    settings = _settings(
+        options, "data", "minutes", "threads", "workers", "batch", "seed", "rounds", "calibration_steps"
+    )
+    settings |= {"lr": lr}
     if done.is_file():
         row: dict[str, Any] = json.loads(done.read_text())
-        if row["settings"] == settings:
-            return row
-        raise UserError(
-            f"{folder} holds a run with other settings ({row['settings']}); expected the same; set --out anew"
-        )
+        _require_same(row["settings"], settings, folder)
+        return row
     loads = [os.getloadavg()[0]]
-    speeds = {}
-    for workers in sorted(set(options.workers)):
-        tried = bench.train(name, folder / "trial", steps=options.calibration_steps, workers=workers)
-        speeds[workers] = statistics.median(tried.images_per_s[len(tried.images_per_s) // 2 :])
-    workers = max(speeds, key=lambda number: speeds[number])
-    steps = bench.num_steps(options.minutes, speeds[workers])
+    workers = max(
+        speeds["images_per_s"], key=lambda number: statistics.median(speeds["images_per_s"][number])
+    )
+    in_turn = speeds["images_per_s"][workers]
+    steps = bench.num_steps(options.minutes, statistics.median(in_turn))
     print(f"{folder.name}: {steps} steps with {workers} loader processes", flush=True)
-    trained = bench.train(name, folder / "training", steps=steps, workers=workers)
+    trained = bench.train(name, folder / "training", steps=steps, workers=int(workers))
     loads.append(os.getloadavg()[0])
     probed = bench.evaluate(trained.encoder, folder / "evaluation", controls=controls)
     row = {
         "name": name,
         "settings": settings,
-        "trial_images_per_s": speeds,
-        "workers": workers,
+        "in_turn": in_turn,
+        "workers": int(workers),
         "steps": steps,
         "epochs": bench.epochs(steps),
         "minutes": trained.seconds / 60,
         "images_per_s": statistics.median(trained.images_per_s),
-        "quartiles": statistics.quantiles(trained.images_per_s, n=4) if len(trained.images_per_s) > 1 else [],
         "peak_gib": trained.peak_gib,
         "top1": probed,
-        "load": loads,
+        "load": [*speeds["load"], *loads],
         "finished_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     done.write_text(json.dumps(row, indent=1) + "\n")
     return json.loads(done.read_text())  # as it will be read the next time
 
 
+def _settings(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
+
+
+def _require_same(found: dict[str, Any], settings: dict[str, Any], place: Path) -> None:
+    if found != settings:
+        raise UserError(
+            f"{place} is of a run with other settings ({found}); expected the same; set --out anew"
+        )
+
+
+def _last_speeds(speeds: dict[str, dict[str, Any]]) -> str:
+    best = {name: max(found[-1] for found in of["images_per_s"].values()) for name, of in speeds.items()}
+    return ", ".join(f"{name} {speed:.0f}" for name, speed in best.items()) + " images/s"
+
+
 def write_table(rows: list[dict[str, Any]]) -> str:
     """Returns the contestants side by side in Markdown; what was measured on a busy machine says so."""
     lines = [
-        "| | lr | k-NN % | linear % | images/s (quartiles) | minutes | epochs | peak GiB | loaders | load |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| | lr | k-NN % | linear % | images/s in turn | in training | minutes | epochs | peak GiB | loaders | load |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         top1 = row["top1"]
-        quartiles = f" ({row['quartiles'][0]:.0f} to {row['quartiles'][2]:.0f})" if row["quartiles"] else ""
+        in_turn = row["in_turn"]
+        speed = f"{statistics.median(in_turn):.0f} ({min(in_turn):.0f} to {max(in_turn):.0f})"
         lines.append(
             f"| {row['name']} | {row['settings']['lr']:g} | {100 * top1['knn']:.2f} | {100 * top1['linear']:.2f} "
-            f"| {row['images_per_s']:.0f}{quartiles} | {row['minutes']:.1f} | {row['epochs']:.1f} "
-            f"| {row['peak_gib']:.2f} | {row['workers']} | {' to '.join(f'{load:.1f}' for load in row['load'])} |"
+            f"| {speed} | {row['images_per_s']:.0f} | {row['minutes']:.1f} | {row['epochs']:.1f} "
+            f"| {row['peak_gib']:.2f} | {row['workers']} | {min(row['load']):.1f} to {max(row['load']):.1f} |"
         )
     for label in ("random-init", "raw-pixels"):
         known = [row["top1"][f"{label} knn"] for row in rows if f"{label} knn" in row["top1"]]
         if known:
-            lines.append(f"| {label} | | {100 * known[0]:.2f} | | | | | | | |")
+            lines.append(f"| {label} | | {100 * known[0]:.2f} | | | | | | | | |")
     busy = [row["name"] for row in rows if max(row["load"]) > row["settings"]["threads"] + 1]
     late = [row["name"] for row in rows if abs(row["minutes"] / row["settings"]["minutes"] - 1) > 0.1]
     if busy:
