@@ -70,6 +70,7 @@ FLOORS = {
             "schedules",
             "run_length",
             "config_difference",
+            "unread",
         ),
     ),
     "evaluation": (

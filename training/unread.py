@@ -64,7 +64,7 @@ _OF_RUN = (
         lambda run: run.evaluation.runs_as == "slurm_job",
     ),
 )
-_MIXTURE = "mode=full with a mixture"
+_MIXTURE = "mode=full and a mixture"
 _OF_PROTOTYPES = (
     _Rule(("estimator",), "mode=full", lambda own: own.mode == "full"),
     _Rule(("gmm.",), _MIXTURE, lambda own: _has_mixture(own)),
@@ -133,9 +133,11 @@ def find_unread(config: PretrainConfig) -> dict[str, str]:
 
 def describe_unread(config: PretrainConfig) -> str:
     """Returns a line that names them; empty where there are none."""
-    found = find_unread(config)
-    named = ", ".join(f"{key} (read beside {beside})" for key, beside in found.items())
-    return f"set, and not read in this run: {named}" if found else ""
+    keys: dict[str, list[str]] = {}
+    for key, beside in find_unread(config).items():
+        keys.setdefault(beside, []).append(key)
+    named = "; ".join(f"{', '.join(those)} (only with {beside})" for beside, those in keys.items())
+    return f"set, and not read in this run: {named}" if keys else ""
 
 
 def _of_section(rule: _Rule, section: str) -> Callable[[Any], bool]:

@@ -82,5 +82,5 @@ def test_every_rule_names_options_that_exist():
 
 def test_line_says_what_would_read_it():
     line = describe_unread(load("prototypes.mode=joint", "prototypes.gmm.balance=1"))
-    assert "prototypes.gmm.balance (read beside prototypes.mode=full with a mixture)" in line
+    assert "prototypes.gmm.balance" in line and "(only with prototypes.mode=full and a mixture)" in line
     assert "\n" not in line
