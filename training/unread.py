@@ -70,7 +70,7 @@ _OF_PROTOTYPES = (
     _Rule(("gmm.",), _MIXTURE, lambda own: _has_mixture(own)),
     _Rule(
         ("clustering.",),
-        "mode=partial or estimator=sinkhorn",
+        "mode=partial, or mode=full and estimator=sinkhorn",
         lambda own: own.mode == "partial" or (own.mode == "full" and own.estimator == "sinkhorn"),
     ),
     _Rule(("koleo_weight",), "mode=joint_kp", lambda own: own.mode == "joint_kp"),
@@ -107,7 +107,7 @@ _OF_PROTOTYPES = (
 
 
 def find_unread(config: PretrainConfig) -> dict[str, str]:
-    """Returns the options that are not what they are by default and that the run does not read,.
+    """Returns the options that are not what they are by default and that the run does not read.
 
     Args:
         config: of the run.
