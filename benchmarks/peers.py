@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import describe_machine, replace_file
 from runtime.program import EXIT_DONE, UserError, run_program
 from runtime.usage import HelpFormatter
 
@@ -103,7 +104,6 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     names = check(options)
     from benchmarks._peer_runs import LIGHTLY, OURS, Bench, describe_versions, install, unpack
-    from benchmarks.report import describe_machine, replace_file
     from evaluation.config import EvaluationDataConfig
     from evaluation.features.splits import load_splits
     from runtime.config import load_config
@@ -178,8 +178,8 @@ def take_turns(bench: Any, names: tuple[str, ...], options: argparse.Namespace) 
                 )
                 found.append(statistics.median(tried.images_per_s[len(tried.images_per_s) // 2 :]))
         print(f"turn {turn + 1} of {options.rounds}: {_last_speeds(speeds)}", flush=True)
-    done.write_text(json.dumps({"settings": settings, "speeds": speeds}, indent=1) + "\n")
-    return json.loads(done.read_text())["speeds"]
+    replace_file(done, json.dumps({"settings": settings, "speeds": speeds}, indent=1) + "\n")
+    return speeds
 
 
 def compete(
@@ -202,11 +202,9 @@ def compete(
         _require_same(row["settings"], settings, folder)
         return row
     loads = [os.getloadavg()[0]]
-    workers = max(
-        speeds["images_per_s"], key=lambda number: statistics.median(speeds["images_per_s"][number])
-    )
-    in_turn = speeds["images_per_s"][workers]
-    steps = bench.num_steps(options.minutes, statistics.median(in_turn))
+    medians = {number: statistics.median(found) for number, found in speeds["images_per_s"].items()}
+    workers = max(medians, key=lambda number: medians[number])
+    steps = bench.num_steps(options.minutes, medians[workers])
     print(f"{folder.name}: {steps} steps with {workers} loader processes", flush=True)
     trained = bench.train(name, folder / "training", steps=steps, workers=int(workers))
     loads.append(os.getloadavg()[0])
@@ -214,7 +212,7 @@ def compete(
     row = {
         "name": name,
         "settings": settings,
-        "in_turn": in_turn,
+        "in_turn": speeds["images_per_s"][workers],
         "workers": int(workers),
         "steps": steps,
         "epochs": bench.epochs(steps),
@@ -225,7 +223,7 @@ def compete(
         "load": [*speeds["load"], *loads],
         "finished_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    done.write_text(json.dumps(row, indent=1) + "\n")
+    replace_file(done, json.dumps(row, indent=1) + "\n")
     return json.loads(done.read_text())  # as it will be read the next time
 
 

@@ -110,7 +110,7 @@ class PrototypesConfig:
             "at least 8 with the estimator vmf",
         )
         require(
-            self.coupling.strength == 0 or (self.mode == "full" and self.estimator != "sinkhorn"),
+            self.coupling.strength == 0 or self.has_mixture,
             "prototypes.coupling.strength",
             self.coupling.strength,
             "0 unless prototypes.mode is full with a mixture",
@@ -121,6 +121,11 @@ class PrototypesConfig:
             self.coupling.tie,
             "0 unless prototypes.mode is partial",
         )
+
+    @property
+    def has_mixture(self) -> bool:
+        """Whether a mixture estimates them; codes by Sinkhorn are none."""
+        return self.mode == "full" and self.estimator != "sinkhorn"
 
 
 Logits = Literal["dot", "cosine", "posterior"]

@@ -238,7 +238,7 @@ def require_kernels(config: PretrainConfig, device: torch.device) -> None:
             )
     for section in dict.fromkeys(config.levels.values()):
         options = config.prototypes_of(section)
-        if options.mode == "full" and options.estimator != "sinkhorn":
+        if options.has_mixture:
             require_kernel(options.gmm.kernel, device, section)
 
 

@@ -340,8 +340,7 @@ class PretrainConfig:
                     f"{section}.dim is {prototypes.dim}; expected model.{name}.projection_dim {head.projection_dim}; "
                     f"set {section}.dim"
                 )
-            mixture = prototypes.mode == "full" and prototypes.estimator != "sinkhorn"
-            if term.needs_mixture and not (mixture and prototypes.coupling.strength == 0):
+            if term.needs_mixture and not (prototypes.has_mixture and prototypes.coupling.strength == 0):
                 what = "logits" if term.logits == "posterior" else "targets"
                 raise ValueError(
                     f"objective.{level}.{what} is posterior; expected {section}.mode full with a mixture and "

@@ -67,7 +67,7 @@ _OF_RUN = (
 _MIXTURE = "mode=full and a mixture"
 _OF_PROTOTYPES = (
     _Rule(("estimator",), "mode=full", lambda own: own.mode == "full"),
-    _Rule(("gmm.",), _MIXTURE, lambda own: _has_mixture(own)),
+    _Rule(("gmm.",), _MIXTURE, lambda own: own.has_mixture),
     _Rule(
         ("clustering.",),
         "mode=partial, or mode=full and estimator=sinkhorn",
@@ -115,20 +115,18 @@ def find_unread(config: PretrainConfig) -> dict[str, str]:
     Returns:
         Dotted key to the option, or the state of affairs, that would have it read; in the configuration's order.
     """
-    rules = list(_OF_RUN)
-    for section in ("prototypes", "patch_prototypes"):
-        if getattr(config, section) is None:
-            continue
+    idle = {option: rule.beside for rule in _OF_RUN if not rule.holds(config) for option in rule.options}
+    for section in dict.fromkeys(config.levels.values()):
+        own = config.prototypes_of(section)
         for rule in _OF_PROTOTYPES:
-            options = tuple(f"{section}.{option}" for option in rule.options)
-            rules.append(_Rule(options, f"{section}.{rule.beside}", _of_section(rule, section)))
-    idle = [rule for rule in rules if not rule.holds(config)]
-    found: dict[str, str] = {}
-    for key in _changed(config):
-        beside = [rule.beside for rule in idle if key.startswith(rule.options)]
-        if beside:
-            found[key] = beside[0]
-    return found
+            if not rule.holds(own):
+                beside = f"{section}.{rule.beside}"
+                idle |= {f"{section}.{option}": beside for option in rule.options}
+    found = (
+        (key, next((idle[option] for option in idle if key.startswith(option)), None))
+        for key in _changed(config)
+    )
+    return {key: beside for key, beside in found if beside is not None}
 
 
 def describe_unread(config: PretrainConfig) -> str:
@@ -138,14 +136,6 @@ def describe_unread(config: PretrainConfig) -> str:
         keys.setdefault(beside, []).append(key)
     named = "; ".join(f"{', '.join(those)} (only with {beside})" for beside, those in keys.items())
     return f"set, and not read in this run: {named}" if keys else ""
-
-
-def _of_section(rule: _Rule, section: str) -> Callable[[Any], bool]:
-    return lambda run: rule.holds(getattr(run, section))
-
-
-def _has_mixture(own: PrototypesConfig) -> bool:
-    return own.mode == "full" and own.estimator != "sinkhorn"
 
 
 def _learns(own: PrototypesConfig) -> bool:
