@@ -75,6 +75,9 @@ def test_full_and_joint_differ_in_their_prototypes_alone(full):
     of_patches = [config.patch_prototypes and config.patch_prototypes.mode for config in (first, second)]
     assert of_patches in ([None, None], ["full", "joint"])
     own = {name: getattr(first, name) for name in ("run", "prototypes", "patch_prototypes")}
+    own["optim"] = dataclasses.replace(  # of prototypes that the loss trains
+        second.optim, prototype_frozen_epochs=first.optim.prototype_frozen_epochs
+    )
     assert first == dataclasses.replace(second, **own)
 
 

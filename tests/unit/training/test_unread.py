@@ -53,6 +53,11 @@ def test_named_until_it_is_read(option, leaves_out, reads):
         assert key not in find_unread(load(option, reads))
 
 
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("pretrain_*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_set_nothing_that_they_do_not_read(recipe):
+    assert find_unread(load_config(PretrainConfig, str(recipe), [])) == {}
+
+
 def test_nothing_of_the_defaults_is_named():
     config = load_config(PretrainConfig, str(DEMO), ["prototypes.mode=full"])
     assert not any(key.startswith(("run.", "checkpoint.", "objective.")) for key in find_unread(config))
