@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 from evaluation.config import PROBES
@@ -86,10 +85,10 @@ class AuditConfig:
             return own[0], (*self.overrides, *own[1:])
         return self.pretrain, (*self.overrides, *own)
 
-    def has_results(self, run_dir: Path) -> bool:
-        """Returns whether a run has the result of every probe."""
-        probes = (*self.probes, "segmentation") if self.segment else self.probes
-        return all((run_dir / "results" / f"{probe}.json").is_file() for probe in probes)
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Every probe that a finished run has a result of."""
+        return (*self.probes, "segmentation") if self.segment else self.probes
 
     @property
     def chosen_arms(self) -> tuple[str, ...]:

@@ -5,8 +5,9 @@
     python -m audit CONFIG.yaml --slurm [SUBMIT OPTIONS ...]    print the submit commands, run nothing
 
 Every run is `pretrain.py` and `evaluate.py` with the arm's overrides, as a process of its own. The same command again
-goes on where it was stopped: finished runs are kept, a half-trained one continues from its checkpoint. Writes
-`report/index.html`, its figures as PNG, `results.json`, `results.csv` and `results.md` into the audit's folder.
+goes on where it was stopped: finished runs are kept, a half-trained one continues from its checkpoint. Every arm's
+configuration is read first, and runs of another one are refused. Writes `report/index.html`, its figures as PNG,
+`results.json`, `results.csv` and `results.md` into the audit's folder.
 Exit codes: 0 all runs are there, 1 some failed (their logs are named), 2 the user's mistake.
 """
 
@@ -18,11 +19,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+from audit.cells import Cell, audit_directory, iterate_cells
+from audit.checks import check_cells
 from audit.config import AuditConfig
 from evaluation.config import EvaluationConfig
 from runtime.config import config_to_yaml, load_config
@@ -34,52 +36,6 @@ from runtime.usage import asks_for_help, describe_usage
 logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One arm with one seed: a run directory and the commands that fill it."""
-
-    config: AuditConfig
-    arm: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Name of the run, as an array of `slurm.submit` would have it."""
-        return f"{self.arm}-seed{self.seed}"
-
-    @property
-    def directory(self) -> Path:
-        """The run directory."""
-        return audit_directory(self.config) / self.name
-
-    @property
-    def log(self) -> Path:
-        """What the programs printed."""
-        return audit_directory(self.config) / "logs" / f"{self.name}.log"
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every probe has its result."""
-        return self.config.has_results(self.directory)
-
-    def commands(self) -> list[list[str]]:
-        """Returns the command lines of pretraining and of its evaluations."""
-        config = self.config
-        place = [
-            f"run.name={self.name}",
-            f"run.output_dir={audit_directory(config)}",
-            f"run.seed={self.seed}",
-        ]
-        start, overrides = config.start_of(self.arm)
-        commands = [["pretrain.py", start, *overrides, *place]]
-        measured = [f"encoder={self.directory}", "controls=[]"]
-        probes = f"probes=[{','.join(config.probes)}]"
-        commands.append(["evaluate.py", config.evaluate, *config.evaluate_overrides, *measured, probes])
-        if config.segment:
-            commands.append(["evaluate.py", config.segment, *measured, "probes=[segmentation]"])
-        return [[sys.executable, *command] for command in commands]
 
 
 def main(arguments: list[str]) -> int:
@@ -94,31 +50,22 @@ def main(arguments: list[str]) -> int:
     path, *rest = arguments
     if "--slurm" in rest:
         split = rest.index("--slurm")
-        print("\n".join(submit_commands(load_config(AuditConfig, path, rest[:split]), rest[split + 1 :])))
+        config = load_config(AuditConfig, path, rest[:split])
+        check_cells(config)
+        print("\n".join(submit_commands(config, rest[split + 1 :])))
         return EXIT_DONE
     only_tables = "--tables" in rest
     config = load_config(AuditConfig, path, [argument for argument in rest if argument != "--tables"])
     set_up_logging(rank=0)
+    check_cells(config)
     failed = [] if only_tables else run_missing(config)
     # Imported late: the programs above bring their own torch, and this one waits for them.
     from audit.write import write_audit
 
-    print(write_audit(config, audit_directory(config)))
+    print(write_audit(config))
     for cell in failed:
         print(f"error: {cell.name} failed; read {cell.log}", file=sys.stderr)
     return EXIT_FAULT if failed else EXIT_DONE
-
-
-def audit_directory(config: AuditConfig) -> Path:
-    """Returns the folder of the audit's runs and tables."""
-    return Path(config.output_dir) / config.name
-
-
-def iterate_cells(config: AuditConfig, arms: Sequence[str]) -> Iterator[Cell]:
-    """Yields the cells seed by seed: an audit that is stopped early has whole comparisons of fewer seeds."""
-    for seed in config.seeds:
-        for arm in arms:
-            yield Cell(config, arm, seed)
 
 
 def run_missing(config: AuditConfig) -> list[Cell]:

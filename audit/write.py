@@ -10,10 +10,10 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from audit import charts as audit_figures
+from audit.cells import Cell, audit_directory
 from audit.config import AuditConfig
 from evaluation.probes.long_tail import GROUPS
 from evaluation.results import read_predictions
@@ -54,18 +54,18 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), deviation, quantile * deviation / math.sqrt(number), number)
 
 
-def write_audit(config: AuditConfig, directory: Path) -> str:
-    """Writes page, charts and tables of the finished runs into `directory`; returns the tables as text.
+def write_audit(config: AuditConfig) -> str:
+    """Writes page, charts and tables of the finished runs into the audit's folder; returns the tables as text.
 
     Raises:
         UserError: no run is finished.
     """
-    figures = collect_figures(config, directory)
+    directory, figures = audit_directory(config), collect_figures(config)
     if not figures:
         raise UserError(
             f"{directory} has no finished run; expected results of at least one arm; run the audit first"
         )
-    runs = _load(config, directory, figures)
+    runs = _load(config, figures)
     sections = [
         Section(
             "Arms",
@@ -100,14 +100,14 @@ def write_audit(config: AuditConfig, directory: Path) -> str:
     return markdown
 
 
-def collect_figures(config: AuditConfig, directory: Path) -> dict[str, dict[str, dict[str, float]]]:
+def collect_figures(config: AuditConfig) -> dict[str, dict[str, dict[str, float]]]:
     """Returns arm to seed (as text) to named figures, of every run that has results."""
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for arm in config.arms:
         for seed in config.seeds:
-            path = directory / f"{arm}-seed{seed}"
-            if config.has_results(path):
-                figures.setdefault(arm, {})[str(seed)] = run_figures(load_runs([path])[0])
+            cell = Cell(config, arm, seed)
+            if cell.is_done:
+                figures.setdefault(arm, {})[str(seed)] = run_figures(load_runs([cell.directory])[0])
     return figures
 
 
@@ -220,11 +220,10 @@ def _text(column: str, found: Spread) -> str:
     return f"{text} ± {scale * found.deviation:.{decimals}f}" if found.number > 1 else text
 
 
-def _load(
-    config: AuditConfig, directory: Path, figures: Mapping[str, Mapping[str, Any]]
-) -> dict[str, list[Run]]:
+def _load(config: AuditConfig, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Run]]:
     return {
-        arm: load_runs([directory / f"{arm}-seed{seed}" for seed in seeds]) for arm, seeds in figures.items()
+        arm: load_runs([Cell(config, arm, int(seed)).directory for seed in seeds])
+        for arm, seeds in figures.items()
     }
 
 

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "training": {"models", "prototypes", "data", "runtime"},
     "evaluation": {"models", "prototypes", "data", "runtime"},
     "report": {"evaluation", "data", "runtime"},
-    "audit": {"report", "evaluation", "runtime"},
+    "audit": {"report", "training", "evaluation", "runtime"},
     "slurm": {"runtime", "training", "evaluation"},
     "benchmarks": set(ROOMS),
     "examples": {"prototypes"},
@@ -89,7 +89,7 @@ FLOORS = {
         ("runs",),
         ("charts", "tables"),
     ),
-    "audit": (("__main__",), ("run",), ("write",), ("charts",)),
+    "audit": (("__main__",), ("run",), ("checks", "write"), ("cells", "charts")),
 }
 # package -> the only modules that may import it
 ONLY_IN = {

@@ -11,8 +11,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from audit.cells import iterate_cells
 from audit.config import AuditConfig
-from audit.run import iterate_cells
 from evaluation.config import PROBES, EvaluationConfig
 from evaluation.probes import config as probe_options
 from prototypes.config import EstimatorName

@@ -6,6 +6,7 @@ from typing import Any
 
 from runtime.config import ConfigError, build_config, config_to_dict
 from training.config import PretrainConfig
+from training.unread import find_idle
 
 # What may differ between two starts of one run: how and where it is executed, not what is learned.
 MECHANICS = (
@@ -53,17 +54,30 @@ def find_differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
     return {key: p for key, p in differences.items() if key in science or not key.startswith(MECHANICS)}
 
 
+def differences_of_run(made_with: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns what `find_differences` does, of what a run directory's `config.yaml` holds, written by any version.
+
+    An option that there was not yet has its default, which is what was done before it; or see `BEFORE`. One that
+    neither run reads tells nothing apart.
+
+    Raises:
+        ConfigError: `made_with` has what this version does not know.
+    """
+    former = build_config(PretrainConfig, made_with)
+    flat, named = _flatten(config_to_dict(former)), _flatten(made_with)
+    flat |= {key: value for key, value in BEFORE.items() if key not in named}
+    idle = tuple(find_idle(former).keys() & find_idle(build_config(PretrainConfig, current)).keys())
+    found = find_differences(flat, current)
+    return {key: pair for key, pair in found.items() if not key.startswith(idle)}
+
+
 def describe_difference(run_dir: object, saved: dict[str, Any], current: dict[str, Any]) -> str | None:
     """Returns the line that refuses `current` for a run directory made with `saved`; None where both are one run.
 
     A longer run is the same one with `run.extend`, another name with `run.adopt`.
     """
     try:
-        # An option that there was not yet has its default, which is what was done before it; or see `BEFORE`.
-        made_with = _flatten(config_to_dict(build_config(PretrainConfig, saved)))
-        named = _flatten(saved)
-        made_with |= {key: value for key, value in BEFORE.items() if key not in named}
-        differences = find_differences(made_with, current)
+        differences = differences_of_run(saved, current)
     except ConfigError as error:
         return f"run directory {run_dir} is of a former version: {error}, or set run.name to a new name"
     longer = _is_longer(differences)

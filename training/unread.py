@@ -115,6 +115,23 @@ def find_unread(config: PretrainConfig) -> dict[str, str]:
     Returns:
         Dotted key to the option, or the state of affairs, that would have it read; in the configuration's order.
     """
+    idle = find_idle(config)
+    found = (
+        (key, next((idle[option] for option in idle if key.startswith(option)), None))
+        for key in _changed(config)
+    )
+    return {key: beside for key, beside in found if beside is not None}
+
+
+def find_idle(config: PretrainConfig) -> dict[str, str]:
+    """Returns the options, each by its key or by the start of several, that the run leaves out, whatever their values.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        Option to the one, or the state of affairs, that would have it read.
+    """
     idle = {option: rule.beside for rule in _OF_RUN if not rule.holds(config) for option in rule.options}
     for section in dict.fromkeys(config.levels.values()):
         own = config.prototypes_of(section)
@@ -122,11 +139,7 @@ def find_unread(config: PretrainConfig) -> dict[str, str]:
             if not rule.holds(own):
                 beside = f"{section}.{rule.beside}"
                 idle |= {f"{section}.{option}": beside for option in rule.options}
-    found = (
-        (key, next((idle[option] for option in idle if key.startswith(option)), None))
-        for key in _changed(config)
-    )
-    return {key: beside for key, beside in found if beside is not None}
+    return idle
 
 
 def describe_unread(config: PretrainConfig) -> str:

@@ -10,13 +10,16 @@ import torch
 
 from audit import run as audit
 from audit import write as audit_report
+from audit.cells import Cell, iterate_cells
+from audit.checks import check_cells
 from audit.config import AuditConfig
-from audit.run import Cell, iterate_cells, run_missing, submit_commands
+from audit.run import run_missing, submit_commands
 from audit.write import difference_rows, spread, write_audit
 from evaluation.config import EvaluationConfig
 from evaluation.results import write_result
-from runtime.config import load_config
+from runtime.config import config_to_dict, config_to_yaml, load_config
 from runtime.program import UserError, run_program
+from training.config import PretrainConfig
 
 PROBES = ("prototypes", "knn", "linear", "long_tail")
 GROUPS = ["head", "head", "medium", "tail"]
@@ -127,7 +130,7 @@ def test_differences_are_paired_by_seed():
 
 def test_page_and_tables_hold_every_arm(tmp_path):
     write_all(tmp_path)
-    text = write_audit(make_config(tmp_path), tmp_path / "audit")
+    text = write_audit(make_config(tmp_path))
     assert "joint" in text and "37.5 ± 17.7" in text  # k-NN of joint: 2 and 1 of 4
     assert "+37.50 ± " in text and "(2 of 2 > 0)" in text
     # An arm that did not move must not look as if it had: no rounding to percent.
@@ -196,7 +199,70 @@ def test_mistakes_are_one_line(tmp_path, options, key):
         make_config(tmp_path, **options)
 
 
+def claim(config, arm, seed, **recorded):
+    """Writes what a run and its k-NN leave of their configurations; `recorded` is the latter's `knn.` options."""
+    cell = Cell(config, arm, seed)
+    path, options = cell.pretraining
+    (cell.directory / "results").mkdir(parents=True)
+    made = config_to_yaml(load_config(PretrainConfig, path, options))
+    (cell.directory / "config.yaml").write_text(made)
+    path, options = cell.evaluations[0]
+    asked = config_to_dict(load_config(EvaluationConfig, path, options))
+    asked["knn"] |= recorded
+    provenance = {"config": asked, "manifest_hashes": {"train": "a", "test": "b"}}
+    (cell.directory / "results" / "knn.json").write_text(json.dumps({"provenance": provenance}))
+    return cell.directory / "results" / "knn.json"
+
+
+def test_runs_of_another_configuration_do_not_stand_among_todays(tmp_path):
+    config = make_config(tmp_path, overrides=("optim.steps=3",))
+    claim(config, "full", 0)
+    check_cells(config)
+    check_cells(replace(config, overrides=("optim.steps=3", "data.num_workers=7", "data.shards=elsewhere")))
+    # Of another estimator: read by nobody.
+    still = replace(config, overrides=("optim.steps=3", "prototypes.gmm.variational.mean_strength=3"))
+    check_cells(still)
+    with pytest.raises(
+        UserError, match=r"^optim.steps is 4 for arm full, but .*full-seed0 was made with 3; .*set name to"
+    ):
+        check_cells(replace(config, overrides=("optim.steps=4",)))
+    with pytest.raises(UserError, match=r"^prototypes.gmm.balance is 2.0 for arm full"):
+        check_cells(
+            replace(config, arms=config.arms | {"full": ("prototypes.mode=full", "prototypes.gmm.balance=2")})
+        )
+
+
+def test_results_of_another_protocol_or_other_images_do_not_stand_among_todays(tmp_path):
+    config = make_config(tmp_path)
+    result = claim(config, "full", 0)
+    check_cells(replace(config, evaluate_overrides=("data.num_workers=0", "features.reuse=false")))
+    with pytest.raises(UserError, match=r"^knn.temperature is 0.5, but .*knn.json was measured with 0.07; "):
+        check_cells(replace(config, evaluate_overrides=("knn.temperature=0.5",)))
+    check_cells(replace(config, evaluate_overrides=("logistic.max_iterations=7",)))
+    other = claim(config, "joint", 0)
+    check_cells(config)
+    other.write_text(result.read_text().replace('"a"', '"c"'))
+    with pytest.raises(
+        UserError, match=r"measured on other images than knn of joint-seed0; expected the same"
+    ):
+        check_cells(config)
+    other.write_text("torn")
+    check_cells(config)
+
+
+def test_a_mistake_in_the_last_arm_is_found_before_the_first_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(audit, "run_missing", lambda config: pytest.fail("something was run"))
+    path = tmp_path / "audit.yaml"
+    text = "pretrain: configs/pretrain_vit-mini_fashion-mnist_full.yaml\nevaluate: configs/eval_fashion_mnist.yaml\n"
+    path.write_text(text + "arms: {good: [], bad: [optim.epoks=3]}\n")
+    for way in ([], ["--slurm"], ["--tables"]):
+        assert run_program(audit.main, [str(path), f"output_dir={tmp_path}", *way]) == 2
+        assert (
+            capsys.readouterr().err.splitlines()[-1].startswith("error: arm bad: unknown key optim.epoks; ")
+        )
+
+
 def test_an_audit_without_runs_is_a_mistake(tmp_path, capsys):
     code = run_program(audit.main, ["configs/audit_fashion-mnist.yaml", f"output_dir={tmp_path}", "--tables"])
     assert code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("error: ")
-    assert audit_report.collect_figures(make_config(tmp_path), tmp_path / "audit") == {}
+    assert audit_report.collect_figures(make_config(tmp_path)) == {}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from audit.cells import Cell
 from audit.config import AuditConfig
-from audit.run import Cell
 from data.make_shards import main as make_shards
 from runtime.config import load_config
 from tests.helpers import starts

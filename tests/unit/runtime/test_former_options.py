@@ -57,6 +57,23 @@ def test_a_run_of_a_former_version_is_the_same_run():
     )
 
 
+def test_what_neither_run_reads_tells_no_two_apart():
+    """A base that no longer sets what an arm left out, or sets it otherwise, keeps no run from going on."""
+    path = str(ROOT / "configs" / "pretrain_test-resnet_cifar10_full.yaml")
+    now, saved = (
+        config_to_dict(load_config(PretrainConfig, path, overrides))
+        for overrides in (
+            [],
+            ["prototypes.gmm.revival.interval_steps=5", "prototypes.clustering.sinkhorn_iterations=5"],
+        )
+    )
+    assert saved != now and describe_difference("outputs/run", saved, now) is None
+    revived = ["prototypes.gmm.revival.method=split", "prototypes.gmm.revival.interval_steps=7"]
+    read = config_to_dict(load_config(PretrainConfig, path, revived))
+    assert "prototypes.gmm.revival." in describe_difference("outputs/run", saved, read)
+    assert "prototypes.gmm.revival." in describe_difference("outputs/run", read, saved)
+
+
 def _without(values, key):
     """Nested values without one option; a section that holds nothing else goes with it."""
     first, _, rest = key.partition(".")
