@@ -17,6 +17,15 @@ def steps_per_epoch(config: PretrainConfig, num_samples: int) -> int:
     return max(1, round(num_samples / config.batch.global_batch_size))
 
 
+def ends_epoch(config: PretrainConfig, num_samples: int, step: int) -> bool:
+    """Returns whether the k-th epoch, for some k, ends with this many steps: when a run of k epochs would end.
+
+    Epochs differ by a step where the batch does not divide the images, so that none drifts past a run's last step.
+    """
+    epochs = round(step * config.batch.global_batch_size / num_samples)
+    return epochs > 0 and step == round(epochs * num_samples / config.batch.global_batch_size)
+
+
 def warmup_steps(config: PretrainConfig, num_samples: int) -> int:
     """Returns the optimizer steps of the learning rate's warm-up."""
     return round(config.optim.warmup_epochs * steps_per_epoch(config, num_samples))

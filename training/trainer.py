@@ -29,7 +29,7 @@ from training.health import RunHealth
 from training.metrics import WANDB_ID_NAME, MetricsRecord, RecordView, keep_wandb_id, open_views
 from training.prototype_sets import modules_of
 from training.run_directory import RunDirectory
-from training.run_length import schedule_at, steps_per_epoch
+from training.run_length import ends_epoch, schedule_at, steps_per_epoch
 from training.schedules import StepSchedule
 from training.step import StepOutcome, TrainingStep
 from training.throughput import Throughput
@@ -168,15 +168,12 @@ class Trainer:
         """Collects this step's line; what is collective happens on every rank, at steps all ranks agree on."""
         step, logging_config = self.progress.step, self.config.logging
         values: dict[str, float] = {}
+        is_epoch = ends_epoch(self.config, self._num_samples, step)
         # Usage is a figure of one whole epoch; a run shorter than that reports what it has.
-        if step % self._steps_per_epoch == 0 or step == self._num_steps < self._steps_per_epoch:
+        if is_epoch or step == self._num_steps < self._steps_per_epoch:
             for one in self.training_step.sets:
                 values |= close_epoch(one, outcome.sets[one.section], self.training_step.reduce_sum)
-        if (
-            step % self._steps_per_epoch == 0
-            or step in logging_config.unique_early_steps
-            or step == self._num_steps
-        ):
+        if is_epoch or step in logging_config.unique_early_steps or step == self._num_steps:
             for one in self.training_step.sets:
                 _, prototypes, vanished = outcome.sets[one.section]
                 values |= count_unique_shares(one, prototypes[~vanished], is_main=self.process.is_main)

@@ -74,6 +74,15 @@ def test_modes_train_from_one_yaml(digit_shards, tmp_path, mode):
     assert lines[-1]["prototypes/used"] + lines[-1]["prototypes/dead"] == pytest.approx(1)
 
 
+def test_use_is_counted_to_the_end_of_the_last_epoch(digit_shards, tmp_path):
+    """384 images are 5.6 batches of 68: two epochs are eleven steps, and not twice six."""
+    run(digit_shards, tmp_path, "epochs", "batch.global_batch_size=68", "optim.epochs=2")
+    lines = [json.loads(line) for line in (tmp_path / "epochs" / "metrics.jsonl").read_text().splitlines()]
+    counted = [line for line in lines if "prototypes/usage_rows" in line]
+    assert [line["step"] for line in counted] == [6, 11] == [6, lines[-1]["step"]]
+    assert counted[-1]["prototypes/usage_rows"] == 2 * 5 * 68  # both views
+
+
 def test_no_compiler_is_needed_on_a_cpu(digit_shards, tmp_path):
     """DeepSpeed builds operators where it is not kept from it, while it is imported or at a first start."""
     (tmp_path / "bin").mkdir()
