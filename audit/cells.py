@@ -36,7 +36,11 @@ class Cell:
     @property
     def is_done(self) -> bool:
         """Whether every probe has its result."""
-        return all((self.directory / "results" / f"{probe}.json").is_file() for probe in self.config.measured)
+        return all(self.result(probe).is_file() for probe in self.config.measured)
+
+    def result(self, probe: str) -> Path:
+        """Returns where the result of a probe is."""
+        return self.directory / "results" / f"{probe}.json"
 
     @property
     def pretraining(self) -> tuple[str, tuple[str, ...]]:
@@ -69,8 +73,8 @@ class Cell:
 
 
 def audit_directory(config: AuditConfig) -> Path:
-    """Returns the folder of the audit's runs and tables."""
-    return Path(config.output_dir) / config.name
+    """Returns the folder of the audit's runs and tables: absolute, as its programs start in the repository."""
+    return (Path(config.output_dir) / config.name).absolute()
 
 
 def iterate_cells(config: AuditConfig, arms: Sequence[str]) -> Iterator[Cell]:

@@ -14,6 +14,7 @@ from audit.config import AuditConfig
 from evaluation.config import EvaluationConfig
 from runtime.config import ConfigError, build_config, config_to_dict, load_config, read_yaml
 from runtime.program import UserError
+from runtime.record import read_record
 from training.config import PretrainConfig
 from training.config_difference import differences_of_run
 
@@ -27,74 +28,115 @@ _COMMON = ("seed", "role", "data", "transform", "features")
 
 
 def check_cells(config: AuditConfig) -> None:
-    """Refuses a mistake in any arm's configuration, and runs of a former one that would stand among today's.
+    """Refuses a mistake in any arm's configuration, and runs or results that would stand among others wrongly.
+
+    A finished run is of the arm's configuration of today; every result is of that run's last step and measured as
+    asked, on one set of images; the seeds of an arm saw the same data and are of one length.
 
     Raises:
-        ConfigError: an arm, or what measures it, is no configuration.
-        UserError: a run or a result in the audit's folder was made with another one.
+        UserError: one line names the first that is not.
     """
-    images: dict[str, tuple[Cell, list[str]]] = {}
+    shared = _Shared()
     for cell in iterate_cells(config, tuple(config.arms)):
-        _check_run(cell)
+        _check_run(cell, shared)
         for path, options in cell.evaluations:
-            asked = config_to_dict(load_config(EvaluationConfig, str(_ROOT / path), options))
+            asked = config_to_dict(_load(cell, EvaluationConfig, path, options))
+            if asked["output_dir"] is not None:
+                raise UserError(
+                    f"output_dir of {path} is {asked['output_dir']!r}; expected null: an audit reads results in its "
+                    "run directories; take it out of the evaluation"
+                )
             for probe in asked["probes"]:
-                _check_result(cell, probe, asked, images)
+                _check_result(cell, probe, asked, shared)
 
 
-def _check_run(cell: Cell) -> None:
-    path, options = cell.pretraining
+class _Shared:
+    """What several cells must have alike: by name, the first cell that had it and its value."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, str], tuple[Cell, Any]] = {}
+
+    def require(self, what: str, of: str, cell: Cell, value: Any, remedy: str) -> None:
+        """Refuses another value than the first cell's."""
+        first, expected = self._first.setdefault((what, of), (cell, value))
+        if value != expected:
+            raise UserError(
+                f"{what} of {cell.name} is {value!r}; expected {expected!r} as of {first.name}: {of} has one; {remedy}"
+            )
+
+
+def _load(cell: Cell, config_class: type, path: str, options: tuple[str, ...]) -> Any:
     try:
-        asked = config_to_dict(load_config(PretrainConfig, str(_ROOT / path), options))
+        return load_config(config_class, str(_ROOT / path), options)
     except ConfigError as error:
         raise UserError(f"arm {cell.arm}: {error}") from error
+
+
+def _check_run(cell: Cell, shared: _Shared) -> None:
+    asked = config_to_dict(_load(cell, PretrainConfig, *cell.pretraining))
     claimed = cell.directory / "config.yaml"
+    remedy = f"set name to a new name, or move that directory out of {audit_directory(cell.config)}"
     if not claimed.is_file():
+        if cell.is_done:
+            raise UserError(
+                f"{cell.directory} has results and no config.yaml; expected what made it; {remedy}"
+            )
         return
     try:
         found = differences_of_run(read_yaml(str(claimed)), asked)
     except ConfigError as error:
-        raise UserError(f"{cell.directory} is of a former version: {error}, or {_remedy(cell)}") from error
+        raise UserError(f"{cell.directory} is of a former version: {error}, or {remedy}") from error
     for key, (before, now) in found.items():
         raise UserError(
             f"{key} is {now!r} for arm {cell.arm}, but {cell.directory} was made with {before!r}; expected one "
-            f"configuration for the runs of an audit; {_remedy(cell)}"
+            f"configuration for the runs of an audit; {remedy}"
         )
+    for path in sorted(cell.directory.glob("checkpoints/*/MANIFEST.json"))[-1:]:
+        origin = _read_json(path).get("facts", {})
+        if "data_hash" in origin:
+            shared.require("training data", f"arm {cell.arm}", cell, origin["data_hash"], remedy)
 
 
-def _check_result(
-    cell: Cell, probe: str, asked: dict[str, Any], images: dict[str, tuple[Cell, list[str]]]
-) -> None:
-    path = cell.directory / "results" / f"{probe}.json"
-    provenance = _read_provenance(path)
-    if "config" not in provenance:
+def _check_result(cell: Cell, probe: str, asked: dict[str, Any], shared: _Shared) -> None:
+    path = cell.result(probe)
+    if not path.is_file():
         return
     remedy = f"move {path} away to measure again, or set name to a new name"
+    result = _read_json(path)
+    encoder, provenance = result.get("encoder"), result.get("provenance")
+    if result.get("probe") != probe or not isinstance(encoder, dict) or not isinstance(provenance, dict):
+        raise UserError(f"{path} is no whole result of {probe}; expected what evaluate.py wrote; {remedy}")
+    if encoder.get("label") != cell.name:
+        raise UserError(f"{path} is of {encoder.get('label')!r}; expected a result of {cell.name}; {remedy}")
+    last = max((line["step"] for line in read_record(cell.directory)), default=None)
+    if encoder.get("step") != last:
+        raise UserError(
+            f"{path} is of step {encoder.get('step')}; expected the last one of the run's record, {last}; {remedy}"
+        )
+    shared.require("last step", f"arm {cell.arm}", cell, last, remedy)
+    recorded = provenance.get("config", {}) | {"encoder": asked["encoder"]}
     try:
-        recorded = config_to_dict(build_config(EvaluationConfig, provenance["config"]))
+        before = _protocol(probe, config_to_dict(build_config(EvaluationConfig, recorded)))
     except ConfigError as error:
         raise UserError(f"{path} is of a former version: {error}, or {remedy}") from error
-    before, now = _protocol(probe, recorded), _protocol(probe, asked)
-    for key in now:
-        if before[key] != now[key]:
+    for key, now in _protocol(probe, asked).items():
+        if before[key] != now:
             raise UserError(
-                f"{key} is {now[key]!r}, but {path} was measured with {before[key]!r}; expected one protocol for the "
-                f"runs of an audit; {remedy}"
+                f"{key} is {now!r}, but {path} was measured with {before[key]!r}; expected one protocol for the runs "
+                f"of an audit; {remedy}"
             )
-    first, seen = images.setdefault(probe, (cell, list(provenance["manifest_hashes"].values())))
-    if list(provenance["manifest_hashes"].values()) != seen:
-        raise UserError(
-            f"{path} was measured on other images than {probe} of {first.name}; expected the same for the runs of an "
-            f"audit; {remedy}"
-        )
+    images = list((provenance.get("manifest_hashes") or {}).values())
+    if images:  # prototypes alone are counted without any
+        shared.require("test and training images", f"probe {probe}", cell, images, remedy)
 
 
-def _read_provenance(path: Path) -> dict[str, Any]:
-    """Returns how a result was made; empty where there is none that can be read, which the tables will say."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns what a file holds; empty where that is no JSON object."""
     try:
-        return dict(json.loads(path.read_text())["provenance"])
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads(path.read_text(errors="replace"))
+    except (ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _protocol(probe: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +153,3 @@ def _protocol(probe: str, config: dict[str, Any]) -> dict[str, Any]:
         else:
             found[section] = value
     return found
-
-
-def _remedy(cell: Cell) -> str:
-    return f"set name to a new name, or move that directory out of {audit_directory(cell.config)}"

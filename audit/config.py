@@ -63,6 +63,12 @@ class AuditConfig:
                 refuse_unless(arm in self.arms, key, repr(arm), f"one of the arms {', '.join(self.arms)}")
         for probe in self.probes:
             refuse_unless(probe in PROBES, "probes", repr(probe), f"one of {', '.join(PROBES)}")
+        refuse_unless(
+            not (self.segment and "segmentation" in self.probes),
+            "segment",
+            self.segment,
+            "empty beside the probe segmentation: a run has one result of a probe",
+        )
         for arm in self.arms:
             pretrain, overrides = self.start_of(arm)
             refuse_unless(

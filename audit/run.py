@@ -47,7 +47,16 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             "no configuration given; expected CONFIG.yaml [key.sub=value ...]; see configs/audit_*.yaml, or --help"
         )
-    path, *rest = arguments
+    try:
+        return _audit(*arguments)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read or written ({error.strerror}); expected files and folders of yours; set "
+            "output_dir"
+        ) from error
+
+
+def _audit(path: str, *rest: str) -> int:
     if "--slurm" in rest:
         split = rest.index("--slurm")
         config = load_config(AuditConfig, path, rest[:split])
@@ -58,7 +67,10 @@ def main(arguments: list[str]) -> int:
     config = load_config(AuditConfig, path, [argument for argument in rest if argument != "--tables"])
     set_up_logging(rank=0)
     check_cells(config)
-    failed = [] if only_tables else run_missing(config)
+    failed: list[Cell] = []
+    if not only_tables:
+        failed = run_missing(config)
+        check_cells(config)  # what has been run and measured since
     # Imported late: the programs above bring their own torch, and this one waits for them.
     from audit.write import write_audit
 
@@ -92,6 +104,9 @@ def _run_cell(cell: Cell) -> bool:
             if code != EXIT_DONE:
                 logger.error("%s: %s ended with code %d; see %s", cell.name, command[1], code, cell.log)
                 return False
+    if not cell.is_done:
+        logger.error("%s: the programs ended well and left no results in %s", cell.name, cell.directory)
+        return False
     logger.info("%s: done in %.0f s", cell.name, time.monotonic() - started)
     return True
 
@@ -108,10 +123,12 @@ def submit_commands(config: AuditConfig, options: Sequence[str]) -> list[str]:
     if config.segment:
         raise UserError(
             f"segment is {config.segment} with --slurm; expected none, as a job is followed by one evaluation; "
-            "set segment= here, and run the audit without --slurm for that probe when the jobs are done"
+            "take segment out here, and run the audit with it and without --slurm when the jobs are done"
         )
     seeds = ",".join(str(seed) for seed in config.seeds)
-    evaluation = load_config(EvaluationConfig, config.evaluate, [*config.evaluate_overrides, "controls=[]"])
+    evaluation = load_config(
+        EvaluationConfig, str(_ROOT / config.evaluate), [*config.evaluate_overrides, "controls=[]"]
+    )
     path = audit_directory(config) / "evaluate.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, config_to_yaml(evaluation))

@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from audit import charts as audit_figures
@@ -65,7 +65,9 @@ def write_audit(config: AuditConfig) -> str:
         raise UserError(
             f"{directory} has no finished run; expected results of at least one arm; run the audit first"
         )
-    runs = _load(config, figures)
+    runs = {
+        arm: [_load_cell(Cell(config, arm, int(seed))) for seed in seeds] for arm, seeds in figures.items()
+    }
     sections = [
         Section(
             "Arms",
@@ -107,7 +109,7 @@ def collect_figures(config: AuditConfig) -> dict[str, dict[str, dict[str, float]
         for seed in config.seeds:
             cell = Cell(config, arm, seed)
             if cell.is_done:
-                figures.setdefault(arm, {})[str(seed)] = run_figures(load_runs([cell.directory])[0])
+                figures.setdefault(arm, {})[str(seed)] = run_figures(_load_cell(cell))
     return figures
 
 
@@ -198,7 +200,7 @@ def difference_rows(figures: Mapping[str, Mapping[str, Mapping[str, float]]], re
             differences = [
                 100 * (seeds[seed][column] - figures[reference][seed][column])
                 for seed in shared
-                if column in figures[reference][seed]
+                if column in seeds[seed] and column in figures[reference][seed]
             ]
             if differences:
                 found = spread(differences)
@@ -220,11 +222,11 @@ def _text(column: str, found: Spread) -> str:
     return f"{text} ± {scale * found.deviation:.{decimals}f}" if found.number > 1 else text
 
 
-def _load(config: AuditConfig, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Run]]:
-    return {
-        arm: load_runs([Cell(config, arm, int(seed)).directory for seed in seeds])
-        for arm, seeds in figures.items()
-    }
+def _load_cell(cell: Cell) -> Run:
+    """Returns a run with the results that `check_cells` has looked at, whatever else lies beside them."""
+    (run,) = load_runs([cell.directory])
+    checked = {cell.result(probe) for probe in cell.config.measured}
+    return replace(run, results=[result for result in run.results if result["path"] in checked])
 
 
 def _to_csv(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:

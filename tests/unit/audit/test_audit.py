@@ -178,7 +178,7 @@ def test_seeds_come_first_and_commands_hold_the_arm(tmp_path):
     assert f"--evaluate-config {written}" in lines[0]
     assert load_config(EvaluationConfig, str(written)).data.shards == "datasets/mine"
     with pytest.raises(
-        UserError, match=r"^segment is configs/eval_camvid_small.yaml with --slurm; .*set segment="
+        UserError, match=r"^segment is configs/eval_camvid_small.yaml with --slurm; .*take segment out here"
     ):
         submit_commands(replace(config, segment="configs/eval_camvid_small.yaml"), [])
 
@@ -199,8 +199,8 @@ def test_mistakes_are_one_line(tmp_path, options, key):
         make_config(tmp_path, **options)
 
 
-def claim(config, arm, seed, **recorded):
-    """Writes what a run and its k-NN leave of their configurations; `recorded` is the latter's `knn.` options."""
+def claim(config, arm, seed):
+    """Writes what a run and its k-NN leave."""
     cell = Cell(config, arm, seed)
     path, options = cell.pretraining
     (cell.directory / "results").mkdir(parents=True)
@@ -208,10 +208,17 @@ def claim(config, arm, seed, **recorded):
     (cell.directory / "config.yaml").write_text(made)
     path, options = cell.evaluations[0]
     asked = config_to_dict(load_config(EvaluationConfig, path, options))
-    asked["knn"] |= recorded
-    provenance = {"config": asked, "manifest_hashes": {"train": "a", "test": "b"}}
-    (cell.directory / "results" / "knn.json").write_text(json.dumps({"provenance": provenance}))
-    return cell.directory / "results" / "knn.json"
+    (cell.directory / "metrics.jsonl").write_text('{"step": 3}\n')
+    result = {
+        "schema": 1,
+        "probe": "knn",
+        "encoder": {"label": cell.name, "step": 3, "role": "teacher", "weights_sha256": "0" * 64},
+        "figures": {"headline": {"top1": 0.5}},
+        "seconds": 1.0,
+        "provenance": {"config": asked, "manifest_hashes": {"train": "a", "test": "b"}},
+    }
+    cell.result("knn").write_text(json.dumps(result))
+    return cell.result("knn")
 
 
 def test_runs_of_another_configuration_do_not_stand_among_todays(tmp_path):
@@ -234,20 +241,91 @@ def test_runs_of_another_configuration_do_not_stand_among_todays(tmp_path):
 
 def test_results_of_another_protocol_or_other_images_do_not_stand_among_todays(tmp_path):
     config = make_config(tmp_path)
-    result = claim(config, "full", 0)
+    claim(config, "full", 0)
     check_cells(replace(config, evaluate_overrides=("data.num_workers=0", "features.reuse=false")))
     with pytest.raises(UserError, match=r"^knn.temperature is 0.5, but .*knn.json was measured with 0.07; "):
         check_cells(replace(config, evaluate_overrides=("knn.temperature=0.5",)))
     check_cells(replace(config, evaluate_overrides=("logistic.max_iterations=7",)))
     other = claim(config, "joint", 0)
     check_cells(config)
-    other.write_text(result.read_text().replace('"a"', '"c"'))
     with pytest.raises(
-        UserError, match=r"measured on other images than knn of joint-seed0; expected the same"
+        UserError, match=r"knn.json is of 'full-seed0'; expected a result of joint-seed0; .*move "
+    ):
+        edit(other, lambda found: found["encoder"].update(label="full-seed0"), config)
+    with pytest.raises(
+        UserError, match=r"knn.json is of step 2; expected the last one of the run's record, 3; "
+    ):
+        edit(other, lambda found: found["encoder"].update(step=2), config)
+    with pytest.raises(
+        UserError, match=r"images of joint-seed0 is \['a', 'b'\]|images of full-seed0 is \['a', 'b'\]"
+    ):
+        edit(other, lambda found: found["provenance"]["manifest_hashes"].update(train="c"), config)
+    # An encoder that is somewhere else by now, and an audit of prototypes that needs no images, say nothing.
+    edit(other, lambda found: found["provenance"]["config"].update(encoder="/gone/x"), config)
+    edit(other, lambda found: found["provenance"].update(manifest_hashes={}), config)
+    with pytest.raises(UserError, match=r"knn.json is no whole result of knn; "):
+        edit(other, lambda found: found.update(probe="linear"), config)
+    other.write_text("torn")
+    with pytest.raises(UserError, match=r"knn.json is no whole result of knn; expected .*; move "):
+        check_cells(config)
+    other.unlink()
+    check_cells(config)  # not done: it will be measured
+    Cell(config, "full", 0).directory.joinpath("config.yaml").unlink()
+    with pytest.raises(UserError, match=r"full-seed0 has results and no config.yaml; "):
+        check_cells(replace(config, probes=("knn",)))
+
+
+def edit(path, change, config):
+    """Checks an audit with one result changed, and puts it back."""
+    text = path.read_text()
+    found = json.loads(text)
+    change(found)
+    path.write_text(json.dumps(found))
+    try:
+        check_cells(config)
+    finally:
+        path.write_text(text)
+
+
+def test_seeds_of_an_arm_saw_one_set_of_images(tmp_path):
+    config = make_config(tmp_path)
+    for seed, data in ((0, "a"), (1, "b")):
+        claim(config, "full", seed)
+        checkpoint = Cell(config, "full", seed).directory / "checkpoints" / "step-00000003"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "MANIFEST.json").write_text(json.dumps({"facts": {"data_hash": data}}))
+    with pytest.raises(
+        UserError, match=r"^training data of full-seed1 is 'b'; expected 'a' as of full-seed0"
     ):
         check_cells(config)
-    other.write_text("torn")
-    check_cells(config)
+
+
+def test_tables_read_what_was_checked_and_nothing_beside_it(tmp_path):
+    write_all(tmp_path)
+    config = make_config(tmp_path)
+    before = write_audit(config)
+    cell = Cell(config, "full", 0)
+    stale = json.loads(cell.result("knn").read_text())
+    stale["figures"]["headline"]["top1"] = 0.0
+    (cell.directory / "results" / "former").mkdir()
+    for name in ("knn-former.json", "former/knn.json"):
+        (cell.directory / "results" / name).write_text(json.dumps(stale))
+    assert write_audit(config) == before
+    text = write_audit(replace(config, probes=("prototypes", "knn")))
+    assert "| k-NN |" in text and "linear" not in text
+
+
+def test_a_cell_that_leaves_no_results_has_failed(tmp_path, monkeypatch):
+    class Ended:
+        returncode = 0
+
+    monkeypatch.setattr(audit.subprocess, "run", lambda command, **_: Ended())
+    config = make_config(tmp_path, seeds=(0,), processes=1)
+    assert [cell.name for cell in run_missing(config)] == ["joint-seed0", "full-seed0"]
+    with pytest.raises(
+        UserError, match=r"^output_dir of configs/eval_fashion_mnist.yaml is '/x'; expected null"
+    ):
+        check_cells(replace(config, evaluate_overrides=("output_dir=/x",)))
 
 
 def test_a_mistake_in_the_last_arm_is_found_before_the_first_runs(tmp_path, capsys, monkeypatch):
