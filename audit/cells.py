@@ -9,6 +9,9 @@ from pathlib import Path
 
 from audit.config import AuditConfig
 
+# Where the programs start, and what configurations name their paths from.
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @dataclass(frozen=True)
 class Cell:

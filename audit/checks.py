@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from audit.cells import Cell, audit_directory, iterate_cells
+from audit.cells import ROOT, Cell, audit_directory, iterate_cells
 from audit.config import AuditConfig
 from evaluation.config import EvaluationConfig
 from runtime.config import ConfigError, build_config, config_to_dict, load_config, read_yaml
@@ -18,7 +18,6 @@ from runtime.record import read_record
 from training.config import PretrainConfig
 from training.config_difference import differences_of_run
 
-_ROOT = Path(__file__).resolve().parent.parent
 # How and where something is measured, not what.
 _MECHANICS_OF = {
     "data": ("images", "cache_dir", "shards", "test_shards", "batch_size", "num_workers"),
@@ -39,6 +38,7 @@ def check_cells(config: AuditConfig) -> None:
     shared = _Shared()
     for cell in iterate_cells(config, tuple(config.arms)):
         _check_run(cell, shared)
+        last_step = max((line["step"] for line in read_record(cell.directory)), default=None)
         for path, options in cell.evaluations:
             asked = config_to_dict(_load(cell, EvaluationConfig, path, options))
             if asked["output_dir"] is not None:
@@ -47,7 +47,7 @@ def check_cells(config: AuditConfig) -> None:
                     "run directories; take it out of the evaluation"
                 )
             for probe in asked["probes"]:
-                _check_result(cell, probe, asked, shared)
+                _check_result(cell, probe, asked, last_step, shared)
 
 
 class _Shared:
@@ -67,7 +67,7 @@ class _Shared:
 
 def _load(cell: Cell, config_class: type, path: str, options: tuple[str, ...]) -> Any:
     try:
-        return load_config(config_class, str(_ROOT / path), options)
+        return load_config(config_class, str(ROOT / path), options)
     except ConfigError as error:
         raise UserError(f"arm {cell.arm}: {error}") from error
 
@@ -97,7 +97,9 @@ def _check_run(cell: Cell, shared: _Shared) -> None:
             shared.require("training data", f"arm {cell.arm}", cell, origin["data_hash"], remedy)
 
 
-def _check_result(cell: Cell, probe: str, asked: dict[str, Any], shared: _Shared) -> None:
+def _check_result(
+    cell: Cell, probe: str, asked: dict[str, Any], last_step: int | None, shared: _Shared
+) -> None:
     path = cell.result(probe)
     if not path.is_file():
         return
@@ -108,12 +110,11 @@ def _check_result(cell: Cell, probe: str, asked: dict[str, Any], shared: _Shared
         raise UserError(f"{path} is no whole result of {probe}; expected what evaluate.py wrote; {remedy}")
     if encoder.get("label") != cell.name:
         raise UserError(f"{path} is of {encoder.get('label')!r}; expected a result of {cell.name}; {remedy}")
-    last = max((line["step"] for line in read_record(cell.directory)), default=None)
-    if encoder.get("step") != last:
+    if encoder.get("step") != last_step:
         raise UserError(
-            f"{path} is of step {encoder.get('step')}; expected the last one of the run's record, {last}; {remedy}"
+            f"{path} is of step {encoder.get('step')}; expected the last one of the run's record, {last_step}; {remedy}"
         )
-    shared.require("last step", f"arm {cell.arm}", cell, last, remedy)
+    shared.require("last step", f"arm {cell.arm}", cell, last_step, remedy)
     recorded = provenance.get("config", {}) | {"encoder": asked["encoder"]}
     try:
         before = _protocol(probe, config_to_dict(build_config(EvaluationConfig, recorded)))

@@ -21,9 +21,8 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from audit.cells import Cell, audit_directory, iterate_cells
+from audit.cells import ROOT, Cell, audit_directory, iterate_cells
 from audit.checks import check_cells
 from audit.config import AuditConfig
 from evaluation.config import EvaluationConfig
@@ -34,8 +33,6 @@ from runtime.program import EXIT_DONE, EXIT_FAULT, UserError
 from runtime.usage import asks_for_help, describe_usage
 
 logger = logging.getLogger(__name__)
-
-_ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str]) -> int:
@@ -100,7 +97,7 @@ def _run_cell(cell: Cell) -> bool:
         for command in cell.commands():
             log.write(f"$ {shlex.join(command[1:])}\n")
             log.flush()
-            code = subprocess.run(command, cwd=_ROOT, env=environment, stdout=log, stderr=log).returncode
+            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
             if code != EXIT_DONE:
                 logger.error("%s: %s ended with code %d; see %s", cell.name, command[1], code, cell.log)
                 return False
@@ -127,7 +124,7 @@ def submit_commands(config: AuditConfig, options: Sequence[str]) -> list[str]:
         )
     seeds = ",".join(str(seed) for seed in config.seeds)
     evaluation = load_config(
-        EvaluationConfig, str(_ROOT / config.evaluate), [*config.evaluate_overrides, "controls=[]"]
+        EvaluationConfig, str(ROOT / config.evaluate), [*config.evaluate_overrides, "controls=[]"]
     )
     path = audit_directory(config) / "evaluate.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
