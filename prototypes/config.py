@@ -27,8 +27,9 @@ class PartitionConfig:
 
     size: Annotated[int, "[2, 1e8]"] = 512
     """Prototypes in one block, N_B; must divide the number of prototypes."""
-    blocks_per_chunk: Annotated[int, "[1, 1e6]"] = 8
-    """Blocks whose logits exist at once; lower needs less memory, the result is the same."""
+    blocks_per_chunk: Annotated[int, "[1, 1e6]"] | None = None
+    """Blocks whose logits exist at once; lower needs less memory, the result is the same. null is 8 on a CPU, whose
+    caches then hold them, and on a GPU as many as 2^25 logits (128 MiB) allow."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from ..alarms import Collapse
 from ..config import InstanceConfig, PartitionConfig
 from .interface import MeanOverRanks, RankBatch, Term
+from .logits import LOGITS_PER_CHUNK
 from .partitions import draw_partition
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
     from torch import Tensor
+
+_BLOCKS_ON_A_CPU = 8
+"""Logits of so many stay in its caches; a GPU wants few, large kernels instead."""
 
 
 class CarpTerm(Term):
@@ -65,7 +69,12 @@ class CarpTerm(Term):
             ),
             mean_over_ranks=self._mean_over_ranks,
             entropy_weight=self._entropy_weight,
-            blocks_per_chunk=max(1, self._partition.blocks_per_chunk // batch.num_parts),
+            blocks_per_chunk=count_blocks_per_chunk(
+                self._partition,
+                num_rows=student.rows.shape[:2].numel() + teacher.rows.shape[:2].numel(),
+                num_parts=batch.num_parts,
+                device=columns.device,
+            ),
         )
         return loss._asdict()
 
@@ -74,6 +83,22 @@ class CarpTerm(Term):
         """Whatever the entropy's weight, consistency and entropy of constant networks add up to log S."""
         remedy = "its entropy_weight >= 1, BatchNorm in the head"
         return (Collapse(("consistency", "entropy"), self._partition.size, remedy=remedy),)
+
+
+def count_blocks_per_chunk(
+    partition: PartitionConfig, *, num_rows: int, num_parts: int, device: torch.device
+) -> int:
+    """Returns how many blocks have logits at once.
+
+    Args:
+        partition: which says it, or leaves it to the device.
+        num_rows: rows of both networks, (V + W) * B.
+        num_parts: micro-batches that the rows come from; by it a number of blocks is divided, for one of them.
+        device: where the logits are.
+    """
+    if partition.blocks_per_chunk is None and device.type == "cuda":
+        return max(1, LOGITS_PER_CHUNK // (num_rows * partition.size))
+    return max(1, (partition.blocks_per_chunk or _BLOCKS_ON_A_CPU) // num_parts)
 
 
 class CarpLoss(NamedTuple):
@@ -93,7 +118,7 @@ def carp_loss(
     *,
     mean_over_ranks: MeanOverRanks | None = None,
     entropy_weight: float = 1.0,
-    blocks_per_chunk: int = 8,
+    blocks_per_chunk: int = _BLOCKS_ON_A_CPU,
 ) -> CarpLoss:
     """Returns CARP's consistency and entropy inside the blocks of a random partition.
 
@@ -108,9 +133,10 @@ def carp_loss(
     m; here only K floats are reduced, which gives the same value and the same gradient.
 
     Peak memory is (V + W) * B * blocks_per_chunk * S floats: logits are computed for a few blocks at a time,
-    dropped, and recomputed in the backward pass. Collective through `mean_over_ranks` (one reduction of K
-    floats). Logits follow the ambient autocast; softmax and everything after it is fp32. Gradient reaches
-    `student` and, where they require it, `student_prototypes`; teacher inputs are detached.
+    dropped, and recomputed in the backward pass, unless one chunk has them all. Collective through
+    `mean_over_ranks` (one reduction of K floats). Logits follow the ambient autocast; softmax and everything after
+    it is fp32. Gradient reaches `student` and, where they require it, `student_prototypes`; teacher inputs are
+    detached.
 
     Args:
         student: projections, global views first.
@@ -150,18 +176,12 @@ def _compute_in_chunks(
     # Sample-major rows make the products <p_i, q_j> of one sample one small matrix product without a copy.
     student_rows = student.transpose(0, 1).contiguous()
     teacher_rows = teacher.transpose(0, 1).contiguous()
+    rows_and_columns = (student_rows, teacher_rows, student_prototypes, teacher_prototypes)
+    # One chunk alone is as large in the backward pass, recomputed or kept.
+    compute = _compute_blocks if len(chunks) == 1 else _compute_blocks_again
     consistency_sums, mean_probs = [], []
     for blocks in chunks:
-        consistency, mean_prob = checkpoint(
-            _compute_blocks,
-            student_rows,
-            teacher_rows,
-            student_prototypes,
-            teacher_prototypes,
-            blocks,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        consistency, mean_prob = compute(*rows_and_columns, blocks)
         consistency_sums.append(consistency)
         mean_probs.append(mean_prob)
     mean_probs_of_blocks = torch.cat(mean_probs)
@@ -190,6 +210,11 @@ def _compute_blocks(
         num_rows = student.shape[0] * (num_student_views + num_teacher_views)
         mean_prob = (student_probs.sum((1, 2)) + teacher_probs.sum((1, 2))) / num_rows
     return consistency, mean_prob
+
+
+def _compute_blocks_again(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_compute_blocks`, whose logits are dropped and made once more in the backward pass."""
+    return checkpoint(_compute_blocks, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _compute_block_probs(

@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from benchmarks.gmm import MAX_L1_ERROR
-from prototypes.mixture.kernel import choose_kernel, compute_l1_difference, find_obstacle, require_kernel
+from prototypes.mixture.kernel import (
+    KEPT,
+    choose_kernel,
+    compute_l1_difference,
+    find_obstacle,
+    require_kernel,
+)
 from prototypes.mixture.sparse import TopLogits, find_top_logits, keep_largest, make_logit_blocks
 from prototypes.statistics import Collectives
 from tests.helpers.triton_cases import PRODUCTS, SHAPES, TRAINED
@@ -26,6 +32,28 @@ needs_triton = pytest.mark.skipif(
 )
 # Of |f| |theta|: the rounding of fp32 sums, and what the two bfloat16 parts of a number leave out.
 RELATIVE_ERROR = {"fp32": 2e-6, "bf16x3": 3e-5}
+
+
+@needs_triton
+@pytest.mark.parametrize("is_bf16x3", [False, True])
+def test_the_scan_compiles_for_an_h100(is_bf16x3):
+    """Without one, and as the tests import it: what checks shapes must leave a kernel alone."""
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from prototypes.mixture.triton_e_step import _TILES, _scan
+
+    constants = {name: value for name, value in _TILES.items() if name.isupper()}
+    constants |= {"KEPT": KEPT, "IS_BF16X3": is_bf16x3, "IS_INTERPRETED": False}
+    types = dict.fromkeys(("features", "theta", "offset", "largest", "total"), "*fp32")
+    types |= {"keys": "*i64", "beta": "fp32"}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in _scan.arg_names
+    }
+    source = ASTSource(fn=_scan, signature=signature, constexprs=constants)
+    made = compile_kernel(source, target=GPUTarget("cuda", 90, 32))
+    assert "mma" in made.asm["ptx"] if is_bf16x3 else "fma.rn.f32" in made.asm["ptx"]
 
 
 @pytest.fixture(scope="module")

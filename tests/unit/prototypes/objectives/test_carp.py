@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from prototypes.objectives.carp import carp_loss
+from prototypes.config import PartitionConfig
+from prototypes.objectives.carp import carp_loss, count_blocks_per_chunk
 from prototypes.objectives.koleo import compute_koleo
 from prototypes.objectives.partitions import draw_partition
 from tests.helpers.counting import largest_tensor
@@ -134,6 +135,17 @@ def test_no_tensor_of_all_logits_is_made():
     biggest = largest_tensor(body)
     all_logits = 4 * 6 * 480
     assert biggest < all_logits / 2
+
+
+@pytest.mark.parametrize(
+    ("blocks", "device", "num_parts", "expected"),
+    [(None, "cpu", 1, 8), (None, "cpu", 4, 2), (None, "cuda", 4, 64), (6, "cuda", 2, 3), (1, "cpu", 4, 1)],
+)
+def test_blocks_at_once_are_asked_for_or_the_device_s(blocks, device, num_parts, expected):
+    """On a GPU the rows count, of however many micro-batches: 2^25 logits are 64 blocks of 512 with 1,024 rows."""
+    partition = PartitionConfig(size=512, blocks_per_chunk=blocks)
+    found = count_blocks_per_chunk(partition, num_rows=1024, num_parts=num_parts, device=torch.device(device))
+    assert found == expected
 
 
 @hypothesis_settings(max_examples=30)
