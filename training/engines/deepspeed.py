@@ -60,7 +60,14 @@ class DeepSpeedEngine(Engine):
         deepspeed_config: str,
     ) -> None:
         mechanics = read_mechanics(deepspeed_config)
-        self.stage = mechanics.get("zero_optimization", {}).get("stage", 0)
+        zero = mechanics.get("zero_optimization", {})
+        self.stage = zero.get("stage", 0)
+        # The check of the gradients takes their norm. DeepSpeed would take it again, parameter by parameter, and wait
+        # for it with every group; with the optimizer on the CPU it insists.
+        self._clips_itself = self.stage in (1, 2) and "offload_optimizer" not in zero
+        self._max_norm = optim.clip_grad_norm or 0.0
+        if self._clips_itself:
+            mechanics = mechanics | {"zero_optimization": zero | {"compute_grad_norm": False}}
         check_combination(f"zero{self.stage}", optim.optimizer, student)
         # DeepSpeed would compile a shared-memory all-reduce on first use on CPUs; a build that was killed leaves a
         # lock on which every later run hangs. gloo does the same work.
@@ -70,7 +77,7 @@ class DeepSpeedEngine(Engine):
         settings = mechanics | {
             "train_micro_batch_size_per_gpu": batch.micro_batch_size_per_gpu(world_size),
             "gradient_accumulation_steps": batch.gradient_accumulation_steps,
-            "gradient_clipping": optim.clip_grad_norm or 0.0,
+            "gradient_clipping": 0.0 if self._clips_itself else self._max_norm,
             "steps_per_print": None,
             "zero_allow_untested_optimizer": True,
         }
@@ -119,22 +126,29 @@ class DeepSpeedEngine(Engine):
                 [p.grad for p in self.student.parameters() if p.grad is not None]
             )
             return self._norm.isfinite()
-        pieces = itertools.chain.from_iterable(self._optimizer.averaged_gradients.values())
-        norm = torch.nn.utils.get_total_norm([piece for piece in pieces if piece is not None])
-        finite = norm.isfinite().to(
-            self._device, torch.int32
-        )  # where it has no piece, the norm is on the CPU
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        return finite
+        # Every rank has other pieces. Where it has none, the norm is on the CPU; its square may pass fp32's range.
+        square = torch.nn.utils.get_total_norm(self._pieces()).to(self._device, torch.float64).square()
+        dist.all_reduce(square)
+        self._norm = square.sqrt().float()
+        return self._norm.isfinite()
 
     def step(self, schedule: StepSchedule) -> Tensor:
         """See `Engine`."""
         set_schedule_(self._optimizer.param_groups, schedule)
+        if self._clips_itself and self._max_norm > 0:
+            pieces = self._pieces()
+            if pieces:
+                torch._foreach_mul_(pieces, (self._max_norm / (self._norm + 1e-6)).clamp(max=1.0))
         self._engine.step()
-        if self.stage == 0:
+        if self.stage == 0 or self._clips_itself:
             return self._norm
         norm = self._engine.get_global_grad_norm()
         return torch.zeros(()) if norm is None else torch.as_tensor(norm)
+
+    def _pieces(self) -> list[Tensor]:
+        """Returns this rank's averaged gradients, which ZeRO 1 to 3 has cut."""
+        pieces = itertools.chain.from_iterable(self._optimizer.averaged_gradients.values())
+        return [piece for piece in pieces if piece is not None]
 
     def skip(self) -> None:
         """See `Engine`. Leaves the engine as its own fp16 overflow path would, without touching a parameter."""
