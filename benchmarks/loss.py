@@ -29,7 +29,8 @@ import torch
 
 from benchmarks._bars import judge
 from benchmarks._timing import compare, describe_noise, serve
-from prototypes.objectives.carp import carp_loss
+from prototypes.config import PartitionConfig
+from prototypes.objectives.carp import carp_loss, count_blocks_per_chunk
 from prototypes.objectives.partitions import draw_partition
 
 MAX_MEMORY_SHARE = 0.5
@@ -64,11 +65,18 @@ def main() -> int:
 
 
 def build_ours(num_prototypes: int, device: str) -> Callable[[], object]:
-    """A few blocks at a time, recomputed in the backward pass."""
+    """As many blocks at a time as a run takes on the device: a few, recomputed in the backward pass, on a CPU."""
     student, teacher, prototypes, partition = make_inputs(num_prototypes, device)
+    blocks = count_blocks_per_chunk(
+        PartitionConfig(size=BLOCK_SIZE),
+        num_rows=len(student.flatten(0, 1)) + len(teacher.flatten(0, 1)),
+        num_parts=1,
+        device=student.device,
+    )
 
     def step() -> None:
-        carp_loss(student, teacher, prototypes, prototypes, partition).total.backward()
+        loss = carp_loss(student, teacher, prototypes, prototypes, partition, blocks_per_chunk=blocks)
+        loss.total.backward()
 
     return step
 
