@@ -1,6 +1,6 @@
 """What needs a GPU: engines in bf16, SyncBatchNorm, two GPUs over NCCL.
 
-Skipped by name where there is none. Nothing here has been run yet: the project was built on machines without a GPU.
+Skipped by name where there is none. What needs two has not been run yet.
 """
 
 from __future__ import annotations

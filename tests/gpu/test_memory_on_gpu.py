@@ -1,4 +1,4 @@
-"""A GPU's memory beside the dry run's, and the benchmark of a step. Not run yet: no GPU was at hand."""
+"""A GPU's memory beside the dry run's, and the benchmark of a step."""
 
 from __future__ import annotations
 

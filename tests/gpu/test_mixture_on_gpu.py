@@ -1,8 +1,7 @@
-"""The mixture on a GPU: the Triton E-step beside torch's, and steps that do not wait. Not run yet: there was no GPU."""
+"""The mixture on a GPU: the Triton E-step beside torch's, and steps that do not wait."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from prototypes.mixture.kernel import KEPT, MAX_L1_ERROR
+from tests.helpers.gpu_waits import counted_waits
 from tests.unit.prototypes.building import MIXTURES, build, clustered_rows, make_config, take_step
 
 NUM_PROTOTYPES, DIM = 4096, 64
@@ -17,9 +17,9 @@ MAX_WAITS = 2
 
 
 @contextmanager
-def synchronisations(mode: str) -> Iterator[None]:
-    """What waits for the GPU raises an error or warns, inside."""
-    torch.cuda.set_sync_debug_mode(mode)
+def forbidden_waits() -> Iterator[None]:
+    """What waits for the GPU inside raises an error."""
+    torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -37,7 +37,7 @@ def test_the_kernel_finds_what_torch_finds_and_waits_for_nothing(num_rows: int, 
     )
     offset = torch.randn(NUM_PROTOTYPES + 37, device="cuda", generator=generator)
     scan_components(features, theta, offset, 0.7, KEPT, product)  # compiles
-    with synchronisations("error"):
+    with forbidden_waits():
         top = scan_components(features, theta, offset, 0.7, KEPT, product)
     exact = 0.7 * (features.double() @ theta.double().T) + offset
     torch.testing.assert_close(top.maximum.double(), exact.amax(1), rtol=0, atol=2e-2)
@@ -66,8 +66,6 @@ def test_a_sparse_step_waits_at_most_twice(kernel: str) -> None:
     rows = clustered_rows(128, DIM, num_clusters=64).cuda()
     for _ in range(5):
         take_step(estimator, rows)
-    with synchronisations("warn"), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with counted_waits() as waits:
         take_step(estimator, rows)
-    waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
     assert len(waits) <= MAX_WAITS, waits

@@ -1,13 +1,11 @@
 """A step on a real GPU waits for it twice at most, and preparing the next step's input never does.
 
-Skipped where there is none. Not run yet: the project was built on machines without a GPU.
+Skipped where there is none.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from prototypes.build import build_estimator, build_objective
 from prototypes.config import ObjectiveConfig, PartitionConfig, PrototypesConfig
 from prototypes.diagnostics import UsageCounter
 from tests.helpers.engine_scenarios import SCHEDULE, VIT
+from tests.helpers.gpu_waits import counted_waits
 from tests.helpers.plain_engine import PlainEngine
 from training.config import BatchConfig
 from training.engines.interface import TrainedNetwork
@@ -52,20 +51,6 @@ def draw_batches() -> Iterator[CropBatch]:
         ]
         seeds = torch.from_numpy(np.arange(16) + 16 * number)
         yield CropBatch(*crops, seeds=seeds, keys=[""] * 16, sample_ids=seeds, position={"step": number})
-
-
-@contextmanager
-def counted_waits() -> Iterator[list[str]]:
-    """Collects what torch says of every synchronisation inside."""
-    found: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield found
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    found += [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
 
 
 def test_an_ordinary_step_waits_twice_and_its_preparation_never(
