@@ -189,6 +189,7 @@ class Contestant:
         stream: micro-batches, shared by all contestants of the rank.
         process: this rank.
         synchronization: collectives, shared by all contestants.
+        clock: watches the stages; its own where left out.
     """
 
     def __init__(
@@ -198,8 +199,9 @@ class Contestant:
         stream: Iterator[CropBatch],
         process: Process,
         synchronization: Synchronization,
+        clock: StageClock | None = None,
     ) -> None:
-        self.clock = StageClock(process.device)
+        self.clock = clock or StageClock(process.device)
         self._process, self._num_steps = process, 0
         watched = copy(synchronization)
         for collective in ("reduce_sum", "gather"):

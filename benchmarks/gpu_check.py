@@ -77,6 +77,12 @@ def list_parts() -> dict[str, Part]:
             f"{shared} --model tiny --local-crops {crops // 4} --batch {batch // 16} --rounds 1 --steps 1",
             ("docs/engines.md", "docs/slurm.md", "configs/pretrain_vitl16_imagenet_full.yaml"),
         )
+    profile = "benchmarks.step_profile --device {device}"
+    parts["profile"] = Part(
+        f"{profile} --model vitl --precision bf16 --workers {workers} --batch 64 --compile",
+        f"{profile} --batch 4 --steps 1",
+        ("docs/engines.md",),
+    )
     loader = "benchmarks.loader --memory-samples 0 --work {out}/loader --out {out}/loader-figures.json"
     parts["loader"] = Part(
         f"{loader} --rounds 2 --seconds 4",
