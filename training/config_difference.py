@@ -25,6 +25,8 @@ MECHANICS = (
     "data.num_workers",
     "model.activation_checkpointing",
     "model.compile_blocks",
+    "prototypes.partition.blocks_per_chunk",
+    "patch_prototypes.partition.blocks_per_chunk",
     "engine.",
     "checkpoint.",
     "logging.",

@@ -476,3 +476,15 @@ def test_a_resume_compares_what_accumulation_learns(saved, current, key):
         for how, steps in (saved, current)
     ]
     assert list(find_differences(*configs)) == ([] if key is None else [key])
+
+
+@pytest.mark.parametrize("section", ["prototypes", "patch_prototypes"])
+@pytest.mark.parametrize(
+    ("option", "differing"),
+    [("blocks_per_chunk", []), ("size", ["{}.partition.size"])],
+    ids=["chunks", "size"],
+)
+def test_a_resume_may_compute_the_loss_in_other_chunks(section, option, differing):
+    """Runs of a version whose default was a number of blocks go on under one that leaves it to the device."""
+    saved, current = ({section: {"partition": {option: value}}} for value in (8, None))
+    assert list(find_differences(saved, current)) == [name.format(section) for name in differing]
