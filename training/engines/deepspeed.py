@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -90,6 +90,10 @@ class DeepSpeedEngine(Engine):
         self._device = next(student.parameters()).device
         self.teacher = teacher.to(self._device).train()
         self._teacher_engine = _cut_teacher(self.teacher, settings) if self.stage == 3 else None
+        # The student may have more: what stands for patches that it does not see.
+        students = dict(student.named_parameters())
+        self._averages = list(self.teacher.parameters())
+        self._averaged = [students[name] for name, _ in self.teacher.named_parameters()]
         self._autocast_dtype = _autocast_dtype(mechanics)
         if self.stage == 3:
             _gather_persistent_exactly(student)
@@ -168,15 +172,12 @@ class DeepSpeedEngine(Engine):
 
     def update_teacher(self, ema_momentum: float) -> None:
         """See `Engine`. Parameters only: each network's BatchNorm keeps its own buffers."""
-        teacher: list[Tensor] = list(self.teacher.parameters())
-        # The student may have more: what stands for patches that it does not see.
-        students = dict(self.student.named_parameters())
-        student: list[Tensor] = [students[name] for name, _ in self.teacher.named_parameters()]
+        teacher: Iterable[Tensor] = self._averages
+        student: Iterable[Tensor] = self._averaged
         if self._teacher_engine is not None:
             # A teacher that is still gathered from its forward pass would hide what its pieces become.
             self._teacher_engine.optimizer.partition_all_parameters()
-            teacher = [value_piece(p) for p in teacher]  # type: ignore[arg-type]
-            student = [value_piece(p) for p in student]  # type: ignore[arg-type]
+            teacher, student = map(value_piece, self._averages), map(value_piece, self._averaged)
         update_ema_(teacher, student, ema_momentum)
 
     def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
