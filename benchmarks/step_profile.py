@@ -1,8 +1,9 @@
 """Where a training step's time goes, on the device and on the host: python -m benchmarks.step_profile [--model vitl].
 
 The trainer's own step on one process, undisturbed first (images/s, peak memory), then under torch's profiler. For every
-stage: the CPU's milliseconds, the kernels and copies that it launches, and how long these keep the device busy. A step
-whose device is busy for much less than it lasts waits for its launches. On a CPU there are only the CPU's milliseconds.
+stage: how long it lasts on the host, waits included, the kernels and copies that it launches, and how long these keep
+the device busy. A step whose device is busy for much less than it lasts waits for its launches. On a CPU there is the
+host alone. A launch belongs to the stage at its time, whatever the thread: the backward pass has its own.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Profile(NamedTuple):
     """What a trace says of all its steps, in milliseconds; a stage inside another one counts for itself alone.
 
     Attributes:
-        host: the CPU's, by stage.
+        host: from its begin to its end on the host, by stage.
         launches: number of kernels and copies, by the stage that launched them.
         device: their time, by the same; kernels side by side count each.
         busy: while the device did anything.
@@ -181,6 +182,8 @@ def measure(options: argparse.Namespace, trace: Path) -> None:
         StageMarks(process.device),
     )
     contestant.time_steps(_WARM_STEPS)
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     for _ in range(options.steps):
         contestant.step()
@@ -188,11 +191,11 @@ def measure(options: argparse.Namespace, trace: Path) -> None:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) / options.steps
     images_per_s = options.batch[0] / seconds
+    peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if is_gpu else ""
     ceiling = measure_product_ceiling(
         process.device, torch.bfloat16 if options.precision == "bf16" else torch.float32
     )
     dense, _ = count_flops(config)
-    peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if is_gpu else ""
     print(
         f"{options.model} {options.objective} {options.mode} {options.engine} {options.precision}"
         f"{' compiled' if options.compile else ''}, {options.batch[0]} images, "

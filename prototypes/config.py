@@ -29,7 +29,7 @@ class PartitionConfig:
     """Prototypes in one block, N_B; must divide the number of prototypes."""
     blocks_per_chunk: Annotated[int, "[1, 1e6]"] | None = None
     """Blocks whose logits exist at once; lower needs less memory, the result is the same. null is 8 on a CPU, whose
-    caches then hold them, and on a GPU as many as 2^25 logits (128 MiB) allow."""
+    caches then hold them, and on a GPU as many as 2^25 logits allow: 128 MiB, a few times that with what follows."""
 
 
 @dataclass(frozen=True, kw_only=True)

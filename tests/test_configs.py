@@ -97,6 +97,16 @@ def test_deepspeed_config_that_sets_the_batch_is_refused(tmp_path):
         read_mechanics(str(path))
 
 
+@pytest.mark.parametrize("key", ["offload_optimizer", "compute_grad_norm"])
+def test_deepspeed_config_that_moves_the_optimizer_or_its_norm_is_refused(key, tmp_path):
+    from training.engines.mechanics import read_mechanics
+
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1, key: {"device": "cpu"}}}))
+    with pytest.raises(ValueError, match=rf"zero_optimization\.{key}; expected none.*remove the key"):
+        read_mechanics(str(path))
+
+
 @pytest.mark.parametrize(
     "content",
     [

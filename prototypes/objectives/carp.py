@@ -177,7 +177,7 @@ def _compute_in_chunks(
     student_rows = student.transpose(0, 1).contiguous()
     teacher_rows = teacher.transpose(0, 1).contiguous()
     rows_and_columns = (student_rows, teacher_rows, student_prototypes, teacher_prototypes)
-    # One chunk alone is as large in the backward pass, recomputed or kept.
+    # One chunk alone is as large in the backward pass, recomputed or kept, and the loss is followed by that at once.
     compute = _compute_blocks if len(chunks) == 1 else _compute_blocks_again
     consistency_sums, mean_probs = [], []
     for blocks in chunks:

@@ -53,6 +53,13 @@ def draw_batches() -> Iterator[CropBatch]:
         yield CropBatch(*crops, seeds=seeds, keys=[""] * 16, sample_ids=seeds, position={"step": number})
 
 
+def test_a_wait_is_counted() -> None:
+    number = torch.ones((), device="cuda")
+    with counted_waits() as waits:
+        assert number.item() == 1
+    assert len(waits) == 1
+
+
 def test_an_ordinary_step_waits_twice_and_its_preparation_never(
     record_property: Callable[[str, float], None],
 ) -> None:

@@ -112,7 +112,7 @@ def build_engine(
     arguments: dict[str, Any] = {
         "student": student.to(process.device),
         "teacher": teacher.to(process.device),
-        "optim": OptimConfig(clip_grad_norm=1.0, optimizer=optimizer, **optim),
+        "optim": OptimConfig(**{"clip_grad_norm": 1.0, "optimizer": optimizer, **optim}),
         "world_size": process.world_size,
     }
     if name == "fsdp2":
@@ -232,6 +232,21 @@ def resume_twice(
         "unmoved": [name for name in expected if torch.equal(expected[name], initial[name])],
         "tensors": len(expected),
     }
+
+
+def clipped(engine_name: str, process: Process, work: Path) -> dict[str, Any]:
+    """The first moments of a step whose gradient is cut to a tenth, against those of one whose gradient is not."""
+    moments = []
+    clip = 1e6
+    for _ in range(2):
+        engine = build_engine(engine_name, process, work, accumulation=2, clip_grad_norm=clip)
+        norm = train_step(engine, 0, process, accumulation=2)["norm"]
+        moments.append({n: m for n, m in whole_state(engine).items() if n.endswith("/exp_avg")})
+        clip = norm / 10
+    plain, cut = moments
+    largest = max(float(moment.abs().max()) for moment in plain.values())
+    errors = [float((cut[name] - moment / 10).abs().max()) for name, moment in plain.items()]
+    return {"norm": norm, "tensors": len(errors), "error": max(errors) / largest}
 
 
 def continue_from(engine_name: str, process: Process, work: Path, root: str) -> dict[str, Any]:
@@ -553,6 +568,7 @@ SCENARIOS: dict[str, Any] = {
         resume_twice,
         continue_from,
         skip_moves_nothing,
+        clipped,
         ema_reference,
         first_moves,
         live_bytes,

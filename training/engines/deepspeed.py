@@ -63,8 +63,8 @@ class DeepSpeedEngine(Engine):
         zero = mechanics.get("zero_optimization", {})
         self.stage = zero.get("stage", 0)
         # The check of the gradients takes their norm. DeepSpeed would take it again, parameter by parameter, and wait
-        # for it with every group; with the optimizer on the CPU it insists.
-        self._clips_itself = self.stage in (1, 2) and "offload_optimizer" not in zero
+        # for it with every group.
+        self._clips_itself = self.stage in (1, 2)
         self._max_norm = optim.clip_grad_norm or 0.0
         if self._clips_itself:
             mechanics = mechanics | {"zero_optimization": zero | {"compute_grad_norm": False}}

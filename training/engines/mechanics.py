@@ -10,6 +10,8 @@ from typing import Any
 ALLOWED_KEYS = frozenset(
     {"zero_optimization", "torch_autocast", "comms_logger", "flops_profiler", "wall_clock_breakdown"}
 )
+# Sections of `zero_optimization` that no run can have: the optimizer is torch's, and its gradient's norm taken once.
+_REFUSED_OF_ZERO = ("offload_optimizer", "cpu_offload", "zenflow", "compute_grad_norm")
 _STAGES = (0, 1, 2, 3)
 _DTYPES = ("bfloat16", "torch.bfloat16")
 
@@ -18,8 +20,8 @@ def read_mechanics(path: str) -> dict[str, Any]:
     """Returns the DeepSpeed mechanics in a JSON file; what is inside the sections beyond ours, DeepSpeed checks.
 
     Raises:
-        ValueError: no such file, no JSON object, a key that belongs into the YAML, a stage or a precision that does
-            not exist.
+        ValueError: no such file, no JSON object, a key that belongs into the YAML or that no run can have, a stage or
+            a precision that does not exist.
     """
     option = f"engine.deepspeed_config is {path!r}"
     if not Path(path).is_file():
@@ -40,7 +42,13 @@ def read_mechanics(path: str) -> dict[str, Any]:
             raise ValueError(
                 f"{path} sets {name} to {mechanics[name]!r:.60}; expected an object; mend the file"
             )
-    stage = mechanics.get("zero_optimization", {}).get("stage", 0)
+    zero = mechanics.get("zero_optimization", {})
+    for key in (key for key in _REFUSED_OF_ZERO if key in zero):
+        raise ValueError(
+            f"{path} sets zero_optimization.{key}; expected none: the optimizer is torch's, where its parameters are, "
+            "and the program takes the gradient's norm; remove the key"
+        )
+    stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in _STAGES:
         raise ValueError(f"{path} sets stage to {stage!r:.60}; expected 0, 1, 2 or 3; mend the file")
     autocast = mechanics.get("torch_autocast", {})

@@ -132,7 +132,7 @@ def test_every_part_names_files_and_every_gpu_test_is_in_one():
         assert all((ROOT / place).is_file() for place in part.places)
     commands = " ".join(part.command for part in PARTS.values())
     assert all(f"tests/gpu/{path.name}" in commands for path in (ROOT / "tests/gpu").glob("test_*.py"))
-    for kind in ("gmm", "loss", "loader", "ceilings"):
+    for kind in ("gmm", "loss", "loader", "profile", "ceilings"):
         assert kind in PARTS
     batches = {name for name in PARTS if name.startswith("step-2x10-batch")}
     assert len(batches) >= 4 and any(name.startswith("step-2x8") for name in PARTS)
