@@ -45,6 +45,7 @@ PROGRAMS = {
             "benchmarks.unique",
             "benchmarks.comm",
             "benchmarks.step",
+            "benchmarks.step_profile",
             "benchmarks.loader",
             "benchmarks.peers",
             "benchmarks._lightly_method",
