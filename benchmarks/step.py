@@ -26,10 +26,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks._step_options import ENGINES, add_step_options
 from runtime.usage import HelpFormatter
 
-CONTESTANTS = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
-MODEL_NAMES = ("tiny", "vits", "vitl")
+CONTESTANTS = ("ddp", *ENGINES)
 FULL_OVER_JOINT = {"carp": 0.97, "ibot": 0.95}
 
 
@@ -38,23 +38,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--model", choices=MODEL_NAMES, default="tiny", help="size of the encoder")
+    add_step_options(parser)
     parser.add_argument(
         "--engines", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="who competes"
     )
-    parser.add_argument(
-        "--objective", choices=tuple(FULL_OVER_JOINT), default="carp", help="what the encoder minimises"
-    )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder")
     parser.add_argument("--batch", type=int, nargs="+", help="images a rank; the model's own where left out")
-    parser.add_argument("--local-crops", type=int, help="number of local crops")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes a rank; 0 loads in the step")
-    parser.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks")
-    parser.add_argument("--compile", action="store_true", help="compile blocks where the engine allows it")
     parser.add_argument("--ranks", type=int, default=2, help="processes")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the order and its reverse")
     parser.add_argument("--steps", type=int, default=3, help="steps a turn")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
     parser.add_argument("--timeout-s", type=float, default=1200, help="for one group of ranks")
     parser.add_argument("--shards", help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks._step_options import ENGINES, add_step_options
 from runtime.usage import HelpFormatter
 
 
@@ -29,34 +30,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step_profile", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument(
-        "--model", choices=("tiny", "vits", "vitl"), default="tiny", help="size of the encoder"
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("zero0", "zero1", "zero2", "zero3", "fsdp2"),
-        default="zero1",
-        help="what executes it",
-    )
+    add_step_options(parser)
+    parser.add_argument("--engine", choices=ENGINES, default="zero1", help="what executes it")
     parser.add_argument(
         "--mode",
         choices=("full", "joint", "frozen_random"),
         default="full",
         help="what trains the prototypes",
     )
-    parser.add_argument(
-        "--objective", choices=("carp", "ibot"), default="carp", help="what the encoder minimises"
-    )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder")
     parser.add_argument("--batch", type=int, help="images; the model's own where left out")
-    parser.add_argument("--local-crops", type=int, help="number of local crops")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes; 0 loads in the step")
-    parser.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks")
-    parser.add_argument("--compile", action="store_true", help="compile blocks")
     parser.add_argument(
         "--steps", type=int, default=12, help="undisturbed steps; a quarter of them are profiled"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
     return parser.parse_args(arguments)
 
 
