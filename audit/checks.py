@@ -24,6 +24,15 @@ _MECHANICS_OF = {
     "features": ("cache_dir", "reuse"),
 }
 _COMMON = ("seed", "role", "data", "transform", "features")
+# What the tables read of a probe's figures.
+_READ = {
+    "prototypes": ("roles.teacher.unique_fraction", "roles.teacher.angle_density_max_over_min"),
+    "knn": ("headline.top1",),
+    "linear": ("headline.top1",),
+    "logistic": ("headline.top1",),
+    "long_tail": ("per_class",),
+    "segmentation": ("headline.knn_miou", "headline.logistic_miou"),
+}
 
 
 def check_cells(config: AuditConfig) -> None:
@@ -106,7 +115,8 @@ def _check_result(
     remedy = f"move {path} away to measure again, or set name to a new name"
     result = _read_json(path)
     encoder, provenance = result.get("encoder"), result.get("provenance")
-    if result.get("probe") != probe or not isinstance(encoder, dict) or not isinstance(provenance, dict):
+    is_whole = result.get("probe") == probe and isinstance(encoder, dict) and isinstance(provenance, dict)
+    if not is_whole or not all(_holds(result.get("figures"), key) for key in _READ.get(probe, ())):
         raise UserError(f"{path} is no whole result of {probe}; expected what evaluate.py wrote; {remedy}")
     if encoder.get("label") != cell.name:
         raise UserError(f"{path} is of {encoder.get('label')!r}; expected a result of {cell.name}; {remedy}")
@@ -129,6 +139,13 @@ def _check_result(
     images = list((provenance.get("manifest_hashes") or {}).values())
     if images:  # prototypes alone are counted without any
         shared.require("test and training images", f"probe {probe}", cell, images, remedy)
+
+
+def _holds(figures: Any, dotted: str) -> bool:
+    """Returns whether there is something under a dotted key."""
+    for name in dotted.split("."):
+        figures = figures.get(name) if isinstance(figures, dict) else None
+    return figures is not None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -123,17 +123,18 @@ def submit_commands(config: AuditConfig, options: Sequence[str]) -> list[str]:
             "take segment out here, and run the audit with it and without --slurm when the jobs are done"
         )
     seeds = ",".join(str(seed) for seed in config.seeds)
-    evaluation = load_config(
-        EvaluationConfig, str(ROOT / config.evaluate), [*config.evaluate_overrides, "controls=[]"]
-    )
-    path = audit_directory(config) / "evaluate.yaml"
+    folder = audit_directory(config)
+    # A file of an audit need not name an encoder; every job sets its own.
+    options_of_all = [*config.evaluate_overrides, f"encoder={folder}", "controls=[]"]
+    evaluation = load_config(EvaluationConfig, str(ROOT / config.evaluate), options_of_all)
+    path = folder / "evaluate.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, config_to_yaml(evaluation))
     chained = ["--evaluate", ",".join(config.probes), "--evaluate-config", str(path)]
     lines = []
     for arm in config.chosen_arms:
         start, overrides = config.start_of(arm)
-        place = [f"run.name={arm}", f"run.output_dir={audit_directory(config)}"]
+        place = [f"run.name={arm}", f"run.output_dir={folder}"]
         command = [
             "python",
             "-m",

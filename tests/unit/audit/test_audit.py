@@ -177,6 +177,9 @@ def test_seeds_come_first_and_commands_hold_the_arm(tmp_path):
     written = tmp_path / "audit" / "evaluate.yaml"
     assert f"--evaluate-config {written}" in lines[0]
     assert load_config(EvaluationConfig, str(written)).data.shards == "datasets/mine"
+    nameless = tmp_path / "nameless.yaml"
+    nameless.write_text("probes: [knn]\n")
+    submit_commands(replace(config, evaluate=str(nameless)), [])  # the jobs name their encoders
     with pytest.raises(
         UserError, match=r"^segment is configs/eval_camvid_small.yaml with --slurm; .*take segment out here"
     ):
@@ -265,6 +268,9 @@ def test_results_of_another_protocol_or_other_images_do_not_stand_among_todays(t
     edit(other, lambda found: found["provenance"].update(manifest_hashes={}), config)
     with pytest.raises(UserError, match=r"knn.json is no whole result of knn; "):
         edit(other, lambda found: found.update(probe="linear"), config)
+    for damaged in ({}, {"headline": 3}, {"headline": {"top1": None}}, None):
+        with pytest.raises(UserError, match=r"knn.json is no whole result of knn; "):
+            edit(other, lambda found, damaged=damaged: found.update(figures=damaged), config)
     other.write_text("torn")
     with pytest.raises(UserError, match=r"knn.json is no whole result of knn; expected .*; move "):
         check_cells(config)
