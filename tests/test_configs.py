@@ -119,6 +119,7 @@ def test_deepspeed_config_that_moves_the_optimizer_or_its_norm_is_refused(key, t
         b'{"torch_autocast": "on"}',
         b'{"torch_autocast": {"enabled": "maybe"}}',
         b'{"torch_autocast": {"enabled": true, "dtype": "float12"}}',
+        b'{"torch_autocast": {"enabled": true, "lower_precision_safe_modules": ["torch.nn.Linear"]}}',
     ],
     ids=lambda content: content[:44].decode(errors="replace"),
 )

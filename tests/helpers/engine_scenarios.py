@@ -249,6 +249,17 @@ def clipped(engine_name: str, process: Process, work: Path) -> dict[str, Any]:
     return {"norm": norm, "tensors": len(errors), "error": max(errors) / largest}
 
 
+def averages_in_fp32(engine_name: str, process: Process, work: Path) -> dict[str, Any]:
+    """The first moments of a bf16 step of two micro-batches: each one's relative difference from ZeRO-0's."""
+    moments = []
+    for name in ("zero0", engine_name):
+        engine = build_engine(name, process, work, precision="bf16", accumulation=2)
+        train_step(engine, 0, process, accumulation=2)
+        moments.append({n: m for n, m in whole_state(engine).items() if n.endswith("/exp_avg")})
+    reference, found = moments
+    return {"errors": {n: float((found[n] - m).norm() / m.norm()) for n, m in reference.items() if m.any()}}
+
+
 def continue_from(engine_name: str, process: Process, work: Path, root: str) -> dict[str, Any]:
     """Two more steps from another engine's or another world size's checkpoint."""
     engine = build_engine(engine_name, process, work)
@@ -568,6 +579,7 @@ SCENARIOS: dict[str, Any] = {
         resume_twice,
         continue_from,
         skip_moves_nothing,
+        averages_in_fp32,
         clipped,
         ema_reference,
         first_moves,

@@ -52,9 +52,10 @@ def read_mechanics(path: str) -> dict[str, Any]:
     if type(stage) is not int or stage not in _STAGES:
         raise ValueError(f"{path} sets stage to {stage!r:.60}; expected 0, 1, 2 or 3; mend the file")
     autocast = mechanics.get("torch_autocast", {})
-    if type(autocast.get("enabled", False)) is not bool or autocast.get("dtype", "bfloat16") not in _DTYPES:
+    is_plain = autocast.keys() <= {"enabled", "dtype"} and type(autocast.get("enabled", False)) is bool
+    if not is_plain or autocast.get("dtype", "bfloat16") not in _DTYPES:
         raise ValueError(
-            f"{path} sets torch_autocast to {autocast!r:.90}; expected enabled true or false and dtype bfloat16; mend "
-            "the file"
+            f"{path} sets torch_autocast to {autocast!r:.90}; expected enabled true or false, dtype bfloat16 and "
+            "nothing else; mend the file"
         )
     return mechanics
