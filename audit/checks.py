@@ -115,8 +115,9 @@ def _check_result(
     remedy = f"move {path} away to measure again, or set name to a new name"
     result = _read_json(path)
     encoder, provenance = result.get("encoder"), result.get("provenance")
-    is_whole = result.get("probe") == probe and isinstance(encoder, dict) and isinstance(provenance, dict)
-    if not is_whole or not all(_holds(result.get("figures"), key) for key in _READ.get(probe, ())):
+    figures_are_there = all(_holds(result.get("figures"), key) for key in _READ.get(probe, ()))
+    is_of_probe = result.get("probe") == probe and figures_are_there
+    if not is_of_probe or not isinstance(encoder, dict) or not isinstance(provenance, dict):
         raise UserError(f"{path} is no whole result of {probe}; expected what evaluate.py wrote; {remedy}")
     if encoder.get("label") != cell.name:
         raise UserError(f"{path} is of {encoder.get('label')!r}; expected a result of {cell.name}; {remedy}")
