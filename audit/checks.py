@@ -6,11 +6,13 @@ Finished runs are kept: what they were made and measured with must be what the a
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from audit.cells import ROOT, Cell, audit_directory, iterate_cells
 from audit.config import AuditConfig
+from data.shards import DataError, load_manifest
 from evaluation.config import EvaluationConfig
 from runtime.config import ConfigError, build_config, config_to_dict, load_config, read_yaml
 from runtime.program import UserError
@@ -94,7 +96,9 @@ def _check_run(cell: Cell, shared: _Shared) -> None:
     try:
         found = differences_of_run(read_yaml(str(claimed)), asked)
     except ConfigError as error:
-        raise UserError(f"{cell.directory} is of a former version: {error}, or {remedy}") from error
+        raise UserError(
+            f"{cell.directory} is of a former version, or not of this program: {error}, or {remedy}"
+        ) from error
     for key, (before, now) in found.items():
         raise UserError(
             f"{key} is {now!r} for arm {cell.arm}, but {cell.directory} was made with {before!r}; expected one "
@@ -103,6 +107,13 @@ def _check_run(cell: Cell, shared: _Shared) -> None:
     for path in sorted(cell.directory.glob("checkpoints/*/MANIFEST.json"))[-1:]:
         origin = _read_json(path).get("facts", {})
         if "data_hash" in origin:
+            data = asked["data"]
+            now = _hash_of_images(data["shards"], data["split"])
+            if now not in (None, origin["data_hash"]):
+                raise UserError(
+                    f"data.shards is {data['shards']!r} for arm {cell.arm}, which holds images {now}, but "
+                    f"{cell.directory} has seen {origin['data_hash']}; expected one set for an audit's runs; {remedy}"
+                )
             shared.require("training data", f"arm {cell.arm}", cell, origin["data_hash"], remedy)
 
 
@@ -130,7 +141,9 @@ def _check_result(
     try:
         before = _protocol(probe, config_to_dict(build_config(EvaluationConfig, recorded)))
     except ConfigError as error:
-        raise UserError(f"{path} is of a former version: {error}, or {remedy}") from error
+        raise UserError(
+            f"{path} is of a former version, or not of this program: {error}, or {remedy}"
+        ) from error
     for key, now in _protocol(probe, asked).items():
         if before[key] != now:
             raise UserError(
@@ -139,14 +152,32 @@ def _check_result(
             )
     images = list((provenance.get("manifest_hashes") or {}).values())
     if images:  # prototypes alone are counted without any
+        data = asked["data"]
+        asked_for = [
+            _hash_of_images(data["shards"], data["train_split"]),
+            _hash_of_images(data["test_shards"] or data["shards"], data["test_split"]),
+        ]
+        if None not in asked_for and images != asked_for:
+            raise UserError(
+                f"data.shards is {data['shards']!r}, which holds images {asked_for}, but {path} was measured on "
+                f"{images}; expected one set for the runs of an audit; {remedy}"
+            )
         shared.require("test and training images", f"probe {probe}", cell, images, remedy)
 
 
+def _hash_of_images(shards: str | None, split: str) -> str | None:
+    """Returns the hash of the images that a configuration names; None where they are not here, or not as shards."""
+    try:
+        return None if shards is None else load_manifest(str(ROOT / shards), split).hash
+    except DataError:
+        return None
+
+
 def _holds(figures: Any, dotted: str) -> bool:
-    """Returns whether there is something under a dotted key."""
+    """Returns whether there is something under a dotted key, and no NaN."""
     for name in dotted.split("."):
         figures = figures.get(name) if isinstance(figures, dict) else None
-    return figures is not None
+    return figures is not None and not (isinstance(figures, float) and math.isnan(figures))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

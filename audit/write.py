@@ -18,7 +18,7 @@ from audit.config import AuditConfig
 from evaluation.probes.long_tail import GROUPS
 from evaluation.results import read_predictions
 from report.comparison import correctness
-from report.page import Section, render_page
+from report.page import Section, render_page, require_own_folder
 from report.runs import Run, load_runs
 from report.tables import Row, markdown_table
 from report.write import provenance_rows
@@ -58,7 +58,7 @@ def write_audit(config: AuditConfig) -> str:
     """Writes page, charts and tables of the finished runs into the audit's folder; returns the tables as text.
 
     Raises:
-        UserError: no run is finished.
+        UserError: no run is finished, or the folder of the page holds something else.
     """
     directory, figures = audit_directory(config), collect_figures(config)
     if not figures:
@@ -87,15 +87,16 @@ def write_audit(config: AuditConfig) -> str:
     ]
     sections = [section for section in sections if section.rows]
     report = directory / "report"
+    require_own_folder(report, "name")
     report.mkdir(parents=True, exist_ok=True)
     charts = audit_figures.draw_audit_charts(runs, figures)
+    flat = [run for members in runs.values() for run in members]
+    # The page first: it is what says that the folder is a report's.
+    page = render_page(list(figures), sections, charts, [], provenance_rows(flat))
+    write_atomically(report / "index.html", page)
     for chart in charts:
         write_atomically(report / f"{chart.name}.png", chart.png)
     markdown = "\n\n".join(f"## {s.title}\n\n{s.text}\n\n{markdown_table(s.rows)}" for s in sections)
-    flat = [run for members in runs.values() for run in members]
-    write_atomically(
-        report / "index.html", render_page(list(figures), sections, charts, [], provenance_rows(flat))
-    )
     write_atomically(report / "results.md", markdown + "\n")
     write_atomically(report / "results.csv", _to_csv(figures))
     write_atomically(report / "results.json", json.dumps(figures, indent=1) + "\n")

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from runtime.usage import HelpFormatter
+from runtime.usage import HelpFormatter, positive
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -27,15 +27,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="python -m benchmarks.comm", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument(
-        "--ranks", type=int, nargs="+", default=[2, 4], help="numbers of processes, one after another"
+        "--ranks", type=positive, nargs="+", default=[2, 4], help="numbers of processes, one after another"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where they compute")
     parser.add_argument(
         "--overlap-ms", type=float, default=100.0, help="work behind which to hide an exchange"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of all methods")
+    parser.add_argument("--rounds", type=positive, default=3, help="rounds of all methods")
     for name, value, meaning in (("N", 128, "rows"), ("K", 65536, "prototypes"), ("D", 256, "dimension")):
-        parser.add_argument(f"--{name}", type=int, default=value, help=meaning)
+        parser.add_argument(f"--{name}", type=positive, default=value, help=meaning)
     return parser.parse_args(arguments)
 
 

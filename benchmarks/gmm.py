@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.usage import HelpFormatter
+from runtime.usage import HelpFormatter, positive
 
 SMALL = (128, 2048, 256)
 
@@ -27,10 +27,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--large", action="store_true", help="also K = 65,536")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of all contestants")
+    parser.add_argument("--rounds", type=positive, default=3, help="rounds of all contestants")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     for name, value in zip("NKD", SMALL, strict=True):
-        parser.add_argument(f"--{name}", type=int, default=value, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", type=positive, default=value, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

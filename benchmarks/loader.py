@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from benchmarks.photographs import make_photographs
-from runtime.usage import HelpFormatter
+from runtime.usage import HelpFormatter, positive
 
 _MEMORY = "memory"
 _LOADER_BAR, _LOADER_GOAL, _ALIKE_BAR = 4.0, 7.0, 1.2
@@ -224,11 +224,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--images", default="", help="folder of class folders of JPEGs; default: wallpapers")
-    parser.add_argument("--num-images", type=int, default=240)
+    parser.add_argument("--num-images", type=positive, default=240)
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="of CPU time for each contestant and round"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument(
         "--memory-samples", type=int, default=20_000, help="length of the memory run; 0 leaves it out"
     )

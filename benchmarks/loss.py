@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 
-from runtime.usage import HelpFormatter
+from runtime.usage import HelpFormatter, positive
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -15,9 +15,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.loss", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--K", type=int, default=65536, help="prototypes")
+    parser.add_argument("--K", type=positive, default=65536, help="prototypes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds of both contestants")
+    parser.add_argument("--rounds", type=positive, default=2, help="rounds of both contestants")
     parser.add_argument("--contestant", choices=("ours", "whole"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

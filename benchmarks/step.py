@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._step_options import ENGINES, add_step_options
-from runtime.usage import HelpFormatter
+from runtime.usage import HelpFormatter, positive
 
 CONTESTANTS = ("ddp", *ENGINES)
 FULL_OVER_JOINT = {"carp": 0.97, "ibot": 0.95}
@@ -42,10 +42,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--engines", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="who competes"
     )
-    parser.add_argument("--batch", type=int, nargs="+", help="images a rank; the model's own where left out")
-    parser.add_argument("--ranks", type=int, default=2, help="processes")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the order and its reverse")
-    parser.add_argument("--steps", type=int, default=3, help="steps a turn")
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", help="images a rank; the model's own where left out"
+    )
+    parser.add_argument("--ranks", type=positive, default=2, help="processes")
+    parser.add_argument("--rounds", type=positive, default=3, help="rounds of the order and its reverse")
+    parser.add_argument("--steps", type=positive, default=3, help="steps a turn")
     parser.add_argument("--timeout-s", type=float, default=1200, help="for one group of ranks")
     parser.add_argument("--shards", help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks._step_options import ENGINES, add_step_options
-from runtime.usage import HelpFormatter
+from runtime.usage import HelpFormatter, positive
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -38,9 +38,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default="full",
         help="what trains the prototypes",
     )
-    parser.add_argument("--batch", type=int, help="images; the model's own where left out")
+    parser.add_argument("--batch", type=positive, help="images; the model's own where left out")
     parser.add_argument(
-        "--steps", type=int, default=12, help="undisturbed steps; a quarter of them are profiled"
+        "--steps", type=positive, default=12, help="undisturbed steps; a quarter of them are profiled"
     )
     return parser.parse_args(arguments)
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from runtime.usage import HelpFormatter
+from runtime.usage import HelpFormatter, positive
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -14,8 +14,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.unique", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--K", type=int, default=65536, help="prototypes")
-    parser.add_argument("--D", type=int, default=256, help="their dimension")
+    parser.add_argument("--K", type=positive, default=65536, help="prototypes")
+    parser.add_argument("--D", type=positive, default=256, help="their dimension")
     return parser.parse_args(arguments)
 
 

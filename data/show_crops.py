@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from data.config import RECIPES, AugmentationConfig, DataConfig
 from data.usage import Parser
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
 _MARGIN = 4
 _BACKGROUND = 255
 _SHOWN_PERCENTILES = (2, 98)
+# What a picture says of its origin: others are not replaced.
+_SOFTWARE = ("Software", "data.show_crops")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes the picture that the command line asks for; returns the exit code."""
     options = _parse(arguments)
     try:
+        _check_place(options.out)
         config = DataConfig(
             shards=options.shards,
             split=options.split,
@@ -55,12 +59,31 @@ def main(arguments: list[str] | None = None) -> int:
         )
         crops = draw_crops(config, num_images=options.images, seed=options.seed)
         _require_bands(options.bands, config.channels)
-        Image.fromarray(arrange_crops(crops, config, options.bands)).save(options.out)
+        origin = PngInfo()
+        origin.add_text(*_SOFTWARE)
+        Image.fromarray(arrange_crops(crops, config, options.bands)).save(options.out, pnginfo=origin)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     print(f"{options.out}: {options.images} images, recipe {options.recipe}")
     return 0
+
+
+def _check_place(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out is {str(path)!r}; expected a name that ends with .png; set --out")
+    if not path.exists():
+        return
+    key, mark = _SOFTWARE
+    try:
+        with Image.open(path) as picture:
+            is_own = picture.info.get(key) == mark
+    except OSError:  # no picture
+        is_own = False
+    if not is_own:
+        raise ValueError(
+            f"--out is {str(path)!r}, which exists and is no picture of this program; expected a new name; set --out"
+        )
 
 
 def _require_bands(bands: Sequence[int], channels: int) -> None:

@@ -16,7 +16,7 @@ from evaluation.encoders.preprocessing import Preprocessing
 from evaluation.features.processes import Processes, require_writable, start_processes
 from evaluation.features.session import Session, extract_together
 from evaluation.probes.run import PROBE_FUNCTIONS
-from evaluation.results import collect_provenance, write_result
+from evaluation.results import collect_provenance, read_encoder, write_result
 from runtime.config import config_hash, config_to_dict
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ def evaluate(config: EvaluationConfig) -> list[Path]:
     )
     _refuse_features_of_a_file(config, encoder)
     directory = results_directory(config, encoder)
+    processes.do_on_first(lambda: _require_own_results(config, encoder, directory))
     require_writable(directory, "output_dir", processes)
     # Only now: what takes long must not come before what may be mistaken.
     config = _with_shards(config, processes)
@@ -127,6 +128,27 @@ def results_directory(config: EvaluationConfig, encoder: Encoder) -> Path:
     if encoder.run_dir is not None and encoder.role != "control":
         return encoder.run_dir / "results"
     return Path("outputs/evaluations") / encoder.label / "results"
+
+
+def _require_own_results(config: EvaluationConfig, encoder: Encoder, directory: Path) -> None:
+    """Refuses to replace what is no result of a probe, and outside of a run's directory another encoder's."""
+    for probe in config.probes:
+        path = directory / f"{probe}.json"
+        if not path.exists():
+            continue
+        found = read_encoder(path, probe)
+        if found is None:
+            raise ValueError(
+                f"{path} exists and is no result of {probe}; expected a place for results; move it away, or set "
+                "output_dir"
+            )
+        of_run = encoder.run_dir is not None and directory == encoder.run_dir / "results"
+        is_same = Path(encoder.spec).resolve() == Path(found["spec"]).resolve()
+        if not of_run and not is_same and encoder.weights_sha256 != found["weights_sha256"]:
+            raise ValueError(
+                f"{path} is a result of {found['spec']}; expected none of another encoder than {encoder.spec}; set "
+                "output_dir"
+            )
 
 
 def _run_probe(session: Session, probe: str, directory: Path) -> Path:

@@ -84,6 +84,22 @@ def write_result(
     return path
 
 
+def read_encoder(path: Path, probe: str) -> dict[str, Any] | None:
+    """Returns what a result says of its encoder; None where the file is no whole result of this probe."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if (
+        not isinstance(content, dict)
+        or content.get("schema") != RESULT_SCHEMA
+        or content.get("probe") != probe
+    ):
+        return None
+    encoder = content.get("encoder")
+    return encoder if isinstance(encoder, dict) and {"spec", "weights_sha256"} <= encoder.keys() else None
+
+
 def read_results(directory: Path) -> list[dict[str, Any]]:
     """Returns every result under a results directory, each with `path`; unreadable files are named in the log."""
     found = []

@@ -8,10 +8,15 @@ import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from report.charts import Chart
 from report.tables import Row
+from runtime.program import UserError
 
+# What every page says of itself; by its title a former one is known.
+_TITLE = "Pretraining report"
+_HEAD_CHARACTERS = 2000
 # Rows of a table on the page; thousands of classes stand in the CSV file.
 _MOST_ROWS = 100
 _STYLE = """
@@ -67,6 +72,26 @@ class Section:
     most_rows: int | None = _MOST_ROWS
 
 
+def require_own_folder(directory: Path, key: str) -> None:
+    """Refuses to write a page where something else lies: files of one name would be replaced.
+
+    Args:
+        directory: of the page; it need not exist.
+        key: the option that names it.
+
+    Raises:
+        UserError: it holds files, and no page of this program among them.
+    """
+    page = directory / "index.html"
+    held = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    is_own = page.is_file() and f"<title>{_TITLE}: " in page.read_text(errors="replace")[:_HEAD_CHARACTERS]
+    if held and not is_own:
+        raise UserError(
+            f"{key} is {str(directory)!r}, which holds {held[0]} and no page of this program; expected an empty "
+            f"folder, a new name or a former report; set {key}"
+        )
+
+
 def render_page(
     names: Sequence[str],
     sections: Sequence[Section],
@@ -94,15 +119,14 @@ def render_page(
     parts = [part for part in parts if part[2]]
     links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in parts)
     body = "".join(f'<h2 id="{anchor}">{title}</h2>{content}' for anchor, title, content in parts)
-    title = "Pretraining report"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         + ("" if reload_s is None else f'<meta http-equiv="refresh" content="{reload_s:g}">\n')
         +
         # An empty icon: browsers otherwise ask for /favicon.ico and note an error.
-        f'<link rel="icon" href="data:,">\n<title>{title}: {html.escape(", ".join(names))}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<header><div><h1>{title}</h1>"
+        f'<link rel="icon" href="data:,">\n<title>{_TITLE}: {html.escape(", ".join(names))}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<header><div><h1>{_TITLE}</h1>"
         f"<p>{html.escape(', '.join(names))}</p><nav>{links}</nav></div></header>\n<main>{body}</main>\n"
         "<footer>Every figure lies beside this page as a PNG; the tables are in results.csv and results.md."
         "</footer>\n</body>\n</html>\n"

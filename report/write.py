@@ -18,7 +18,7 @@ from report import charts, curves, panels, segmentation
 from report.charts import Chart
 from report.comparison import accuracy_rows
 from report.confusion import class_names, count_confusions
-from report.page import Section, render_page
+from report.page import Section, render_page, require_own_folder
 from report.runs import Run, load_runs
 from report.sections import table_sections
 from report.tables import Row, markdown_table
@@ -40,23 +40,24 @@ def write_report(
         reload_s: seconds after which a browser that shows the page reads it again.
 
     Raises:
-        UserError: a directory is no run.
+        UserError: a directory is no run, or `out` holds something else than a report.
         ValueError: `out` cannot be a folder, or not be written.
     """
     runs = load_runs(run_dirs)
+    require_own_folder(out, "--out")
     require_writable(out, "--out", Processes())
     drawn = draw_charts(runs)
     pictures = [chart for run in runs for chart in _draw_panels(run)] if with_images else []
+    sections = table_sections(runs)
+    names, provenance = [run.name for run in runs], provenance_rows(runs)
+    # The page first: it is what says that the folder is a report's.
+    page = out / "index.html"
+    write_atomically(page, render_page(names, sections, drawn, pictures, provenance, reload_s))
     for chart in [*drawn, *pictures]:
         write_atomically(out / f"{chart.name}.png", chart.png)
-    sections = table_sections(runs)
     write_atomically(out / "results.csv", _to_csv(sections))
     markdown = "\n\n".join(f"## {s.title}\n\n{s.text}\n\n{markdown_table(s.rows)}".rstrip() for s in sections)
     write_atomically(out / "results.md", markdown + "\n")
-    names, provenance = [run.name for run in runs], provenance_rows(runs)
-    html = render_page(names, sections, drawn, pictures, provenance, reload_s)
-    page = out / "index.html"
-    write_atomically(page, html)
     return page
 
 

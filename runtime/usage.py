@@ -25,6 +25,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
+def positive(text: str) -> int:
+    """Returns the whole number of an option that counts something; argparse says what is wrong with another."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number of at least 1")
+    return int(text)
+
+
 def asks_for_help(arguments: Sequence[str]) -> bool:
     """Whether a command line holds `-h` or `--help`."""
     return any(argument in ("-h", "--help") for argument in arguments)

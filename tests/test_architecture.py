@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "training": {"models", "prototypes", "data", "runtime"},
     "evaluation": {"models", "prototypes", "data", "runtime"},
     "report": {"evaluation", "data", "runtime"},
-    "audit": {"report", "training", "evaluation", "runtime"},
+    "audit": {"report", "training", "evaluation", "data", "runtime"},
     "slurm": {"runtime", "training", "evaluation"},
     "benchmarks": set(ROOMS),
     "examples": {"prototypes"},

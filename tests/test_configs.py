@@ -97,13 +97,17 @@ def test_deepspeed_config_that_sets_the_batch_is_refused(tmp_path):
         read_mechanics(str(path))
 
 
-@pytest.mark.parametrize("key", ["offload_optimizer", "compute_grad_norm"])
+@pytest.mark.parametrize(
+    "key", ["offload_optimizer", "compute_grad_norm", "zero_quantized_gradients", "stge"]
+)
 def test_deepspeed_config_that_moves_the_optimizer_or_its_norm_is_refused(key, tmp_path):
     from training.engines.mechanics import read_mechanics
 
     path = tmp_path / "bad.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 1, key: {"device": "cpu"}}}))
-    with pytest.raises(ValueError, match=rf"zero_optimization\.{key}; expected none.*remove the key"):
+    with pytest.raises(
+        ValueError, match=rf"zero_optimization\.{key}; expected only allgather.*remove the key"
+    ):
         read_mechanics(str(path))
 
 
@@ -116,7 +120,12 @@ def test_deepspeed_config_that_moves_the_optimizer_or_its_norm_is_refused(key, t
         b'{"zero_optimization": 3}',
         b'{"zero_optimization": {"stage": 9}}',
         b'{"zero_optimization": {"stage": true}}',
+        b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}}',
+        b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": 0.5}}',
+        b'{"zero_optimization": {"stage": 2, "overlap_comm": "maybe"}}',
         b'{"torch_autocast": "on"}',
+        b'{"comms_logger": 3}',
+        b'{"wall_clock_breakdown": "on"}',
         b'{"torch_autocast": {"enabled": "maybe"}}',
         b'{"torch_autocast": {"enabled": true, "dtype": "float12"}}',
         b'{"torch_autocast": {"enabled": true, "lower_precision_safe_modules": ["torch.nn.Linear"]}}',

@@ -81,7 +81,10 @@ def describe_difference(run_dir: object, saved: dict[str, Any], current: dict[st
     try:
         differences = differences_of_run(saved, current)
     except ConfigError as error:
-        return f"run directory {run_dir} is of a former version: {error}, or set run.name to a new name"
+        return (
+            f"run directory {run_dir} is of a former version, or not of this program: {error}, or set run.name to a "
+            "new name"
+        )
     longer = _is_longer(differences)
     if longer and current["run"].get("extend"):
         differences = {key: pair for key, pair in differences.items() if key not in LENGTH}

@@ -61,6 +61,7 @@ from training.checkpoints.exported_encoder import (
     assemble_backbone,
     assemble_heads,
     export_encoder,
+    is_export,
     load_exported,
 )
 from training.checkpoints.files import load_manifest
@@ -92,8 +93,12 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"OUT is {out_dir}, which is a file; expected an empty folder or a new name; set OUT")
     held = {path.name for path in out_dir.iterdir()} if out_dir.is_dir() else set()
-    if foreign := sorted(held - EXPORTED_NAMES):
-        raise UserError(f"OUT is {out_dir}, which holds {foreign[0]}; expected an empty folder; set OUT")
+    if held and not is_export(out_dir):
+        other = min(held - EXPORTED_NAMES or held)
+        raise UserError(
+            f"OUT is {out_dir}, which holds {other} and is no export; expected an empty folder, a new name or a former "
+            "export; set OUT"
+        )
     config = load_config(PretrainConfig, str(run_dir / "config.yaml"))
     state, exported = ConsolidatedState(checkpoint), checkpoint / "teacher"
     backbone = assemble_backbone(config.model, state, which)

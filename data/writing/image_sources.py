@@ -17,7 +17,7 @@ from PIL import Image
 
 from data.config import MAX_IMAGE_PIXELS
 from data.local_errors import raise_if_local
-from data.members import ARRAY_SUFFIX, READABLE_SUFFIXES, readable
+from data.members import ARRAY_SUFFIX, READABLE_SUFFIXES, is_system_name, readable
 from data.shards import DataError
 from data.views.decoding import BadImageError, decode_any, decode_to_pil
 from data.views.kinds import describe_loss, kind_of
@@ -202,6 +202,10 @@ def list_image_folder(
             raise DataError(
                 f"{stray} lies beside class folders; expected it in one of them; move or remove it"
             )
+        for folder in sorted(Path(root).iterdir()):
+            is_class = folder.is_dir() and not folder.is_symlink() and not is_system_name(folder.name)
+            if any(names) and is_class and readable(folder.name) not in names:
+                passed.add("class folder without an image", str(folder))
     items: list[_Item] = [(path, name, {}, suffix) for (path, suffix), name in zip(found, names, strict=True)]
     return _number_classes(items, known_classes, passed)
 

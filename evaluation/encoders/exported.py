@@ -57,6 +57,15 @@ def find_exported_folder(spec: str, role: Role = "teacher") -> ExportedFolder:
     return ExportedFolder(folder, run_dir.resolve() if run_dir else None, int(match.group(1)))
 
 
+def name_folder(path: Path) -> str:
+    """Returns an exported folder's short name; inside checkpoints, where all are called alike, `RUN-step-N-ROLE`."""
+    if _STEP_DIRECTORY.fullmatch(path.parent.name) is None:
+        return path.name
+    checkpoint = path.parent.resolve()
+    run = [checkpoint.parent.parent.name] if checkpoint.parent.name == "checkpoints" else []
+    return "-".join([*run, checkpoint.name, path.name])
+
+
 def require_folder(path: Path, spec: str) -> None:
     """Raises EncoderError unless `path` is a directory; `spec` is how the user named it."""
     if not path.is_dir():

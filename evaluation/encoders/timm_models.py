@@ -16,6 +16,7 @@ from evaluation.encoders.exported import (
     EncoderError,
     ExportedFolder,
     find_exported_folder,
+    name_folder,
     one_line,
     read_json,
     require_folder,
@@ -48,7 +49,7 @@ def load_exported(spec: WeightsSpec, options: LoadOptions) -> Encoder:
             f"encoder is {spec.text!r}; expected an exported folder with config.json; set encoder to a run "
             "directory, a checkpoint, a folder, timm:NAME, hf:NAME or local-dir:PATH"
         )
-    label = folder.run_dir.name if folder.run_dir else folder.path.name
+    label = folder.run_dir.name if folder.run_dir else name_folder(folder.path)
     return _load(spec.text, f"local-dir:{folder.path}", label, options, folder, options.role)
 
 

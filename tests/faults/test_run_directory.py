@@ -285,6 +285,13 @@ def test_an_export_replaces_an_export_and_nothing_else(finished: Path, tmp_path:
     assert (out / "notes.txt").exists()
     with pytest.raises(UserError, match=r"OUT is .*notes\.txt, which is a file; expected an empty folder"):
         export_from_run(finished, out / "notes.txt", "teacher")
+    foreign = tmp_path / "a model of somebody's"
+    foreign.mkdir()
+    for name in ("config.json", "model.safetensors"):  # what other programs call theirs too
+        (foreign / name).write_text("x")
+    with pytest.raises(UserError, match=r"OUT is .*, which holds config\.json and is no export; "):
+        export_from_run(finished, foreign, "teacher")
+    assert {path.read_text() for path in foreign.iterdir()} == {"x"}
     assert (out / "notes.txt").read_text() == "x" and [path.name for path in out.glob(".*")] == []
 
 

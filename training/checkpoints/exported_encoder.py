@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 PROTOTYPES_NAME = "prototypes.safetensors"
 CARD_NAME = "README.md"
+_CARD_PHRASE = "pretrained with prototypical self-supervision"
 HEADS = ("projection_head", "patch_head")
 # What may lie beside the encoder, by the names of their files: for whoever asks which prototype an image, or a patch,
 # is nearest to.
@@ -106,6 +107,13 @@ def export_encoder(
         save_tensors(out_dir / f"{name}.safetensors", dict(tensors))
     about = (backbone, vit.measure_embed_dim(model), data_config, pixels, files, provenance, license_name)
     write_atomically(out_dir / CARD_NAME, _model_card(*about))
+
+
+def is_export(directory: Path) -> bool:
+    """Whether a folder holds an export and nothing else, by its card: other programs write `config.json` as well."""
+    card = directory / CARD_NAME
+    others = {path.name for path in directory.iterdir()} - EXPORTED_NAMES
+    return not others and card.is_file() and _CARD_PHRASE in card.read_text(errors="replace")
 
 
 def load_exported(directory: Path) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -253,7 +261,7 @@ def _model_card(
         "- self-supervised-learning",
         "---",
         "",
-        f"# {backbone.pretrained_cfg['architecture']}, pretrained with prototypical self-supervision",  # type: ignore[index]
+        f"# {backbone.pretrained_cfg['architecture']}, {_CARD_PHRASE}",  # type: ignore[index]
         "",
         f"{parameters:,} parameters, embedding of {embed_dim} numbers, no classifier. "
         f"Input: {channels} x {height} x {width}, {unit[pixels]}, normalised with mean {list(data_config['mean'])} "

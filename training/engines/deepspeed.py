@@ -21,6 +21,7 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from models.student_teacher import update_ema_
@@ -86,9 +87,7 @@ class DeepSpeedEngine(Engine):
             "zero_allow_untested_optimizer": True,
         }
         self._rank = dist.get_rank()
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=student, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        self._engine, self._optimizer = _initialize(student, optimizer, settings, deepspeed_config)
         self._engine.train()
         self.student = student
         self._device = next(student.parameters()).device
@@ -300,6 +299,20 @@ class DeepSpeedEngine(Engine):
             safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
         else:
             self._optimizer.state[parameter][moment].copy_(value)
+
+
+def _initialize(
+    student: TrainedNetwork, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], path: str
+) -> tuple[Any, Any]:
+    """Returns DeepSpeed's engine and optimizer; a line for what it refuses of the file at `path`."""
+    try:
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=student, optimizer=optimizer, config=dict(settings), dist_init_required=False
+        )
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
+        raise ValueError(f"{path} is refused by DeepSpeed ({found}); mend the file") from error
+    return engine, wrapped
 
 
 def _cut_teacher(teacher: TrainedNetwork, settings: Mapping[str, Any]) -> Any:

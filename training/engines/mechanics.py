@@ -10,8 +10,34 @@ from typing import Any
 ALLOWED_KEYS = frozenset(
     {"zero_optimization", "torch_autocast", "comms_logger", "flops_profiler", "wall_clock_breakdown"}
 )
-# Sections of `zero_optimization` that no run can have: the optimizer is torch's, and its gradient's norm taken once.
-_REFUSED_OF_ZERO = ("offload_optimizer", "cpu_offload", "zenflow", "compute_grad_norm")
+# What of DeepSpeed's stages a run may set: how bytes are moved, and nothing that rounds (quantised gradients) or goes
+# where our optimizer and our checkpoints do not look (offloading, secondary copies).
+_SWITCHES = frozenset(
+    {
+        "overlap_comm",
+        "contiguous_gradients",
+        "reduce_scatter",
+        "allgather_partitions",
+        "use_multi_rank_bucket_allreduce",
+        "round_robin_gradients",
+        "memory_efficient_linear",
+        "enable_sanity_checks",
+        "stage3_use_all_reduce_for_fetch_params",
+        "stage3_allgather_sequential",
+    }
+)
+_NUMBERS = frozenset(
+    {
+        "reduce_bucket_size",
+        "allgather_bucket_size",
+        "sub_group_size",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+    }
+)
 _STAGES = (0, 1, 2, 3)
 _DTYPES = ("bfloat16", "torch.bfloat16")
 
@@ -37,20 +63,13 @@ def read_mechanics(path: str) -> dict[str, Any]:
             f"{path} sets {key}; expected only {', '.join(sorted(ALLOWED_KEYS))}: batch sizes, clipping, optimizer "
             "and schedule come from the YAML; remove the key"
         )
-    for name in ("zero_optimization", "torch_autocast"):
-        if not isinstance(mechanics.get(name, {}), dict):
-            raise ValueError(
-                f"{path} sets {name} to {mechanics[name]!r:.60}; expected an object; mend the file"
-            )
+    for name, value in mechanics.items():
+        kind, said = (bool, "true or false") if name == "wall_clock_breakdown" else (dict, "an object")
+        if type(value) is not kind:
+            raise ValueError(f"{path} sets {name} to {value!r:.60}; expected {said}; mend the file")
     zero = mechanics.get("zero_optimization", {})
-    for key in (key for key in _REFUSED_OF_ZERO if key in zero):
-        raise ValueError(
-            f"{path} sets zero_optimization.{key}; expected none: the optimizer is torch's, where its parameters are, "
-            "and the program takes the gradient's norm; remove the key"
-        )
-    stage = zero.get("stage", 0)
-    if type(stage) is not int or stage not in _STAGES:
-        raise ValueError(f"{path} sets stage to {stage!r:.60}; expected 0, 1, 2 or 3; mend the file")
+    for key, value in zero.items():
+        _check_zero(path, key, value)
     autocast = mechanics.get("torch_autocast", {})
     is_plain = autocast.keys() <= {"enabled", "dtype"} and type(autocast.get("enabled", False)) is bool
     if not is_plain or autocast.get("dtype", "bfloat16") not in _DTYPES:
@@ -59,3 +78,26 @@ def read_mechanics(path: str) -> dict[str, Any]:
             "nothing else; mend the file"
         )
     return mechanics
+
+
+def _check_zero(path: str, key: str, value: Any) -> None:
+    rules = {
+        **dict.fromkeys(_SWITCHES, ("true or false", type(value) is bool)),
+        **dict.fromkeys(_NUMBERS, ("a whole number of at least 1", _is_count(value))),
+        "stage": ("0, 1, 2 or 3", type(value) is int and value in _STAGES),
+    }
+    if key not in rules:
+        raise ValueError(
+            f"{path} sets zero_optimization.{key}; expected only {', '.join(sorted(rules))}: the optimizer is torch's, "
+            "where its parameters are, the program takes the gradient's norm, and nothing may round; remove the key"
+        )
+    rule, holds = rules[key]
+    if not holds:
+        raise ValueError(
+            f"{path} sets zero_optimization.{key} to {value!r:.60}; expected {rule}; mend the file"
+        )
+
+
+def _is_count(value: Any) -> bool:
+    # JSON's 5e7 is a float.
+    return type(value) in (int, float) and value >= 1 and value == int(value)

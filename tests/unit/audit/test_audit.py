@@ -15,10 +15,12 @@ from audit.checks import check_cells
 from audit.config import AuditConfig
 from audit.run import run_missing, submit_commands
 from audit.write import difference_rows, spread, write_audit
+from data.shards import load_manifest
 from evaluation.config import EvaluationConfig
 from evaluation.results import write_result
 from runtime.config import config_to_dict, config_to_yaml, load_config
 from runtime.program import UserError, run_program
+from tests.helpers.digits import write_digit_shards
 from training.config import PretrainConfig
 
 PROBES = ("prototypes", "knn", "linear", "long_tail")
@@ -268,7 +270,7 @@ def test_results_of_another_protocol_or_other_images_do_not_stand_among_todays(t
     edit(other, lambda found: found["provenance"].update(manifest_hashes={}), config)
     with pytest.raises(UserError, match=r"knn.json is no whole result of knn; "):
         edit(other, lambda found: found.update(probe="linear"), config)
-    for damaged in ({}, {"headline": 3}, {"headline": {"top1": None}}, None):
+    for damaged in ({}, {"headline": 3}, {"headline": {"top1": math.nan}}, None):
         with pytest.raises(UserError, match=r"knn.json is no whole result of knn; "):
             edit(other, lambda found, damaged=damaged: found.update(figures=damaged), config)
     other.write_text("torn")
@@ -279,6 +281,31 @@ def test_results_of_another_protocol_or_other_images_do_not_stand_among_todays(t
     Cell(config, "full", 0).directory.joinpath("config.yaml").unlink()
     with pytest.raises(UserError, match=r"full-seed0 has results and no config.yaml; "):
         check_cells(replace(config, probes=("knn",)))
+
+
+def test_other_images_than_those_asked_for_are_found_before_anything_runs(tmp_path):
+    shards = write_digit_shards(tmp_path / "digits", num_train=8, num_test=4, per_shard=8)
+    train, test = (load_manifest(shards, split).hash for split in ("train", "test"))
+    config = make_config(tmp_path)
+    result = claim(config, "full", 0)
+    checkpoint = Cell(config, "full", 0).directory / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    asked = replace(config, overrides=(f"data.shards={shards}",))
+    for seen, agrees in ((train, True), ("other", False)):
+        (checkpoint / "MANIFEST.json").write_text(json.dumps({"facts": {"data_hash": seen}}))
+        if agrees:
+            check_cells(asked)
+        else:
+            with pytest.raises(UserError, match=rf"holds images {train}, but .*full-seed0 has seen other; "):
+                check_cells(asked)
+    asked = replace(config, evaluate_overrides=(f"data.shards={shards}",))
+    with pytest.raises(UserError, match=r"^data.shards is .*, but .*knn.json was measured on \['a', 'b'\]; "):
+        check_cells(asked)
+    edit(
+        result,
+        lambda found: found["provenance"].update(manifest_hashes={"train": train, "test": test}),
+        asked,
+    )
 
 
 def edit(path, change, config):

@@ -20,6 +20,24 @@ def test_a_picture_is_written(make_set, tmp_path):
     assert (picture[:4] == 255).all()
 
 
+def test_what_is_no_picture_of_ours_is_not_replaced(make_set, tmp_path, capsys):
+    shards = make_set([6])
+    sizes = ["--recipe", "none", "--global-size", "20", "--local-crops", "0", "--images", "2"]
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
+    (tmp_path / "text.png").write_text("mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    for name, rule in (
+        ("photo.png", "expected a new name"),
+        ("text.png", "expected a new name"),
+        ("x.jpg", "ends with .png"),
+    ):
+        assert main([shards, "--out", str(tmp_path / name), *sizes]) == 2
+        assert rule in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == before
+    for _ in range(2):  # its own it replaces
+        assert main([shards, "--out", str(tmp_path / "crops.png"), *sizes]) == 0
+
+
 def test_a_wrong_folder_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.png")]) == 2
     assert capsys.readouterr().err.startswith("error: data.shards is")

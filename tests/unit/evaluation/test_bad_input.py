@@ -13,6 +13,7 @@ import torch
 import evaluate as program
 from data.verify_shards import write_manifests
 from evaluation.config import EvaluationConfig
+from evaluation.encoders.exported import name_folder
 from runtime.config import load_config
 from runtime.program import run_program
 from tests.test_configs import ROOT, unread_options
@@ -56,6 +57,30 @@ def test_a_missing_label(evaluate, run_dir, digits, tmp_path):
     code, errors = evaluate(f"encoder={run_dir}", f"data.shards={shards}")
     assert code == 2 and len(errors) == 1 and "label" in errors[0], errors
     assert not (tmp_path / "out" / "knn.json").exists()
+
+
+def test_results_of_others_are_not_replaced(evaluate, run_dir, digits, tmp_path):
+    place, path = tmp_path / "out", tmp_path / "out" / "knn.json"
+    place.mkdir()
+    path.write_text("mine")
+    asked = (f"encoder={run_dir}", f"data.shards={digits}", "controls=[]")
+    code, errors = evaluate(*asked)
+    assert code == 2 and "exists and is no result of knn; expected a place for results" in errors[0]
+    assert path.read_text() == "mine"
+    path.unlink()
+    assert evaluate(*asked)[0] == evaluate(*asked)[0] == 0  # its own it replaces
+    before = path.read_text()
+    pixels = ("encoder=raw-pixels", "transform.image_size=8", "transform.channels=1")
+    code, errors = evaluate(*pixels, *asked[1:])
+    assert code == 2 and f"knn.json is a result of {run_dir}; expected none of another encoder" in errors[0]
+    assert path.read_text() == before
+
+
+def test_exports_inside_checkpoints_have_names_of_their_own(tmp_path):
+    inside = tmp_path / "mine" / "checkpoints" / "step-00000045" / "teacher"
+    assert name_folder(inside) == "mine-step-00000045-teacher"
+    assert name_folder(tmp_path / "step-00000045" / "student") == "step-00000045-student"
+    assert name_folder(tmp_path / "exported") == "exported"
 
 
 def test_another_class_map(evaluate, run_dir, digits, tmp_path):

@@ -205,6 +205,21 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
         write_report([make_run(tmp_path / "run")], tmp_path / "taken", with_images=False)
 
 
+def test_a_page_is_written_where_nothing_else_lies(tmp_path):
+    run, out = make_run(tmp_path / "run"), tmp_path / "page"
+    out.mkdir()
+    for name in ("results.csv", "index.html"):
+        mine = out / name
+        mine.write_text("mine")
+        with pytest.raises(ValueError, match=rf"^--out is .*page', which holds {name} and no page"):
+            write_report([run], out, with_images=False)
+        assert [path.name for path in out.iterdir()] == [name] and mine.read_text() == "mine"
+        mine.unlink()
+    write_report([run], out, with_images=False)
+    (out / "notes.txt").write_text("mine")
+    assert write_report([run], out, with_images=False) == out / "index.html"  # a former one's place
+
+
 def test_file_names_are_short_and_stay_unique():
     long = ["é" * 150 + "1", "é" * 150 + "2"]
     assert len({figures.file_name(text) for text in long}) == 2

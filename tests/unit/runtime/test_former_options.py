@@ -53,7 +53,8 @@ def test_a_run_of_a_former_version_is_the_same_run():
     saved["prototypes"]["gmm"]["largest"] = 4
     problem = describe_difference("outputs/run", saved, now)
     assert (
-        "outputs/run is of a former version: prototypes.gmm.largest is 4" in problem and "\n" not in problem
+        "outputs/run is of a former version, or not of this program: prototypes.gmm.largest is 4" in problem
+        and "\n" not in problem
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import resource
@@ -15,7 +16,7 @@ from audit.config import AuditConfig
 from evaluation.config import EvaluationConfig
 from runtime.config import iterate_keys
 from runtime.options import iterate_options
-from runtime.usage import describe_usage
+from runtime.usage import describe_usage, positive
 from tests.helpers.digits import DEMO
 from training.config import PretrainConfig
 
@@ -171,3 +172,10 @@ def test_a_path_that_is_none_is_one_line(path: str, site: dict[str, str]) -> Non
     done = run(["pretrain.py", path], site)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert re.match(r"error: configuration file is .{1,200}; expected an existing YAML file", done.stderr)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", ""])
+def test_what_is_counted_is_at_least_one(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number of at least 1"):
+        positive(text)
+    assert positive("12") == 12

@@ -224,6 +224,16 @@ def test_impossible_names_of_splits_are_one_line(tmp_path, image_bytes, capsys, 
     assert f"error: --split is {split!r}; expected letters" in capsys.readouterr().err
 
 
+def test_a_class_folder_without_an_image_is_named(tmp_path, image_bytes):
+    write_images(tmp_path / "in" / "full", image_bytes, 1)
+    for name in ("empty", ".hidden"):
+        (tmp_path / "in" / name).mkdir()
+    listing = list_image_folder(str(tmp_path / "in"))
+    assert listing.classes == ("full",)
+    (line,) = [line for line in listing.passed_over.lines() if "class folder" in line]
+    assert "class folder without an image: 1 (" in line and "empty" in line
+
+
 def test_shards_of_others_are_neither_replaced_nor_removed(tmp_path, image_bytes, capsys):
     write_images(tmp_path / "in", image_bytes, 2)
     out = tmp_path / "out"
