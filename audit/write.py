@@ -17,7 +17,7 @@ from audit.cells import Cell, audit_directory
 from audit.config import AuditConfig
 from evaluation.probes.long_tail import GROUPS
 from evaluation.results import read_predictions
-from report.comparison import correctness
+from report.comparison import correctness, mean_difference
 from report.page import Section, render_page, require_own_folder
 from report.runs import Run, load_runs
 from report.tables import Row, markdown_table
@@ -30,6 +30,7 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _NORMAL95 = 1.960
 _SHOWN_EPS = ("0.025", "0.1", "0.5")
 _EARLY_SHARE = 0.2
+_ACCURACIES = (("knn", "k-NN"), ("linear", "linear"), ("logistic", "logistic"))
 # What is no share of 0 to 1, and its decimals; all else is shown in percent with one.
 _PLAIN = {"angle max/min": 1, "effective rank": 1, "cosine to start": 5, "smallest cosine to start": 5}
 
@@ -65,9 +66,11 @@ def write_audit(config: AuditConfig) -> str:
         raise UserError(
             f"{directory} has no finished run; expected results of at least one arm; run the audit first"
         )
-    runs = {
-        arm: [_load_cell(Cell(config, arm, int(seed))) for seed in seeds] for arm, seeds in figures.items()
+    by_seed = {
+        arm: {seed: _load_cell(Cell(config, arm, int(seed))) for seed in seeds}
+        for arm, seeds in figures.items()
     }
+    runs = {arm: list(seeds.values()) for arm, seeds in by_seed.items()}
     sections = [
         Section(
             "Arms",
@@ -79,8 +82,12 @@ def write_audit(config: AuditConfig) -> str:
         *(
             Section(
                 f"Minus {reference}",
-                "Paired by seed, in points: mean and 95 % interval (Student's t over seeds).",
-                difference_rows(figures, reference),
+                "Paired by seed, in points: mean and 95 % interval (Student's t over seeds); over images: that of the "
+                "mean over these seeds, by resampling the test images, which arms share.",
+                [
+                    row | image_intervals(by_seed, row["arm"], reference)
+                    for row in difference_rows(figures, reference)
+                ],
             )
             for reference in config.references
         ),
@@ -138,7 +145,7 @@ def run_figures(run: Run) -> dict[str, float]:
             figures[column] = values[-1]
     figures |= _early_uniqueness(run)
     groups = _class_groups(run)
-    for probe, column in (("knn", "k-NN"), ("linear", "linear"), ("logistic", "logistic")):
+    for probe, column in _ACCURACIES:
         result = run.result(probe)
         if result:
             figures[column] = result["figures"]["headline"]["top1"]
@@ -211,6 +218,21 @@ def difference_rows(figures: Mapping[str, Mapping[str, Mapping[str, float]]], re
                     row[column] += f" ± {found.half_width:.2f} ({positive} of {found.number} > 0)"
         rows.append(row)
     return rows
+
+
+def image_intervals(runs: Mapping[str, Mapping[str, Run]], arm: str, reference: str) -> Row:
+    """Returns, by probe, the 95 % interval over the test images of what an arm has more than the reference.
+
+    Of the mean over the seeds that both have; arms and seeds share the images.
+    """
+    seeds = sorted(set(runs[arm]) & set(runs.get(reference, {})))
+    row: Row = {}
+    for probe, column in _ACCURACIES:
+        pairs = [(runs[reference][seed].result(probe), runs[arm][seed].result(probe)) for seed in seeds]
+        found = mean_difference([(a, b) for a, b in pairs if a is not None and b is not None])
+        if found is not None:
+            row[f"{column} over images"] = f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"
+    return row
 
 
 def _columns(seeds: Mapping[str, Mapping[str, float]]) -> list[str]:

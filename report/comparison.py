@@ -120,10 +120,24 @@ def paired_difference(first: dict[str, Any], second: dict[str, Any]) -> Interval
 
     None where one has no predictions, or they are of different test images.
     """
-    ours, theirs = correctness(first), correctness(second)
-    if ours is None or theirs is None or len(ours) != len(theirs) or why_not_comparable(first, second):
+    return mean_difference([(first, second)])
+
+
+def mean_difference(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Interval | None:
+    """Returns the second results' accuracies minus the first ones', averaged over pairs such as seeds.
+
+    Its interval is over the test images, which all share, and holds nothing of how pairs vary. None where
+    `paired_difference` is None for one of them, or there is none.
+    """
+    differences = []
+    for first, second in pairs:
+        ours, theirs = correctness(first), correctness(second)
+        if ours is None or theirs is None or len(ours) != len(theirs) or why_not_comparable(first, second):
+            return None
+        differences.append(theirs.astype(float) - ours)
+    if not differences or len({len(difference) for difference in differences}) > 1:
         return None
-    return bootstrap(theirs.astype(float) - ours, resamples=_RESAMPLES, level=_LEVEL, seed=_SEED)
+    return bootstrap(np.mean(differences, axis=0), resamples=_RESAMPLES, level=_LEVEL, seed=_SEED)
 
 
 def correctness(result: dict[str, Any]) -> np.ndarray | None:

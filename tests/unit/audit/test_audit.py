@@ -135,6 +135,13 @@ def test_page_and_tables_hold_every_arm(tmp_path):
     text = write_audit(make_config(tmp_path))
     assert "joint" in text and "37.5 ± 17.7" in text  # k-NN of joint: 2 and 1 of 4
     assert "+37.50 ± " in text and "(2 of 2 > 0)" in text
+    # Over images: differences 0, .5, 1 and 0. Of the 256 resamples a sixteenth is 0, and one in 50 above .75.
+    header, cells = (
+        row.split(" | ")
+        for row in text.splitlines()
+        if row.startswith(("| arm | seeds | k-NN |", "| full | 2 | +"))
+    )
+    assert cells[header.index("k-NN over images")] == "+0.00 to +75.00"
     # An arm that did not move must not look as if it had: no rounding to percent.
     titles, _, *rows = (row.split(" | ") for row in text.splitlines()[4:8])
     assert [row[titles.index("cosine to start")] for row in rows] == ["0.99996 ± 0.00000"] * 2
