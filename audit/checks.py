@@ -62,10 +62,11 @@ def check_cells(config: AuditConfig) -> None:
 
 
 class _Shared:
-    """What several cells must have alike: by name, the first cell that had it and its value."""
+    """What several cells must have alike, by the first cell that had it, and the images that they name, read once."""
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, str], tuple[Cell, Any]] = {}
+        self._hashes: dict[tuple[str, str], str | None] = {}
 
     def require(self, what: str, of: str, cell: Cell, value: Any, remedy: str) -> None:
         """Refuses another value than the first cell's."""
@@ -74,6 +75,17 @@ class _Shared:
             raise UserError(
                 f"{what} of {cell.name} is {value!r}; expected {expected!r} as of {first.name}: {of} has one; {remedy}"
             )
+
+    def hash_of_images(self, shards: str | None, split: str) -> str | None:
+        """Returns the hash of the images that a configuration names; None where they are not here as shards."""
+        if shards is None:
+            return None
+        if (shards, split) not in self._hashes:
+            try:
+                self._hashes[shards, split] = load_manifest(str(ROOT / shards), split).hash
+            except DataError:
+                self._hashes[shards, split] = None
+        return self._hashes[shards, split]
 
 
 def _load(cell: Cell, config_class: type, path: str, options: tuple[str, ...]) -> Any:
@@ -108,7 +120,7 @@ def _check_run(cell: Cell, shared: _Shared) -> None:
         origin = _read_json(path).get("facts", {})
         if "data_hash" in origin:
             data = asked["data"]
-            now = _hash_of_images(data["shards"], data["split"])
+            now = shared.hash_of_images(data["shards"], data["split"])
             if now not in (None, origin["data_hash"]):
                 raise UserError(
                     f"data.shards is {data['shards']!r} for arm {cell.arm}, which holds images {now}, but "
@@ -154,8 +166,8 @@ def _check_result(
     if images:  # prototypes alone are counted without any
         data = asked["data"]
         asked_for = [
-            _hash_of_images(data["shards"], data["train_split"]),
-            _hash_of_images(data["test_shards"] or data["shards"], data["test_split"]),
+            shared.hash_of_images(data["shards"], data["train_split"]),
+            shared.hash_of_images(data["test_shards"] or data["shards"], data["test_split"]),
         ]
         if None not in asked_for and images != asked_for:
             raise UserError(
@@ -163,14 +175,6 @@ def _check_result(
                 f"{images}; expected one set for the runs of an audit; {remedy}"
             )
         shared.require("test and training images", f"probe {probe}", cell, images, remedy)
-
-
-def _hash_of_images(shards: str | None, split: str) -> str | None:
-    """Returns the hash of the images that a configuration names; None where they are not here, or not as shards."""
-    try:
-        return None if shards is None else load_manifest(str(ROOT / shards), split).hash
-    except DataError:
-        return None
 
 
 def _holds(figures: Any, dotted: str) -> bool:

@@ -122,6 +122,7 @@ def test_deepspeed_config_that_moves_the_optimizer_or_its_norm_is_refused(key, t
         b'{"zero_optimization": {"stage": true}}',
         b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}}',
         b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": 0.5}}',
+        b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1e999}}',
         b'{"zero_optimization": {"stage": 2, "overlap_comm": "maybe"}}',
         b'{"torch_autocast": "on"}',
         b'{"comms_logger": 3}',

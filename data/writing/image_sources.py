@@ -202,9 +202,10 @@ def list_image_folder(
             raise DataError(
                 f"{stray} lies beside class folders; expected it in one of them; move or remove it"
             )
-        for folder in sorted(Path(root).iterdir()):
+        classes = {name for name in names if name is not None}
+        for folder in sorted(Path(root).iterdir()) if classes else ():
             is_class = folder.is_dir() and not folder.is_symlink() and not is_system_name(folder.name)
-            if any(names) and is_class and readable(folder.name) not in names:
+            if is_class and readable(folder.name) not in classes:
                 passed.add("class folder without an image", str(folder))
     items: list[_Item] = [(path, name, {}, suffix) for (path, suffix), name in zip(found, names, strict=True)]
     return _number_classes(items, known_classes, passed)

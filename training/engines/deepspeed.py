@@ -69,10 +69,10 @@ class DeepSpeedEngine(Engine):
         self._max_norm = optim.clip_grad_norm or 0.0
         if self._clips_itself:
             mechanics = mechanics | {"zero_optimization": zero | {"compute_grad_norm": False}}
-        if 0 < self.stage < 3 and "torch_autocast" in mechanics:
-            # The modules named here would have their gradients averaged over ranks in bf16.
-            autocast = mechanics["torch_autocast"] | {"lower_precision_safe_modules": []}
-            mechanics = mechanics | {"torch_autocast": autocast}
+            if "torch_autocast" in mechanics:
+                # The modules named there would have their gradients averaged over ranks in bf16.
+                autocast = mechanics["torch_autocast"] | {"lower_precision_safe_modules": []}
+                mechanics = mechanics | {"torch_autocast": autocast}
         check_combination(f"zero{self.stage}", optim.optimizer, student)
         # DeepSpeed would compile a shared-memory all-reduce on first use on CPUs; a build that was killed leaves a
         # lock on which every later run hangs. gloo does the same work.

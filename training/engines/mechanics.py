@@ -99,5 +99,5 @@ def _check_zero(path: str, key: str, value: Any) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    # JSON's 5e7 is a float.
-    return type(value) in (int, float) and value >= 1 and value == int(value)
+    # JSON's 5e7 is a float, and its 1e999 infinite.
+    return type(value) in (int, float) and value >= 1 and float(value).is_integer()
