@@ -111,6 +111,23 @@ def test_deepspeed_config_that_moves_the_optimizer_or_its_norm_is_refused(key, t
         read_mechanics(str(path))
 
 
+def test_deepspeed_config_may_fetch_nothing_ahead_and_keep_nothing_whole(tmp_path):
+    from training.engines.mechanics import read_mechanics
+
+    nothing = dict.fromkeys(
+        (
+            "stage3_prefetch_bucket_size",
+            "stage3_param_persistence_threshold",
+            "stage3_max_live_parameters",
+            "stage3_max_reuse_distance",
+        ),
+        0,
+    )
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **nothing}}))
+    assert read_mechanics(str(path))["zero_optimization"] == {"stage": 3, **nothing}
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -122,6 +139,7 @@ def test_deepspeed_config_that_moves_the_optimizer_or_its_norm_is_refused(key, t
         b'{"zero_optimization": {"stage": true}}',
         b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}}',
         b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": 0.5}}',
+        b'{"zero_optimization": {"stage": 1, "allgather_bucket_size": 0}}',
         b'{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1e999}}',
         b'{"zero_optimization": {"stage": 2, "overlap_comm": "maybe"}}',
         b'{"torch_autocast": "on"}',

@@ -26,11 +26,10 @@ _SWITCHES = frozenset(
         "stage3_allgather_sequential",
     }
 )
-_NUMBERS = frozenset(
+_BUCKETS = frozenset({"reduce_bucket_size", "allgather_bucket_size", "sub_group_size"})
+# 0 has a meaning here: nothing is fetched ahead, nothing stays whole.
+_THRESHOLDS = frozenset(
     {
-        "reduce_bucket_size",
-        "allgather_bucket_size",
-        "sub_group_size",
         "stage3_prefetch_bucket_size",
         "stage3_param_persistence_threshold",
         "stage3_model_persistence_threshold",
@@ -83,7 +82,8 @@ def read_mechanics(path: str) -> dict[str, Any]:
 def _check_zero(path: str, key: str, value: Any) -> None:
     rules = {
         **dict.fromkeys(_SWITCHES, ("true or false", type(value) is bool)),
-        **dict.fromkeys(_NUMBERS, ("a whole number of at least 1", _is_count(value))),
+        **dict.fromkeys(_BUCKETS, ("a whole number of at least 1", _is_count(value, 1))),
+        **dict.fromkeys(_THRESHOLDS, ("a whole number of at least 0", _is_count(value, 0))),
         "stage": ("0, 1, 2 or 3", type(value) is int and value in _STAGES),
     }
     if key not in rules:
@@ -98,6 +98,6 @@ def _check_zero(path: str, key: str, value: Any) -> None:
         )
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any, least: int) -> bool:
     # JSON's 5e7 is a float, and its 1e999 infinite.
-    return type(value) in (int, float) and value >= 1 and float(value).is_integer()
+    return type(value) in (int, float) and value >= least and float(value).is_integer()
