@@ -61,15 +61,12 @@ def write_audit(config: AuditConfig) -> str:
     Raises:
         UserError: no run is finished, or the folder of the page holds something else.
     """
-    directory, figures = audit_directory(config), collect_figures(config)
-    if not figures:
+    directory, by_seed = audit_directory(config), load_finished(config)
+    if not by_seed:
         raise UserError(
             f"{directory} has no finished run; expected results of at least one arm; run the audit first"
         )
-    by_seed = {
-        arm: {seed: _load_cell(Cell(config, arm, int(seed))) for seed in seeds}
-        for arm, seeds in figures.items()
-    }
+    figures = {arm: {seed: run_figures(run) for seed, run in seeds.items()} for arm, seeds in by_seed.items()}
     runs = {arm: list(seeds.values()) for arm, seeds in by_seed.items()}
     sections = [
         Section(
@@ -110,15 +107,15 @@ def write_audit(config: AuditConfig) -> str:
     return markdown
 
 
-def collect_figures(config: AuditConfig) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns arm to seed (as text) to named figures, of every run that has results."""
-    figures: dict[str, dict[str, dict[str, float]]] = {}
+def load_finished(config: AuditConfig) -> dict[str, dict[str, Run]]:
+    """Returns arm to seed (as text) to run, of every run that has results."""
+    finished: dict[str, dict[str, Run]] = {}
     for arm in config.arms:
         for seed in config.seeds:
             cell = Cell(config, arm, seed)
             if cell.is_done:
-                figures.setdefault(arm, {})[str(seed)] = run_figures(_load_cell(cell))
-    return figures
+                finished.setdefault(arm, {})[str(seed)] = _load_cell(cell)
+    return finished
 
 
 def run_figures(run: Run) -> dict[str, float]:

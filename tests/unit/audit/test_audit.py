@@ -383,4 +383,4 @@ def test_a_mistake_in_the_last_arm_is_found_before_the_first_runs(tmp_path, caps
 def test_an_audit_without_runs_is_a_mistake(tmp_path, capsys):
     code = run_program(audit.main, ["configs/audit_fashion-mnist.yaml", f"output_dir={tmp_path}", "--tables"])
     assert code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("error: ")
-    assert audit_report.collect_figures(make_config(tmp_path)) == {}
+    assert audit_report.load_finished(make_config(tmp_path)) == {}
