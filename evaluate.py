@@ -5,7 +5,7 @@
 
 `encoder` is a run directory, a checkpoint, an exported folder, `timm:NAME`, `hf:NAME`, `local-dir:PATH`,
 `random-init:RUN[:SEED]` or `raw-pixels`. Results go to `RUN/results/{probe}.json`. See docs/evaluation.md.
-Exit codes: 0 done, 1 a fault, 2 the user's mistake (one line).
+Exit codes: 0 done, 1 a fault, 2 the user's mistake (one line), 130 Ctrl-C.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 2 pretrain.py CONFIG.yaml [key.sub=value ...]
 
 The same under `deepspeed`, `accelerate launch` and `srun`. A run lives in `outputs/RUN/`; the same command again
-continues it. Exit codes: 0 done, 1 a fault, 2 the user's mistake (one line), 75 preempted with the state saved.
+continues it. Exit codes: 0 done, 1 a fault, 2 the user's mistake (one line), 75 preempted with the state saved,
+130 Ctrl-C.
 """
 
 from __future__ import annotations

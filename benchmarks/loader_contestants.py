@@ -18,9 +18,10 @@ from torchvision import datasets, transforms
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from data.config import RECIPES, DataConfig
+from data.config import DataConfig
 from data.stream.pipeline import TrainingStream
 from data.views.augmentations import DeviceAugmentation
+from data.views.config import RECIPES
 
 GLOBAL_SIZE, LOCAL_SIZE, NUM_LOCAL = 224, 96, 10
 BATCH_SIZE = 32

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from data.views.config import PixelFormat, PixelType, height_and_width, rule_of_masks
+from data.views.config import (
+    RECIPES,
+    PixelFormat,
+    PixelType,
+    Recipe,
+    height_and_width,
+    left_out,
+    rule_of_masks,
+)
 
 RecipeName = Literal["dino", "carp", "grayscale-small", "none"]
 SamplerName = Literal["uniform", "class_balanced", "square_root"]
@@ -21,55 +29,6 @@ _Size = _Side | Annotated[tuple[_Side, _Side], "[height, width]"]
 
 # Pillow's own warning level for decompression bombs: a quarter of a gigabyte of RGB.
 MAX_IMAGE_PIXELS = 89_478_485
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One published augmentation recipe: a value for each option of `AugmentationConfig`, which says what they mean."""
-
-    global_crop_scale: tuple[float, float]
-    local_crop_scale: tuple[float, float]
-    flip: float = 0.5
-    vertical_flip: float = 0.0
-    quarter_turns: float = 0.0
-    jitter: float = 0.8
-    jitter_strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    gray: float = 0.2
-    global_blur: tuple[float, ...] = (1.0, 0.1)
-    local_blur: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    global_solarize: tuple[float, ...] = (0.0, 0.2)
-    local_solarize: float = 0.0
-
-
-RECIPES: dict[str, Recipe] = {
-    # Caron et al. 2021, "Emerging properties in self-supervised vision transformers", official code's defaults.
-    "dino": Recipe(global_crop_scale=(0.4, 1.0), local_crop_scale=(0.05, 0.4)),
-    # Silva & Ramirez Rivera 2023, "Representation learning via consistent assignment of views over random
-    # partitions", official code's defaults.
-    "carp": Recipe(global_crop_scale=(0.2, 1.0), local_crop_scale=(0.05, 0.2)),
-    # For grey images of about 28 x 28: no colours to jitter, and a two-pixel blur would leave nothing to see.
-    "grayscale-small": Recipe(
-        global_crop_scale=(0.3, 1.0),
-        local_crop_scale=(0.1, 0.3),
-        jitter_strength=(0.4, 0.4, 0.0, 0.0),
-        gray=0.0,
-        global_blur=(0.5, 0.1),
-        local_blur=0.2,
-        blur_sigma=(0.1, 1.0),
-        global_solarize=(0.0, 0.1),
-    ),
-    # Geometry only.
-    "none": Recipe(
-        global_crop_scale=(0.4, 1.0),
-        local_crop_scale=(0.05, 0.4),
-        jitter=0.0,
-        gray=0.0,
-        global_blur=(0.0,),
-        local_blur=0.0,
-        global_solarize=(0.0,),
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,8 +218,8 @@ class DataConfig:
     prefetch_factor: Annotated[int, "[1, 1024]"] = 2
     """Parts of micro-batches that each worker prepares ahead."""
     num_lanes: Annotated[int, "[1, 1e6]"] = 64
-    """Independent streams into which an epoch is dealt; a multiple of every world size that the run will ever
-    use. Changing it changes the order of the samples.
+    """Independent streams into which an epoch is dealt: a multiple of every world size that the run will ever use,
+    and at least world size x `num_workers`. Changing it changes the order of the samples.
     """
     shuffle_window: Annotated[int, "[1, 1e7]"] = 64
     """Encoded samples that a lane reads ahead and shuffles; 1 keeps the order within shards."""
@@ -298,6 +257,27 @@ class DataConfig:
         _require(has_source, "shards", "null", "a folder of shards, or one of images in data.images")
         _require(bool(self.split), "split", repr(self.split), "the name of a split")
 
+    def check_ranks(self, world_size: int) -> None:
+        """Refuses a number of ranks whose loader processes the lanes cannot serve: a lane has one reader.
+
+        Raises:
+            ValueError: one line; ranks would have unequally many lanes, or a loader process none.
+        """
+        workers = max(1, self.num_workers)
+        if self.num_lanes % world_size:
+            remedy = "set data.num_lanes (another number is another order of samples)"
+        elif self.num_lanes < world_size * workers:
+            remedy = (
+                f"set data.num_workers to at most {self.num_lanes // world_size}, or data.num_lanes before the first "
+                "start (another number is another order of samples)"
+            )
+        else:
+            return
+        raise ValueError(
+            f"data.num_lanes is {self.num_lanes}; expected a multiple of the world size {world_size} and at least "
+            f"{world_size * workers} = world size x {workers} workers; {remedy}"
+        )
+
     @property
     def written_shards(self) -> str:
         """The shards, to which `images` give way before anything reads them."""
@@ -333,41 +313,19 @@ class DataConfig:
         """
         given = {name: value for name, value in vars(self.augmentation).items() if value is not None}
         recipe = replace(RECIPES[self.recipe], **given)
-        return replace(recipe, **_left_out(recipe, self.format))
+        return replace(recipe, **left_out(recipe, self.format))
 
     @property
     def left_out_of_recipe(self) -> tuple[str, ...]:
         """Options of the recipe's augmentation that do not apply to these images."""
-        return tuple(_left_out(RECIPES[self.recipe], self.format))
+        return tuple(left_out(RECIPES[self.recipe], self.format))
 
     def _refuse_colours(self) -> None:
         """Refuses what is asked for by name and would not happen; of a recipe it is left out."""
         given = {name: value for name, value in vars(self.augmentation).items() if value is not None}
-        for name, neutral in _left_out(replace(RECIPES["none"], **given), self.format).items():
+        for name, neutral in left_out(replace(RECIPES["none"], **given), self.format).items():
             rule = f"{neutral}, as images of {self.channels} x {self.pixels} have no colours"
             _require(name not in given, f"augmentation.{name}", given.get(name), rule)
-
-
-def _left_out(recipe: Recipe, format: PixelFormat) -> dict[str, Any]:
-    """Returns options of a recipe that do not apply to images of this format, with the value that does nothing.
-
-    Saturation, hue and grey are about red, green and blue. Solarisation inverts at half of an 8-bit range, which other
-    numbers do not fill. Brightness and contrast apply to all.
-    """
-    out: dict[str, Any] = {}
-    if format.is_photograph:
-        return out
-    if not format.has_colours:
-        brightness, contrast, *colours = recipe.jitter_strength
-        if any(colours):
-            out["jitter_strength"] = (brightness, contrast, 0.0, 0.0)
-        if recipe.gray:
-            out["gray"] = 0.0
-    if any(recipe.global_solarize):
-        out["global_solarize"] = (0.0,)
-    if recipe.local_solarize:
-        out["local_solarize"] = 0.0
-    return out
 
 
 def require_one_source(**places: str | None) -> None:

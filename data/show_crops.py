@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data.config import RECIPES, AugmentationConfig, DataConfig
+from data.config import AugmentationConfig, DataConfig
 from data.usage import Parser
-from data.views.config import FULL_SCALE, PixelFormat
+from data.views.config import FULL_SCALE, RECIPES, PixelFormat
 
 if TYPE_CHECKING:
     from torch import Tensor

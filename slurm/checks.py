@@ -48,11 +48,7 @@ def check_arm(arm: Arm, cluster: ClusterConfig) -> None:
             "set engine.deepspeed_config to one of ds_configs/"
         )
     config.batch.micro_batch_size_per_gpu(cluster.world_size)
-    if config.data.num_lanes % cluster.world_size:
-        raise UserError(
-            f"data.num_lanes is {config.data.num_lanes}; expected a multiple of {cluster.nodes} nodes x "
-            f"{cluster.processes_per_node} processes = {cluster.world_size}; set data.num_lanes"
-        )
+    config.data.check_ranks(cluster.world_size)
     if config.run.device == "cuda" and cluster.gpus_per_node == 0:
         raise UserError("run.device is cuda and the job asks for no GPU; expected GPUs; set --gpus-per-node")
     if config.run.dry_run:

@@ -28,7 +28,7 @@ class ClusterConfig:
     """Default of `--gpus-per-node`; 0 on a cluster without GPUs."""
     tasks_per_node: Annotated[int, "[1, 1024]"] = 1
     """Processes a node where `gpus_per_node` is 0; with GPUs there is one task per GPU."""
-    cpus_per_task: Annotated[int, "[1, 1e4]"] = 10
+    cpus_per_task: Annotated[int, "[1, 1e4]"] = 12
     """CPU cores a process: the loader's workers (`data.num_workers`) and 2 more."""
     memory_per_cpu: str | None = None
     """Default of `--mem-per-cpu`, such as `4G`."""

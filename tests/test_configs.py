@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -53,6 +54,23 @@ def test_pretrain_config_loads(path):
     assert any("python pretrain.py" in line or "torchrun" in line or "sbatch" in line for line in header), (
         "the first lines of a configuration say how to run it"
     )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PRETRAIN_CONFIGS if re.search(r"^# Hardware: \d+ GPUs", path.read_text(), re.M)],
+    ids=lambda path: path.stem,
+)
+def test_a_recipe_starts_on_the_gpus_that_its_header_names(path):
+    header, config = path.read_text(), load_config(PretrainConfig, str(path))
+    ranks = int(re.search(r"^# Hardware: (\d+) GPUs", header, re.M)[1])
+    nodes, per_node = (
+        int(number) for number in re.search(r"--nodes (\d+) --gpus-per-node (\d+)", header).groups()
+    )
+    assert nodes * per_node == ranks
+    for world_size in (1, 8, ranks, 32):  # 32: the size of docs/slurm.md
+        config.data.check_ranks(world_size)
+        config.batch.micro_batch_size_per_gpu(world_size)
 
 
 def test_every_base_is_one():

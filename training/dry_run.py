@@ -64,6 +64,7 @@ def describe_run(config: PretrainConfig, process: Process, build_probe: BuildPro
     """
     world_size = config.run.dry_run_world_size or process.world_size
     micro_batch = config.batch.micro_batch_size_per_gpu(world_size)
+    config.data.check_ranks(world_size)
     if config.run.dry_run_world_size is None:  # else the run is not meant for this machine
         require_views(config.logging)
         visible = torch.cuda.device_count()

@@ -283,11 +283,7 @@ def _check_consumers(config: DataConfig, manifest: Manifest, world_size: int) ->
             f"{consumers} = world size {world_size} x {max(1, config.num_workers)} workers; write smaller shards "
             "(--samples-per-shard) or lower data.num_workers"
         )
-    if config.num_lanes % world_size or config.num_lanes < consumers:
-        raise DataError(
-            f"data.num_lanes is {config.num_lanes}; expected a multiple of the world size {world_size} and at least "
-            f"{consumers} = world size x workers; set data.num_lanes (another number is another order of samples)"
-        )
+    config.check_ranks(world_size)
 
 
 def _check_batch(config: DataConfig, global_batch_size: int, micro_batch_size: int, world_size: int) -> None:

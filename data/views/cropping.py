@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.config import DataConfig, Recipe
-from data.views.config import FULL_SCALE
+from data.config import DataConfig
+from data.views.config import FULL_SCALE, Recipe
 from data.views.random_numbers import draw_uniforms, hash_array
 
 # torchvision's RandomResizedCrop: ten tries for a box that fits, then the largest central one.

@@ -179,6 +179,10 @@ REFUSALS = {
     ),
     "batch": (["batch.global_batch_size=30", "--gpus-per-node", "4"], "set batch.global_batch_size"),
     "lanes": (["data.num_lanes=6", "--gpus-per-node", "4"], "set data.num_lanes"),
+    "loader processes": (
+        ["data.num_workers=20", "--gpus-per-node", "4"],
+        "at least 80 = world size x 20 workers; set data.num_workers to at most 16, or data.num_lanes before",
+    ),
     "no such cluster": (["--cluster", "nowhere"], "expected one of example"),
     "no such cluster either": (["--cluster", "../clusters/example"], "expected one of example"),
     "home unexpanded": (["run.output_dir=~/runs"], "no shell expands ~ here; set run.output_dir with $HOME"),

@@ -224,6 +224,13 @@ def test_shards_that_a_start_refuses_the_dry_run_refuses(override, message, tmp_
         describe_run(tiny(f"data.shards={shards}", override), two)
 
 
+def test_lanes_that_a_start_refuses_are_refused_where_there_are_no_shards_yet():
+    asked = ("data.shards=/nowhere", "run.dry_run_world_size=16", "data.num_workers=8")
+    assert "16 ranks" in describe_run(tiny(*asked, "data.num_lanes=128"), ALONE)
+    with pytest.raises(ValueError, match=r"num_lanes is 64; .*at least 128 = world size x 8 workers"):
+        describe_run(tiny(*asked, "data.num_lanes=64"), ALONE)
+
+
 def test_a_folder_that_a_start_refuses_the_dry_run_refuses_and_writes_nothing(tmp_path):
     for number in range(40):
         path = tmp_path / "photos" / "train" / f"{number}.png"

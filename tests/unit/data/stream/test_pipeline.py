@@ -217,8 +217,12 @@ def test_errors_name_value_and_remedy_before_step_0(make_set, make_config, tmp_p
         open_stream(config, world_size=4, micro_batch_size=2)
     with pytest.raises(DataError, match=r"holds 2 shards.*at least 3 = world size 1 x 3 workers"):
         open_stream(make_config(shards, num_workers=3))
-    with pytest.raises(DataError, match=r"data.num_lanes is 3; expected a multiple of the world size 2"):
+    with pytest.raises(ValueError, match=r"data.num_lanes is 3; expected a multiple of the world size 2"):
         open_stream(make_config(shards, num_lanes=3), world_size=2, micro_batch_size=4)
+    with pytest.raises(
+        ValueError, match=r"num_lanes is 1; .*at least 2 = world size x 2 workers; .*workers to at most 1"
+    ):
+        open_stream(make_config(shards, num_lanes=1, num_workers=2))
     with pytest.raises(DataError, match=r"data.split is 'test'; expected one of .*train"):
         open_stream(make_config(shards, split="test"))
 

@@ -10,10 +10,11 @@ import torch
 import torchvision.transforms.v2.functional as reference
 from torchvision.transforms.v2 import InterpolationMode
 
-from data.config import RECIPES, AugmentationConfig, DataConfig, Recipe
+from data.config import AugmentationConfig, DataConfig
 from data.views import augmentations
 from data.views.augmentations import DeviceAugmentation
 from data.views.collate import CropBatch
+from data.views.config import RECIPES, Recipe
 from data.views.cropping import Cropper, allocate_crops, draw_boxes
 from tests.helpers.counting import DeviceCounter
 
