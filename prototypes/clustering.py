@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ClusteringConfig, PrototypesConfig
-from .estimator import EstimatorContext, Observation, PrototypeEstimator, Role
+from .estimator import EstimatorContext, LogitKind, Observation, PrototypeEstimator, Role
 from .learned import LearnedPrototypes, require_learned
 from .mixture.candidate import CandidateTables
 from .objectives.logits import ChunkedLogits
@@ -93,8 +93,7 @@ class SinkhornCodes(PrototypeEstimator):
         options, collectives = self.clustering, self.context.collectives
         rows = nn.functional.normalize(torch.cat([held.rows for held in self._held]), dim=1)
         weight = torch.cat([held.weight for held in self._held])
-        groups = [held.group for held in self._held if held.group is not None]
-        group = torch.cat(groups) if groups else None
+        group, num_groups = self._join_groups()
         extended = self.extend_rows(rows)
         logits = ChunkedLogits(extended / options.target_temperature, self.means)
         offsets = compute_sinkhorn_offsets(
@@ -103,7 +102,7 @@ class SinkhornCodes(PrototypeEstimator):
             collectives,
             weight=weight,
             group=group,
-            num_groups=1 if group is None else count_groups(group, collectives),
+            num_groups=num_groups,
         )
         gradient, loss = torch.zeros_like(self.means), weight.new_zeros(())
         for chosen, chunk in logits:
@@ -116,6 +115,23 @@ class SinkhornCodes(PrototypeEstimator):
             gradient += (errors.T @ extended[chosen]).div_(options.prediction_temperature)
         scalars = torch.stack([loss, weight.sum(), loss.new_tensor(float(self._num_bad))])
         return torch.cat([gradient.flatten(), scalars])
+
+    def _join_groups(self) -> tuple[Int64[Tensor, " N"] | None, int]:
+        """Returns the rows' groups, None where none has one, and their number. Collective.
+
+        Rows without a group beside others that have one, as views beside patches, are balanced among themselves.
+        """
+        if all(held.group is None for held in self._held):
+            return None, 1
+        without = torch.cat(
+            [held.rows.new_full((len(held.rows),), held.group is None) for held in self._held]
+        )
+        known = [
+            torch.zeros_like(held.weight).long() if held.group is None else held.group for held in self._held
+        ]
+        group = torch.cat(known)
+        number = count_groups(group, self.context.collectives)
+        return torch.where(without.bool(), number, group), number + 1
 
     @torch.no_grad()
     def commit(self, observation: Observation) -> None:
@@ -178,8 +194,11 @@ class SinkhornCodes(PrototypeEstimator):
     def prototypes(self, role: Role, learned: Float[Tensor, "K P"] | None = None) -> Float[Tensor, "K P"]:
         """Returns unit rows, the candidate's after `commit`; without gradient."""
         del role, learned
-        table = self._candidate["means"] if self._is_committed else self.means
-        return nn.functional.normalize(table[:, : self.dim], dim=1)
+        return nn.functional.normalize(self.table()[:, : self.dim], dim=1)
+
+    def table(self) -> Float[Tensor, "K W"]:
+        """Returns the table itself, the candidate's after `commit`; without gradient."""
+        return self._candidate["means"] if self._is_committed else self.means
 
     def metrics(self) -> dict[str, float]:
         """Returns `clustering/...` of the last committed step; waits for the device."""
@@ -198,7 +217,9 @@ class PartialEstimator(SinkhornCodes):
     """CAPI's split (Darcet et al. 2025): the teacher's prototypes cluster, the student's are learned jointly.
 
     The teacher's table has a bias as a last column and free row lengths; its rows start as N(0, 1). The
-    student's prototypes are trained by the encoder's loss; `coupling.tie` pulls them to the teacher's.
+    student's prototypes are trained by the encoder's loss; `coupling.tie` pulls them to the teacher's. The teacher's
+    "cosine" logits are those that the table is trained on, lengths and bias included, so that an objective with the
+    clustering's temperature takes its assignments as targets; "dot" logits and all figures are of unit rows.
     """
 
     name = "partial"
@@ -223,6 +244,20 @@ class PartialEstimator(SinkhornCodes):
     def prototypes(self, role: Role, learned: Float[Tensor, "K P"] | None = None) -> Float[Tensor, "K P"]:
         """Returns `learned` for the student, the clustering's unit rows for the teacher."""
         return require_learned(learned) if role == "student" else super().prototypes(role)
+
+    def logit_operands(
+        self,
+        projections: Float[Tensor, "*batch P"],
+        role: Role,
+        learned: Float[Tensor, "K P"] | None = None,
+        kind: LogitKind = "dot",
+    ) -> tuple[Float[Tensor, "*batch Q"], Float[Tensor, "K Q"]]:
+        """Returns rows and columns of the logits; see the base class."""
+        rows, columns = super().logit_operands(projections, role, learned, kind)
+        if role == "student" or kind != "cosine":
+            return rows, columns
+        extended = self.extend_rows(rows.flatten(0, -2))
+        return extended.view(*rows.shape[:-1], -1), self.table()
 
     def auxiliary_loss(
         self,

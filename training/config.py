@@ -267,16 +267,11 @@ class PretrainConfig:
                 f"checkpoint.every_steps {self.checkpoint.every_steps}, so that what is best is saved; set "
                 "evaluation.knn_every_steps"
             )
-        if self.model.channels != self.data.channels:
-            raise ValueError(
-                f"model.channels is {self.model.channels}; expected data.channels {self.data.channels}; "
-                "set model.channels"
-            )
-        if self.model.height_and_width != self.data.global_size:
-            raise ValueError(
-                f"model.image_size is {self.model.image_size}; expected data.global_crop_size "
-                f"{self.data.global_crop_size}; set model.image_size"
-            )
+        model, data = self.model, self.data
+        rule = f"data.channels {data.channels}"
+        _refuse_unless(model.channels == data.channels, "model.channels", model.channels, rule)
+        rule = f"data.global_crop_size {data.global_crop_size}"
+        _refuse_unless(model.height_and_width == data.global_size, "model.image_size", model.image_size, rule)
 
     @property
     def outputs(self) -> OutputsConfig:
@@ -328,6 +323,10 @@ class PretrainConfig:
                 "patch_prototypes is a section; expected null unless objective has a term on views and one on patches; "
                 "set patch_prototypes=null"
             )
+        has_pairs = self.data.num_global_crops + self.data.num_local_crops > 1
+        rule = f"2 and more, or local crops: objective.instance.name {self.objective.instance.name} compares views"
+        has_pairs |= self.objective.instance.name == "none"
+        _refuse_unless(has_pairs, "data.num_global_crops", self.data.num_global_crops, rule)
         for level, section in self.levels.items():
             term = self.objective.instance if level == "instance" else self.objective.patch
             prototypes = self.prototypes_of(section)
@@ -346,6 +345,9 @@ class PretrainConfig:
                     f"objective.{level}.{what} is posterior; expected {section}.mode full with a mixture and "
                     f"{section}.coupling.strength 0; set objective.{level}.{what}"
                 )
+            # Its logits are differences of large numbers: with 10 bits a target moves by up to a tenth.
+            rule = f"false with objective.{level}.logits posterior"
+            _refuse_unless(not (self.engine.tf32 and term.logits == "posterior"), "engine.tf32", "true", rule)
 
     def _check_no_patches(self) -> None:
         """Refuses what only a term on patches would read."""
@@ -373,16 +375,12 @@ class PretrainConfig:
                 f"data.masks.crops is {masks.crops}; expected 1 with objective.patch.name capi, which leaves out as "
                 "many patches of every crop; set data.masks.crops=1"
             )
-        if self.model.patch_size not in (None, masks.patch_size):
-            raise ValueError(
-                f"data.masks.patch_size is {masks.patch_size}; expected model.patch_size {self.model.patch_size}; "
-                "set data.masks.patch_size"
-            )
-        if self.objective.instance.name == "none" and self.data.num_local_crops:
-            raise ValueError(
-                f"data.num_local_crops is {self.data.num_local_crops}; expected 0, as no term of the objective "
-                "sees local crops; set data.num_local_crops=0"
-            )
+        fits = self.model.patch_size in (None, masks.patch_size)
+        rule = f"model.patch_size {self.model.patch_size}"
+        _refuse_unless(fits, "data.masks.patch_size", masks.patch_size, rule)
+        unseen = self.data.num_local_crops if self.objective.instance.name == "none" else 0
+        rule = "0, as no term of the objective sees local crops"
+        _refuse_unless(unseen == 0, "data.num_local_crops", unseen, rule)
         if self.objective.instance.name == "none" and self.model.patch_head is not None:
             raise ValueError(
                 "model.patch_head is a section; expected null, as model.head projects nothing but patches; "
@@ -394,3 +392,8 @@ class PretrainConfig:
         if self.optim.steps is not None:
             return self.optim.steps
         return max(1, round(self.optim.epochs * num_samples / self.batch.global_batch_size))
+
+
+def _refuse_unless(holds: bool, key: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{key} is {value}; expected {rule}; set {key}")

@@ -217,7 +217,10 @@ def _parameter_groups(classifier: Classifier, config: FineTuneConfig) -> list[di
     head = {"params": list(classifier.head.parameters()), "lr_scale": 1.0, "weight_decay": 0.0}
     if isinstance(encoder, TimmFeatures) and hasattr(encoder.model, "group_matcher"):
         groups = param_groups_layer_decay(
-            encoder.model, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+            encoder.model,
+            weight_decay=config.weight_decay,
+            no_weight_decay_list=getattr(encoder.model, "no_weight_decay", set)(),
+            layer_decay=config.layer_decay,
         )
         return [*groups, head]
     matrices = [p for p in encoder.parameters() if p.ndim > 1]

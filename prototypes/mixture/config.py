@@ -154,7 +154,9 @@ class RevivalConfig:
     interval_steps: Annotated[int, "[1, 1e9]"] = 500
     """Steps between two events."""
     max_share: Annotated[float, "(0, 1]"] = 0.01
-    """Largest share of K moved in one event."""
+    """Largest share of K that gets new means from rows or splits in one event; `surplus: spare` sets all other
+    duplicates aside besides.
+    """
     duplicate_distance: Annotated[float, "[0, 2)"] = 0.025
     """Cosine distance below which a mean counts as a duplicate; 0 looks for none."""
     row_distance: Annotated[float, "(0, 2)"] = 0.1
@@ -213,7 +215,9 @@ class GmmConfig:
     variance: VarianceConfig = field(default_factory=VarianceConfig)
     init: InitialisationConfig = field(default_factory=InitialisationConfig)
     balance: Annotated[float, "[0, 1000]"] = 0.0
-    """Strength with which the log of the running usage is subtracted from the logits; 0 is off."""
+    """Strength with which the log of the running usage is subtracted from the E-step's logits; 0 is off. An
+    objective's `posterior` logits and targets are without it.
+    """
     tied_concentration: bool = False
     """One concentration for all components of the estimator `vmf`."""
     kmeans_temperature: Annotated[float, "[1e-3, 100]"] = 0.1

@@ -125,6 +125,7 @@ class ObservingMixture(Mixture):
         features = self.row_features(shifted)
         observed = self.row_statistics(shifted) * batch.weight[:, None]
         penalty, threshold = self._balance_penalty(), self.gmm.sparse.threshold
+        penalty = None if penalty is None else penalty[own]
         places = count_places(own.stop - own.start, self.means.device)
         for rows in _iterate_rows(len(batch.rows), len(blocks)):
             logits = blocks[: rows.stop - rows.start].flatten(1)[:, : own.stop - own.start]
@@ -296,7 +297,8 @@ class ObservingMixture(Mixture):
         if not self._probe_follows(penalty):
             own = self.exchange.own
             tempered = blocks.flatten(1)[:, : own.stop - own.start]
-            log_joint = (tempered if penalty is None else tempered + penalty[own]) / beta
+            penalty = None if penalty is None else penalty[own]
+            log_joint = (tempered if penalty is None else tempered + penalty) / beta
             self._probe(log_joint, sums, penalty, across)
             return
         gamma = found.gamma[:number]

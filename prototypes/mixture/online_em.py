@@ -251,7 +251,11 @@ class OnlineMixture(UpdatingMixture):
     # ---------------------------------------------------------------- what is read from it
 
     def build_learned(self) -> nn.Module | None:
-        """Returns learned prototypes where the coupling is on; they start where the means do."""
+        """Returns learned prototypes where the coupling is on.
+
+        They start at the random directions of the seed, as means do by `init.method` sphere; means that start from
+        features leave them there.
+        """
         if self.config.coupling.strength == 0:
             return None
         return LearnedPrototypes(self.num_prototypes, self.dim, self.context.seed)

@@ -218,6 +218,32 @@ def test_sinkhorn_gradient_is_autograd_s():
     assert float(reduced[-3]) == pytest.approx(loss.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("mode", "name"), [("partial", "gmm_diag"), ("full", "sinkhorn")])
+def test_views_beside_patches_are_balanced_among_themselves(mode, name):
+    """Rows without a group beside rows with one ended the first step."""
+    views, patches, position = torch.randn(6, 8), torch.randn(10, 8), torch.arange(10) % 4
+    mixed, named = build_mode(mode, name), build_mode(mode, name)
+    mixed.observe(views, is_last=False)
+    found = mixed.observe(patches, group=position)
+    everything = torch.cat([views, patches])
+    expected = named.observe(everything, group=torch.cat([torch.full((6,), 4), position]))
+    assert torch.equal(found.handle.wait(), expected.handle.wait())
+
+
+def test_the_teacher_s_cosine_logits_of_partial_are_those_that_it_clusters_by():
+    """CAPI hands the student the clustering's own assignments: at unit length they said next to nothing."""
+    estimator = build(make_config(16, 8, mode="partial"))
+    take_step(estimator, clustered_rows(64, 8))
+    rows = torch.randn(2, 5, 8)
+    operands, columns = estimator.logit_operands(rows, "teacher", kind="cosine")
+    unit = torch.nn.functional.normalize(rows, dim=-1)
+    expected = unit @ estimator.means[:, :8].T + estimator.means[:, 8]
+    torch.testing.assert_close(operands @ columns.T, expected)
+    assert 2 < columns[:, :8].norm(dim=1).mean() < 4  # the root of 8, not 1
+    operands, columns = estimator.logit_operands(rows, "teacher", kind="dot")
+    torch.testing.assert_close(operands @ columns.T, rows @ estimator.prototypes("teacher").T)
+
+
 # ------------------------------------------------------------------------------- properties
 
 

@@ -18,6 +18,13 @@ DEMO = Path(__file__).parents[3] / "configs/pretrain_vit-mini_fashion-mnist_full
         ("patch_prototypes.mode=joint", "patch_prototypes is a section"),
         ("objective.instance.weight=0", "objective.instance.weight is 0"),
         ("objective.instance.name=none", "objective.patch.name is 'none'"),
+        # A single view has no other to be compared with: DINO's loss was 0 and CARP's no number.
+        ("data.num_global_crops=1 data.num_local_crops=0", "data.num_global_crops is 1"),
+        (
+            "objective.instance.name=dino data.num_global_crops=1 data.num_local_crops=0",
+            "num_global_crops is 1",
+        ),
+        ("engine.tf32=true objective.instance.logits=posterior", "engine.tf32 is true"),
     ],
 )
 def test_what_nothing_reads_is_refused(override, named):

@@ -203,7 +203,8 @@ def test_without_a_gpu_the_dry_run_refuses_what_needs_one(override, message, mon
     with pytest.raises(ValueError, match=message):
         describe_run(tiny(override), ALONE)
     # A run that is meant for other machines is not held against this one.
-    assert "16 ranks" in describe_run(tiny(override, "run.dry_run_world_size=16"), ALONE)
+    elsewhere = ("run.dry_run_world_size=16", "data.num_lanes=16")
+    assert "16 ranks" in describe_run(tiny(override, *elsewhere), ALONE)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_without_a_gpu_the_dry_run_refuses_what_needs_one(override, message, mon
         ("data.split=nosuch", r"data\.split is 'nosuch'; expected one of .*train.*; set data\.split"),
         ("batch.global_batch_size=64", r"batch\.global_batch_size is 64; expected at most the 48 images"),
         ("data.num_workers=2", "holds 3 shards of split 'train'; expected at least 4"),
-        ("run.dry_run_world_size=16", "holds 3 shards of split 'train'; expected at least 16"),
+        ("run.dry_run_world_size=8", "holds 3 shards of split 'train'; expected at least 8"),
         ("data.num_lanes=7", "data.num_lanes is 7; expected a multiple of the world size 2"),
     ],
 )
@@ -252,7 +253,7 @@ def test_a_folder_that_a_start_refuses_the_dry_run_refuses_and_writes_nothing(tm
     made = make_folder_shards(str(tmp_path / "photos"), str(cache))
     written = {path: path.stat().st_mtime_ns for path in Path(made).iterdir()}
     with pytest.raises(ValueError, match="shards of split 'train'; expected at least 64"):
-        describe_run(tiny(*own, "data.num_workers=64"), ALONE)
+        describe_run(tiny(*own, "data.num_workers=64", "data.num_lanes=64"), ALONE)
     assert written == {path: path.stat().st_mtime_ns for path in Path(made).iterdir()}
 
 
@@ -374,7 +375,9 @@ def test_the_head_is_as_wide_as_the_measured_embedding():
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
 )
 def test_recipes_are_described(name):
-    config = load_config(PretrainConfig, f"configs/{name}.yaml", ["run.dry_run_world_size=16"])
+    config = load_config(
+        PretrainConfig, f"configs/{name}.yaml", ["run.dry_run_world_size=16", "data.num_lanes=320"]
+    )
     text = describe_run(config, ALONE)
     lines = [line for line in text.splitlines() if line[2:].startswith(ENGINES)]
     assert len(lines) == len(ENGINES) and [line[0] for line in lines].count("*") == 1

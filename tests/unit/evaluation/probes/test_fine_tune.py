@@ -8,7 +8,14 @@ from evaluation.encoders.load import load_encoder
 from evaluation.features.processes import Processes
 from evaluation.features.session import Session
 from evaluation.probes.config import FineTuneConfig
-from evaluation.probes.fine_tune import RandomCropAndFlip, probe_fine_tune, rate_at, shuffle_batches
+from evaluation.probes.fine_tune import (
+    Classifier,
+    RandomCropAndFlip,
+    _parameter_groups,
+    probe_fine_tune,
+    rate_at,
+    shuffle_batches,
+)
 
 
 def session(run_dir, digits, tmp_path, **recipe):
@@ -19,6 +26,16 @@ def session(run_dir, digits, tmp_path, **recipe):
         fine_tune=FineTuneConfig(batch_size=32, shuffle_buffer=200, crop_scale_min=1.0, flip=False, **recipe),
     )
     return Session(config, load_encoder(str(run_dir)), Processes())
+
+
+def test_tokens_and_positions_do_not_decay(run_dir, digits, tmp_path):
+    opened = session(run_dir, digits, tmp_path)
+    classifier = Classifier(opened.encoder.module.requires_grad_(True), "cls", 24, 10)
+    groups = _parameter_groups(classifier, FineTuneConfig(weight_decay=0.05))
+    decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in opened.encoder.module.named_parameters() if id(p) in decaying}
+    assert any(name.endswith("attn.qkv.weight") for name in names)
+    assert not [name for name in names if "cls_token" in name or "pos_embed" in name]
 
 
 @pytest.mark.learned

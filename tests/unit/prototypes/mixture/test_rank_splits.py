@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from prototypes.mixture.config import SynchronizationConfig
+from prototypes.mixture.config import SparseConfig, SynchronizationConfig
 from tests.unit.prototypes.building import MIXTURES, build, clustered_rows, make_config, take_step, tensors
 from tests.unit.prototypes.lockstep import Lockstep
 
@@ -66,6 +66,20 @@ def test_any_split_equals_one_rank(method, splits, seed):
         torch.testing.assert_close(
             ranks[0][key], expected, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "threshold"), [*((name, 1e-7) for name in METHODS), ("all_reduce", 0.0), ("sharded", 0.0)]
+)
+def test_a_balanced_e_step_splits_as_any_other(method, threshold):
+    """Sharded, the penalty of all components met the logits of a rank's own."""
+    options = {"balance": 0.5, "sparse": SparseConfig(threshold=threshold)}
+    config = make_config(12, 8, size=4, synchronization=SynchronizationConfig(method=method), **options)
+    splits = [[8, 8], [20, 0], [3, 9]]
+    steps = [clustered_rows(sum(sizes), 8, seed=step) for step, sizes in enumerate(splits)]
+    alone = run_alone(config, steps)
+    for key, value in run_split(config, steps, splits)[0].items():
+        torch.testing.assert_close(value, alone[key], rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.learned
