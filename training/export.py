@@ -64,20 +64,24 @@ from training.checkpoints.exported_encoder import (
     is_export,
     load_exported,
 )
-from training.checkpoints.files import load_manifest
+from training.checkpoints.files import MANIFEST_NAME, load_manifest
 from training.checkpoints.state_files import ConsolidatedState, load_tensors
 from training.checkpoints.store import check_checkpoint, find_latest_checkpoint
 from training.config import PretrainConfig
 from training.onnx_file import require_packages, write_onnx
+
+_RUN_CONFIG, _RUN_FOLDERS = "config.yaml", ("checkpoints", "in_training")
 
 
 def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
     """Exports one role of a run's newest whole checkpoint (or of the checkpoint `run`); returns the checkpoint.
 
     Raises:
-        UserError: no run, no whole checkpoint, or `out_dir` holds something else than an export.
+        UserError: no run, no whole checkpoint, or `out_dir` holds something else than an export, or lies in a
+            checkpoint.
         CheckpointError: the named checkpoint is damaged.
     """
+    _check_place(out_dir)
     process = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     if run.name.startswith("step-"):
         checkpoint, run_dir = run, run.parent.parent
@@ -127,6 +131,22 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
     return checkpoint
 
 
+def _check_place(out: Path) -> Path:
+    """Returns OUT without links and dots; what lies in a checkpoint, its `teacher/` say, is part of it.
+
+    Raises:
+        UserError: it lies among the checkpoints of a run.
+    """
+    target = out.resolve()
+    for folder in (target, *target.parents):
+        of_run = folder.name in _RUN_FOLDERS and (folder.parent / _RUN_CONFIG).is_file()
+        if of_run or (folder / MANIFEST_NAME).is_file():
+            raise UserError(
+                f"OUT is {out}, which lies in {folder}, a run's own; expected a place outside of checkpoints; set OUT"
+            )
+    return target
+
+
 def export_onnx(run: Path, out: Path, which: str) -> tuple[Path, str]:
     """Exports as `export_from_run` does, but into one ONNX file; returns the checkpoint and what the file takes.
 
@@ -134,6 +154,7 @@ def export_onnx(run: Path, out: Path, which: str) -> tuple[Path, str]:
         UserError: see `export_from_run` and `write_onnx`.
     """
     require_packages()
+    _check_place(out)
     if not out.parent.is_dir():
         raise UserError(f"OUT is {out}; expected a file in an existing folder; set OUT")
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,15 @@ from safetensors.torch import load_file
 
 from models import vit
 from models.config import ModelConfig
+from runtime.config import config_to_yaml, load_config
+from runtime.distributed import Process
 from runtime.program import UserError
+from tests.helpers.digits import DEMO, TINY
 from training.checkpoints.exported_encoder import assemble_backbone, export_encoder, load_exported
 from training.checkpoints.files import CheckpointError
+from training.checkpoints.state_files import save_tensors, share_path
+from training.checkpoints.store import check_checkpoint, save_checkpoint
+from training.config import PretrainConfig
 from training.export import main
 
 CONFIGS = {
@@ -153,3 +160,56 @@ def test_a_backbone_is_assembled_strictly_from_a_checkpoint_state() -> None:
 def test_a_file_s_name_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected the name of a folder; set --format onnx"):
         main([str(tmp_path / "run"), str(tmp_path / "x.onnx")])
+
+
+ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run with one checkpoint, as a save leaves it."""
+    config = load_config(PretrainConfig, DEMO, [*TINY, "data.shards=nowhere"])
+    backbone = vit.build_backbone(config.model)
+    state = {f"teacher/network.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+
+    def write(directory: Path) -> None:
+        save_tensors(share_path(directory, 0, 1), state)
+        export(config.model, backbone, directory / "teacher")
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config_to_yaml(config))
+    assert save_checkpoint(folder / "checkpoints", 3, write, ALONE).error is None
+    return folder
+
+
+def tree(root: Path) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "checkpoints/step-00000003/teacher",
+        "checkpoints/step-00000003/new",
+        "checkpoints/step-00000003/x.onnx",
+        "checkpoints/new",
+        "in_training/step-00000003/teacher",
+        "renamed/teacher",
+        "link",
+    ],
+)
+def test_a_checkpoint_is_no_place_for_an_export(
+    run_dir: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.export.require_packages", lambda: None)
+    shutil.copytree(run_dir / "checkpoints" / "step-00000003", run_dir / "renamed")
+    (run_dir / "link").symlink_to(run_dir / "checkpoints" / "step-00000003" / "teacher")
+    before = tree(run_dir)
+    options = ["--format", "onnx"] if place.endswith("onnx") else []
+    with pytest.raises(
+        UserError, match=r"^OUT is .*, which lies in .*; expected a place outside of checkpoi"
+    ):
+        main([str(run_dir), str(run_dir / place), *options])
+    assert tree(run_dir) == before
+    check_checkpoint(run_dir / "checkpoints" / "step-00000003", ALONE)
