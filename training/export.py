@@ -17,11 +17,14 @@ onnxruntime's outputs are compared with the encoder's before the file is kept. I
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from runtime.program import UserError, run_program
@@ -56,6 +59,7 @@ from runtime.config import load_config
 from runtime.distributed import Process
 from runtime.files import fsync_directory
 from training.checkpoints.exported_encoder import (
+    CARD_NAME,
     EXPORTED_NAMES,
     PROTOTYPES_NAME,
     assemble_backbone,
@@ -71,38 +75,28 @@ from training.config import PretrainConfig
 from training.onnx_file import require_packages, write_onnx
 
 _RUN_CONFIG, _RUN_FOLDERS = "config.yaml", ("checkpoints", "in_training")
+_STEP = re.compile(r"step-\d{8,}")
 
 
 def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
     """Exports one role of a run's newest whole checkpoint (or of the checkpoint `run`); returns the checkpoint.
 
     Raises:
-        UserError: no run, no whole checkpoint, or `out_dir` holds something else than an export, or lies in a
-            checkpoint.
+        UserError: no run, no whole checkpoint, `out_dir` holds something else than an export, lies in a checkpoint or
+            cannot be written.
         CheckpointError: the named checkpoint is damaged.
     """
-    _check_place(out_dir)
-    process = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
-    if run.name.startswith("step-"):
-        checkpoint, run_dir = run, run.parent.parent
-        check_checkpoint(checkpoint, process)
-    else:
-        run_dir = run
-        latest = find_latest_checkpoint(run / "checkpoints", process)
-        if latest is None:
-            raise UserError(
-                f"{run} has no whole checkpoint; expected a run directory or a checkpoint; set RUN"
-            )
-        checkpoint = latest
-    if out_dir.exists() and not out_dir.is_dir():
+    target = _check_place(out_dir)
+    if target.exists() and not target.is_dir():
         raise UserError(f"OUT is {out_dir}, which is a file; expected an empty folder or a new name; set OUT")
-    held = {path.name for path in out_dir.iterdir()} if out_dir.is_dir() else set()
-    if held and not is_export(out_dir):
+    held = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if held and not is_export(target):
         other = min(held - EXPORTED_NAMES or held)
         raise UserError(
             f"OUT is {out_dir}, which holds {other} and is no export; expected an empty folder, a new name or a former "
             "export; set OUT"
         )
+    checkpoint, run_dir = _find_checkpoint(run)
     config = load_config(PretrainConfig, str(run_dir / "config.yaml"))
     state, exported = ConsolidatedState(checkpoint), checkpoint / "teacher"
     backbone = assemble_backbone(config.model, state, which)
@@ -110,25 +104,39 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
     own = exported / "patch_prototypes.safetensors"
     if own.is_file():
         beside["patch_prototypes"] = load_tensors(own)
-    temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
-    export_encoder(
-        backbone,
-        temporary,
-        model=config.model,
-        mean=config.data.mean,
-        std=config.data.std,
-        interpolation=config.data.interpolation,
-        pixels=config.data.pixels,
-        prototypes=load_tensors(exported / PROTOTYPES_NAME),
-        beside=beside,
-        levels=config.levels,
-        provenance=load_manifest(checkpoint)["facts"]
-        | {"role": which, "step": load_manifest(checkpoint)["step"]},
-    )
-    shutil.rmtree(out_dir, ignore_errors=True)
-    temporary.rename(out_dir)
-    fsync_directory(out_dir.parent)
+    prototypes, manifest = load_tensors(exported / PROTOTYPES_NAME), load_manifest(checkpoint)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with _writing(out_dir, temporary):
+        export_encoder(
+            backbone,
+            temporary,
+            model=config.model,
+            mean=config.data.mean,
+            std=config.data.std,
+            interpolation=config.data.interpolation,
+            pixels=config.data.pixels,
+            prototypes=prototypes,
+            beside=beside,
+            levels=config.levels,
+            provenance=manifest["facts"] | {"role": which, "step": manifest["step"]},
+        )
+        _put(temporary, target)
     return checkpoint
+
+
+@contextlib.contextmanager
+def _writing(out: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Says of a place that cannot be written what it is, and leaves nothing of a temporary folder."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(
+            f"OUT is {out}, which cannot be written ({reason}); expected a place with room for it; set OUT"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_place(out: Path) -> Path:
@@ -147,6 +155,33 @@ def _check_place(out: Path) -> Path:
     return target
 
 
+def _find_checkpoint(run: Path) -> tuple[Path, Path]:
+    """Returns the checkpoint that RUN is, or the newest whole one of the run, and the run."""
+    process = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    is_run = (run / _RUN_CONFIG).is_file()  # which may be called as it likes
+    if not is_run and (_STEP.fullmatch(run.name) or (run / MANIFEST_NAME).is_file()):
+        check_checkpoint(run, process)
+        return run, run.parent.parent
+    latest = find_latest_checkpoint(run / "checkpoints", process)
+    if latest is None:
+        raise UserError(f"{run} has no whole checkpoint; expected a run directory or a checkpoint; set RUN")
+    return latest, run
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Moves an export to its place; a folder that is there stays itself, as a shell may stand in it."""
+    if target.is_dir():
+        for path in target.iterdir():
+            if path.name != CARD_NAME:  # by which a later start knows an interrupted one's remains
+                path.unlink()
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name != CARD_NAME):
+            shutil.move(path, target / path.name)  # a disk may be mounted there
+    else:
+        temporary.rename(target)
+        target = target.parent
+    fsync_directory(target)
+
+
 def export_onnx(run: Path, out: Path, which: str) -> tuple[Path, str]:
     """Exports as `export_from_run` does, but into one ONNX file; returns the checkpoint and what the file takes.
 
@@ -154,10 +189,13 @@ def export_onnx(run: Path, out: Path, which: str) -> tuple[Path, str]:
         UserError: see `export_from_run` and `write_onnx`.
     """
     require_packages()
-    _check_place(out)
-    if not out.parent.is_dir():
+    target = _check_place(out)
+    if not target.parent.is_dir():
         raise UserError(f"OUT is {out}; expected a file in an existing folder; set OUT")
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+    with (
+        _writing(out),
+        tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary,
+    ):
         folder = Path(temporary) / "encoder"
         checkpoint = export_from_run(run, folder, which)
         backbone, _ = load_exported(folder)
@@ -166,7 +204,7 @@ def export_onnx(run: Path, out: Path, which: str) -> tuple[Path, str]:
             "step": load_manifest(checkpoint)["step"],
         }
         pixels = json.loads((folder / "config.json").read_bytes()).get("pixels", "uint8")
-        return checkpoint, write_onnx(backbone, out, pixels=pixels, facts=facts)
+        return checkpoint, write_onnx(backbone, target, pixels=pixels, facts=facts)
 
 
 def main(arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from models import vit
 from models.config import ModelConfig
 from runtime.config import config_to_yaml, load_config
 from runtime.distributed import Process
-from runtime.program import UserError
+from runtime.program import UserError, run_program
 from tests.helpers.digits import DEMO, TINY
 from training.checkpoints.exported_encoder import assemble_backbone, export_encoder, load_exported
 from training.checkpoints.files import CheckpointError
@@ -167,7 +168,7 @@ ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run with one checkpoint, as a save leaves it."""
+    """A run with one checkpoint, as a save leaves it; its name is like a checkpoint's."""
     config = load_config(PretrainConfig, DEMO, [*TINY, "data.shards=nowhere"])
     backbone = vit.build_backbone(config.model)
     state = {f"teacher/network.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
@@ -176,7 +177,7 @@ def run_dir(tmp_path: Path) -> Path:
         save_tensors(share_path(directory, 0, 1), state)
         export(config.model, backbone, directory / "teacher")
 
-    folder = tmp_path / "run"
+    folder = tmp_path / "step-by-step"
     folder.mkdir()
     (folder / "config.yaml").write_text(config_to_yaml(config))
     assert save_checkpoint(folder / "checkpoints", 3, write, ALONE).error is None
@@ -213,3 +214,32 @@ def test_a_checkpoint_is_no_place_for_an_export(
         main([str(run_dir), str(run_dir / place), *options])
     assert tree(run_dir) == before
     check_checkpoint(run_dir / "checkpoints" / "step-00000003", ALONE)
+
+
+def test_the_folder_that_out_names_is_the_one_that_is_filled(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new name, a link to an empty folder, the folder one stands in, and each of them once more."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in ("../new", "../link", ".") * 2:
+        assert main([str(run_dir), out]) == 0
+        load_exported(Path(out))
+    assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob(".*"))
+    assert main([str(run_dir / "checkpoints" / "step-00000003"), "../step-00000003"]) == 0
+
+
+def test_a_disk_without_room_is_one_line_and_nothing_stays(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, limits = tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        assert run_program(main, [str(run_dir), str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "which cannot be written (File too large); expected a place with room" in line
+    assert tree(tmp_path) == before
