@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,57 +22,36 @@ from tqdm import tqdm
 
 from data.local_errors import raise_if_local
 from data.members import LABEL_SUFFIX, EncodedSample
-from data.shards import INDEX_DTYPE, DataError, Manifest, Shard, save_index, save_manifest, write_whole
+from data.shards import (
+    INDEX_DTYPE,
+    DataError,
+    Manifest,
+    Shard,
+    save_index,
+    save_manifest,
+    write_whole,
+)
 from data.stream.reader import checksum_of
 from data.views.random_numbers import draw_permutation, hash_key
-from data.writing.duplicates import CONFLICT_KINDS, DUPLICATE, Content, LabelConflicts, find_duplicates
+from data.writing.duplicates import CONFLICT_KINDS, DUPLICATE, Content, find_duplicates
+from data.writing.shard_records import (
+    IndexEntry,
+    ShardJob,
+    ShardRecord,
+    claim,
+    find_record,
+    make_records_folder,
+    refuse_others_split,
+    remove_stale_shards,
+    save_record,
+)
 from data.writing.sources import ImageSource, Rejected, SourceSample
 
 logger = logging.getLogger(__name__)
 
-_RECORDS = ".records"  # one small file a finished shard: what makes a second run resume
-_NAME_PATTERN = "%s-%06d.tar"
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SHARD_ORDER = 11  # purpose of the shuffle's random key
 _MOST_SAMPLES, _LEAST_SAMPLES, _NUM_SHARDS = 1500, 16, 256
-
-
-# Offset, checksum and label, as in `INDEX_DTYPE`.
-IndexEntry = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """What is known of a finished shard; `contents` are (number in the source, hash of the members)."""
-
-    fingerprint: str
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    index: list[IndexEntry]
-    contents: list[tuple[int, str]] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardJob:
-    """One shard to write: its number, which images of the source go into it in which order, and which do not.
-
-    `left_out` holds (kind, detail) by number in the source.
-    """
-
-    split: str
-    number: int
-    indices: Sequence[int]
-    directory: str
-    fingerprint: str
-    left_out: dict[int, tuple[str, str]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The tar's file name."""
-        return _NAME_PATTERN % (self.split, self.number)
 
 
 def fit_shards(num_images: int) -> int:
@@ -109,7 +88,7 @@ def write_split(
 
     Raises:
         DataError: no images, all were left out, an impossible name of a split, two classes that claim one image,
-            or a tar in the folder that was not written here.
+            or a tar or a split in the folder that was not written here.
     """
     if not _SPLIT_NAME.fullmatch(split):
         raise DataError(
@@ -117,13 +96,13 @@ def write_split(
         )
     if len(source) == 0:
         raise DataError(f"split {split!r} has 0 images; expected at least 1; look at the input folder")
-    records_dir = Path(directory) / _RECORDS
-    records_dir.mkdir(parents=True, exist_ok=True)
+    make_records_folder(directory)
     jobs = _list_jobs(source, split, directory, samples_per_shard, max_shard_bytes, seed)
+    refuse_others_split(directory, split)
     for job in jobs:
-        _claim(job)
+        claim(job)
     records = {
-        job.name: record for job in jobs if (record := _find_record(job, source.label_conflicts)) is not None
+        job.name: record for job in jobs if (record := find_record(job, source.label_conflicts)) is not None
     }
     missing = [job for job in jobs if job.name not in records]
     logger.info("%s: %d of %d shards are there already", split, len(records), len(jobs))
@@ -136,7 +115,7 @@ def write_split(
     entries = [tuple(entry) for record in ordered for entry in record.index]
     manifest = save_index(manifest, np.array(entries, dtype=INDEX_DTYPE))
     save_manifest(manifest)
-    _remove_stale_shards(directory, split, {job.name for job in jobs})
+    remove_stale_shards(directory, split, {job.name for job in jobs})
     rejected = sorted((item for record in ordered for item in record.rejected), key=lambda item: item.index)
     _list_left_out(Path(directory) / f"{split}.left_out.txt", rejected)
     return manifest, rejected
@@ -148,17 +127,6 @@ def _list_left_out(path: Path, rejected: Sequence[Rejected]) -> None:
         write_whole(path, "".join(lines).encode())
     else:
         path.unlink(missing_ok=True)
-
-
-def _claim(job: ShardJob) -> None:
-    """Marks a shard's name as ours before it is written: nothing that others wrote is replaced or removed."""
-    record = Path(job.directory) / _RECORDS / f"{job.name}.json"
-    if not record.exists() and (Path(job.directory) / job.name).exists():
-        raise DataError(
-            f"{Path(job.directory) / job.name} was not written by this program; expected a folder without others' "
-            "shards; set --out to another one"
-        )
-    record.touch()
 
 
 def _list_jobs(
@@ -289,7 +257,7 @@ def write_shard(source: ImageSource, job: ShardJob) -> ShardRecord:
     finally:
         temporary.unlink(missing_ok=True)
     record = ShardRecord(job.fingerprint, job.name, len(entries), size, digest, entries, contents, rejected)
-    write_whole(directory / _RECORDS / f"{job.name}.json", json.dumps(asdict(record)).encode())
+    save_record(record, job.directory)
     return record
 
 
@@ -335,23 +303,6 @@ def _hash_image(sample: SourceSample) -> str:
     return hashlib.blake2b(image, digest_size=12).hexdigest()
 
 
-def _find_record(job: ShardJob, policy: LabelConflicts) -> ShardRecord | None:
-    """Returns the record of a finished shard of the same images and options; None if it has to be written."""
-    path = Path(job.directory) / _RECORDS / f"{job.name}.json"
-    try:
-        values = json.loads(path.read_bytes())
-        rejected = [Rejected(**item) for item in values.pop("rejected")]
-        contents = [(int(index), str(digest)) for index, digest in values.pop("contents")]
-        record = ShardRecord(**values, contents=contents, rejected=rejected)
-        size = (Path(job.directory) / job.name).stat().st_size
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    # What another policy left out has to be judged again.
-    others = set(CONFLICT_KINDS.values()) - {CONFLICT_KINDS.get(policy)}
-    judged = all(item.kind not in others for item in rejected)
-    return record if judged and record.fingerprint == job.fingerprint and record.bytes == size else None
-
-
 def _fingerprint(source: ImageSource, split: str, *options: int) -> str:
     text = json.dumps([source.fingerprint, split, len(source), list(source.classes), *options])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -380,15 +331,3 @@ def _build_manifest(
         index_path=f"{split}.index",
         notes={"left_out": dict(Counter(item.kind for item in rejected)), "shuffled": True},
     )
-
-
-def _remove_stale_shards(directory: str, split: str, names: set[str]) -> None:
-    """Removes what the new manifest does not list: shards of other options, and halves that killed runs left."""
-    number = "[0-9]" * 6
-    for path in Path(directory).glob(f"{split}-{number}.tar"):
-        record = Path(directory) / _RECORDS / f"{path.name}.json"
-        if path.name not in names and record.exists():
-            path.unlink()
-            record.unlink()
-    for path in Path(directory).glob(f".{split}-{number}.tar.*.tmp"):
-        path.unlink(missing_ok=True)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from data.shards import DataError, Manifest, load_manifest, save_manifest, split_names
+from data.shards import (
+    MANIFEST_NAME,
+    DataError,
+    Manifest,
+    load_manifest,
+    manifest_to_json,
+    split_names,
+    write_whole,
+)
 from data.stream.samplers import select_long_tail, selected_labels
 
 
@@ -19,15 +28,15 @@ def write_long_tail(
 
     Args:
         source: folder of the whole set.
-        directory: folder of the new manifest; not the same.
+        directory: folder of the new manifest: new, or written by this function before.
         split: the split to thin out; the others are listed whole.
         imbalance: images of the largest class over images of the smallest; see `data.samplers.select_long_tail`.
         seed: of the choice.
 
     Raises:
-        DataError: no labels, an imbalance below 1, or the same folder twice.
+        DataError: no labels, an imbalance below 1, or a folder that holds another set.
     """
-    _refuse_own_folder(source, directory)
+    _check_place(source, directory, "long_tail", any)  # the other splits keep their notes
     if not imbalance >= 1:
         raise DataError(f"--imbalance is {imbalance}; expected at least 1; set --imbalance")
     whole = load_manifest(source, split)
@@ -37,16 +46,14 @@ def write_long_tail(
             f"{source} has images without class; expected a class for each; write an index with classes"
         )
     chosen = select_long_tail(labels, imbalance, seed)
-    Path(directory).mkdir(parents=True, exist_ok=True)
     manifests = []
     for name in split_names(source):
         manifest = _relocate(load_manifest(source, name), directory)
         if name == split:
             manifest = _restrict(manifest, labels, chosen)
             manifest = replace(manifest, notes={"long_tail": {"imbalance": imbalance, "seed": seed}})
-        save_manifest(manifest)
         manifests.append(manifest)
-    return manifests
+    return _write(manifests)
 
 
 def write_held_out(source: str, directory: str, *, share: float = 0.1, seed: int = 0) -> list[Manifest]:
@@ -57,14 +64,14 @@ def write_held_out(source: str, directory: str, *, share: float = 0.1, seed: int
 
     Args:
         source: folder of the whole set, with a split `train`.
-        directory: folder of the new manifest; not the same.
+        directory: folder of the new manifest: new, or written by this function before.
         share: of the images, in (0, 1).
         seed: of the choice.
 
     Raises:
-        DataError: no labels, no such share, or the same folder twice.
+        DataError: no labels, no such share, or a folder that holds another set.
     """
-    _refuse_own_folder(source, directory)
+    _check_place(source, directory, "held_out", all)
     if not 0 < share < 1:
         raise DataError(f"--share is {share}; expected more than 0 and less than 1; set --share")
     whole = load_manifest(source, "train")
@@ -78,19 +85,44 @@ def write_held_out(source: str, directory: str, *, share: float = 0.1, seed: int
     for label in np.unique(labels):
         members = order[labels[order] == label]
         held_out[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
-    Path(directory).mkdir(parents=True, exist_ok=True)
     manifests = []
     for name, chosen in (("train", ~held_out), ("test", held_out)):
         manifest = _restrict(_relocate(whole, directory), labels, chosen)
         notes = {"held_out": {"share": share, "seed": seed}}
         manifests.append(replace(manifest, split=name, notes=notes))
-        save_manifest(manifests[-1])
-    return manifests
+    return _write(manifests)
 
 
-def _refuse_own_folder(source: str, directory: str) -> None:
+def _check_place(source: str, directory: str, note: str, of: Callable[[Iterable[bool]], bool]) -> None:
+    """Refuses a folder that holds another set: its manifest would be replaced, and with it the names of its classes.
+
+    Args:
+        source: folder of the whole set.
+        directory: where the new manifest is to go.
+        note: by which the manifests of one's own are known.
+        of: `any` or `all` splits of those carry it.
+    """
     if Path(source).resolve() == Path(directory).resolve():
         raise DataError(f"--out is {directory}, the whole set's folder; expected another; set --out")
+    found = next(Path(directory).glob("*.tar"), None)
+    if (Path(directory) / MANIFEST_NAME).is_file():
+        splits = [load_manifest(directory, name) for name in split_names(directory)]
+        found = found or (
+            None if of(note in split.notes for split in splits) else Path(directory) / MANIFEST_NAME
+        )
+    if found is not None:
+        raise DataError(
+            f"--out is {directory}, which holds {found.name} of another set; expected a new folder, or one that the "
+            "same command wrote; set --out"
+        )
+
+
+def _write(manifests: list[Manifest]) -> list[Manifest]:
+    """Returns the manifests after writing them in place of a former sub-sample's, whose splits may be others."""
+    directory = Path(manifests[0].directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / MANIFEST_NAME, manifest_to_json(manifests).encode())
+    return manifests
 
 
 def _relocate(manifest: Manifest, directory: str) -> Manifest:

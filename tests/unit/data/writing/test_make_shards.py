@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,9 +15,9 @@ import torch
 
 from data.datasets import EvaluationStream, require_same_classes
 from data.make_shards import main
-from data.shards import DataError, load_index, load_manifest
+from data.shards import DataError, load_index, load_manifest, split_names
 from data.stream.pipeline import TrainingStream
-from data.verify_shards import verify
+from data.verify_shards import verify, write_manifests
 from data.writing import fashion_mnist
 from data.writing.inspection import scan_shard
 from data.writing.shard_writing import fit_shards
@@ -261,6 +262,48 @@ def test_held_out_images_are_training_images_of_the_whole_and_of_no_other_split(
     for options in (("--out", whole), ("--share", 1, "--out", cut), ("--share", "nan", "--out", cut)):
         assert run("holdout", whole, *options) == 2
     assert [line[:7] for line in capsys.readouterr().err.splitlines()[-3:]] == ["error: "] * 3
+
+
+def test_another_set_s_manifest_is_not_replaced(tmp_path, image_bytes, make_set, capsys):
+    for split, number in (("train", 9), ("val", 4)):
+        write_tree(tmp_path / "in" / split, image_bytes, {"a": number, "b": number}, offset=number * 10)
+    whole, theirs, tail, cut = (str(tmp_path / name) for name in ("whole", "theirs", "tail", "cut"))
+    images = ("imagefolder", tmp_path / "in" / "val")
+    assert run("imagefolder", tmp_path / "in", "--out", whole) == 0
+    # A set without a tar beside its manifest: in folders of splits.
+    (Path(make_set([4], name="theirs")) / "train").mkdir()
+    (tmp_path / "theirs" / "train-000000.tar").rename(tmp_path / "theirs" / "train" / "000000.tar")
+    assert write_manifests(theirs) == []
+    again = [("lt", whole, "--imbalance", 3, "--out", tail), ("holdout", whole, "--out", cut)]
+    assert [run(*command) for command in again * 2] == [0] * 4  # its own it replaces
+    (tmp_path / "tars").mkdir()
+    shutil.copy(next(Path(whole).glob("*.tar")), tmp_path / "tars")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("manifest.json")}
+    for command in [
+        ("lt", whole, "--out", theirs),
+        ("lt", theirs, "--out", whole),
+        ("lt", whole, "--out", cut),
+        ("lt", whole, "--out", tmp_path / "tars"),
+        ("holdout", whole, "--out", theirs),
+        ("holdout", whole, "--out", tail),
+        (*images, "--out", tail),
+        (*images, "--out", cut),
+        (*images, "--out", theirs),
+    ]:
+        capsys.readouterr()
+        assert run(*command) == 2, command
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "set --out" in line and ("same command wrote" in line or "without others' shards" in line)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("manifest.json")} == before
+
+
+def test_a_sub_sample_of_other_splits_leaves_none_of_the_former(tmp_path, image_bytes):
+    for name, split in (("one", "val"), ("other", "test")):
+        for part in ("train", split):
+            write_tree(tmp_path / name / part, image_bytes, {f"{name} a": 4, f"{name} b": 4})
+        assert run("imagefolder", tmp_path / name, "--out", tmp_path / f"{name}-shards") == 0
+        assert run("lt", tmp_path / f"{name}-shards", "--imbalance", 2, "--out", tmp_path / "tail") == 0
+    assert split_names(str(tmp_path / "tail")) == ["test", "train"]
 
 
 @pytest.fixture
