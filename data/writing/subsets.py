@@ -127,7 +127,8 @@ def _write(manifests: list[Manifest]) -> list[Manifest]:
 
 def _relocate(manifest: Manifest, directory: str) -> Manifest:
     """Returns a manifest that finds its tars from another folder."""
-    way = os.path.relpath(manifest.directory, directory)
+    # The system goes up from where a link leads.
+    way = os.path.relpath(os.path.realpath(manifest.directory), os.path.realpath(directory))
     shards = tuple(replace(shard, name=str(Path(way) / shard.name)) for shard in manifest.shards)
     index_path = str(Path(way) / manifest.index_path) if manifest.index_path else ""
     return replace(manifest, directory=directory, shards=shards, index_path=index_path)

@@ -306,6 +306,20 @@ def test_a_sub_sample_of_other_splits_leaves_none_of_the_former(tmp_path, image_
     assert split_names(str(tmp_path / "tail")) == ["test", "train"]
 
 
+def test_a_sub_sample_behind_a_link_finds_its_tars(tmp_path, image_bytes):
+    """The system goes up from where a link leads, not from where it stands; on both sides."""
+    write_tree(tmp_path / "in", image_bytes, {"a": 5, "b": 5})
+    assert run("imagefolder", tmp_path / "in", "--out", tmp_path / "far" / "away" / "whole") == 0
+    (tmp_path / "disk" / "deep" / "tail").mkdir(parents=True)
+    (tmp_path / "tail").symlink_to("disk/deep/tail")
+    (tmp_path / "whole").symlink_to("far/away/whole")
+    for command in ("lt", "holdout"):
+        out = tmp_path / "tail" / command
+        assert run(command, tmp_path / "whole", "--out", out) == 0
+        assert verify(str(out)) == [] and verify(str(out.resolve())) == []
+    assert run("lt", tmp_path / "whole", "--out", tmp_path / "far" / "away" / "whole") == 2
+
+
 @pytest.fixture
 def small_fashion(tmp_path, monkeypatch) -> Path:
     """Four archives of Fashion-MNIST's format with 7 + 3 images; their hashes are put in place of the real ones."""
