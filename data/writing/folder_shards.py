@@ -16,6 +16,7 @@ from data.local_errors import raise_if_local
 from data.shards import DataError, write_whole
 from data.writing.folder_walk import find_split_folders
 from data.writing.image_sources import FileSource, list_splits
+from data.writing.shard_lock import hold
 from data.writing.shard_writing import fit_shards, write_split
 
 logger = logging.getLogger(__name__)
@@ -79,15 +80,27 @@ def make_folder_shards(images: str, cache_dir: str) -> str:
     """Returns the folder of the shards of a folder of images, which are written unless they are there already.
 
     Nothing is ever deleted: a run that was made with the folder as it was needs those shards to go on. An interrupted
-    start goes on with the shards that are missing.
+    start goes on with the shards that are missing; one beside another waits for its end.
 
     Raises:
         DataError: see `find_folder_shards`; or the disk has no room, or cannot be written.
     """
     found = find_folder_shards(images, cache_dir)
-    if found.is_made:
-        logger.info("data.images: the shards of %s are in %s", images, found.directory)
-        return str(found.directory)
+    try:
+        if not found.is_made:
+            with hold(str(found.directory), "folder"):
+                if not found.is_made:  # nor by the one that was waited for
+                    _write_all(found, images)
+    except OSError as error:
+        raise_if_local(error, str(found.directory))
+        raise DataError(
+            f"{found.directory} cannot be written ({error.strerror}); expected a folder that can; set data.cache_dir"
+        ) from error
+    logger.info("data.images: the shards of %s are in %s", images, found.directory)
+    return str(found.directory)
+
+
+def _write_all(found: FolderShards, images: str) -> None:
     number = sum(len(source) for source in found.sources.values())
     size = sum(source.size(index) for source in found.sources.values() for index in range(len(source)))
     for former in _of_same_folder(found):
@@ -103,18 +116,10 @@ def make_folder_shards(images: str, cache_dir: str) -> str:
         size / _GIB,
         found.directory,
     )
-    try:
-        found.directory.mkdir(parents=True, exist_ok=True)
-        _require_room(found.directory, size)
-        splits = {split: _write(source, split, found.directory) for split, source in found.sources.items()}
-        done = {"images": found.root, "splits": splits}
-        write_whole(found.directory / _DONE_NAME, (json.dumps(done, indent=1) + "\n").encode())
-    except OSError as error:
-        raise_if_local(error, str(found.directory))
-        raise DataError(
-            f"{found.directory} cannot be written ({error.strerror}); expected a folder that can; set data.cache_dir"
-        ) from error
-    return str(found.directory)
+    _require_room(found.directory, size)
+    splits = {split: _write(source, split, found.directory) for split, source in found.sources.items()}
+    done = {"images": found.root, "splits": splits}
+    write_whole(found.directory / _DONE_NAME, (json.dumps(done, indent=1) + "\n").encode())
 
 
 def _write(source: FileSource, split: str, directory: Path) -> int:

@@ -30,6 +30,8 @@ from data.views.random_numbers import hash_key
 from data.writing.findings import summarise
 from data.writing.foreign_shards import list_splits, write_manifests
 from data.writing.labels import read_class_names
+from data.writing.shard_lock import hold
+from data.writing.shard_records import RECORDS
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +90,7 @@ def reshuffle(source: str, directory: str, options: ReshuffleOptions) -> None:
     Raises:
         DataError: a sample that cannot be read or has no single image, a folder that is not empty, or a full disk.
     """
-    target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(
-            f"--out is {directory}, which is not empty; expected a new or empty folder; set --out"
-        )
+    _require_empty(directory)
     splits, classes, image_key = _open(source, options)
     unfit = next((name for name in classes if name.splitlines() != [name.strip()]), None)
     if unfit is not None:
@@ -100,7 +98,28 @@ def reshuffle(source: str, directory: str, options: ReshuffleOptions) -> None:
             f"{source} has the class {unfit!r}; expected names of one line without spaces around them, as classes.txt "
             "holds one a line; rename it"
         )
-    target.mkdir(parents=True, exist_ok=True)
+    with hold(directory, "reshuffle"):
+        _require_empty(directory)  # still, where this start has waited for another
+        _rewrite_all(source, directory, options, splits, classes, image_key)
+
+
+def _require_empty(directory: str) -> None:
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(path.name != RECORDS for path in target.iterdir())):
+        raise DataError(
+            f"--out is {directory}, which is not empty; expected a new or empty folder; set --out"
+        )
+
+
+def _rewrite_all(
+    source: str,
+    directory: str,
+    options: ReshuffleOptions,
+    splits: dict[str, _Split],
+    classes: tuple[str, ...],
+    image_key: str,
+) -> None:
+    target = Path(directory)
     needed = sum(split.num_bytes for split in splits.values())
     free = shutil.disk_usage(target).free
     if free < needed:

@@ -14,7 +14,7 @@ from data.shards import MANIFEST_NAME, DataError, load_manifest, write_whole
 from data.writing.duplicates import CONFLICT_KINDS, LabelConflicts
 from data.writing.sources import Rejected
 
-_RECORDS = ".records"
+RECORDS = ".records"
 _NAME_PATTERN = "%s-%06d.tar"
 
 
@@ -98,9 +98,11 @@ def find_record(job: ShardJob, policy: LabelConflicts) -> ShardRecord | None:
     return record if judged and record.fingerprint == job.fingerprint and record.bytes == size else None
 
 
-def make_records_folder(directory: str) -> None:
-    """Makes the folder of the shards and that of their records in it."""
-    (Path(directory) / _RECORDS).mkdir(parents=True, exist_ok=True)
+def make_records_folder(directory: str) -> Path:
+    """Returns the folder of the records, made if missing, in that of the shards."""
+    folder = Path(directory) / RECORDS
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def save_record(record: ShardRecord, directory: str) -> None:
@@ -108,17 +110,20 @@ def save_record(record: ShardRecord, directory: str) -> None:
     write_whole(_record_path(directory, record.name), json.dumps(asdict(record)).encode())
 
 
-def remove_stale_shards(directory: str, split: str, names: set[str]) -> None:
-    """Removes what the new manifest does not list: shards of other options, and halves that killed runs left."""
+def remove_stale_shards(directory: str, split: str, names: set[str], *, is_alone: bool) -> None:
+    """Removes what the new manifest does not list: shards of other options, and halves that killed runs left.
+
+    Halves only where no other start can be writing them.
+    """
     number = "[0-9]" * 6
     for path in Path(directory).glob(f"{split}-{number}.tar"):
         record = _record_path(directory, path.name)
         if path.name not in names and record.exists():
             path.unlink()
             record.unlink()
-    for path in Path(directory).glob(f".{split}-{number}.tar.*.tmp"):
+    for path in Path(directory).glob(f".{split}-{number}.tar.*.tmp") if is_alone else ():
         path.unlink(missing_ok=True)
 
 
 def _record_path(directory: str, name: str) -> Path:
-    return Path(directory) / _RECORDS / f"{name}.json"
+    return Path(directory) / RECORDS / f"{name}.json"

@@ -10,6 +10,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,13 +36,13 @@ from data.shards import (
 from data.stream.reader import checksum_of
 from data.views.random_numbers import draw_permutation, hash_key
 from data.writing.duplicates import CONFLICT_KINDS, DUPLICATE, Content, find_duplicates
+from data.writing.shard_lock import hold
 from data.writing.shard_records import (
     IndexEntry,
     ShardJob,
     ShardRecord,
     claim,
     find_record,
-    make_records_folder,
     refuse_others_split,
     remove_stale_shards,
     save_record,
@@ -51,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SHARD_ORDER = 11  # purpose of the shuffle's random key
+_LOOK_EVERY_S = 1.0  # whether the parent of a writing process lives
 _MOST_SAMPLES, _LEAST_SAMPLES, _NUM_SHARDS = 1500, 16, 256
 
 
@@ -75,7 +78,7 @@ def write_split(
     """Returns the manifest of a split after writing its shards, and the images that were left out.
 
     Finished shards of an earlier run with the same images and options are kept; `manifest.json` is written last. Those
-    left out are listed in `SPLIT.left_out.txt`.
+    left out are listed in `SPLIT.left_out.txt`. Where another process writes the split, this one waits for its end.
 
     Args:
         source: the images.
@@ -96,8 +99,14 @@ def write_split(
         )
     if len(source) == 0:
         raise DataError(f"split {split!r} has 0 images; expected at least 1; look at the input folder")
-    make_records_folder(directory)
     jobs = _list_jobs(source, split, directory, samples_per_shard, max_shard_bytes, seed)
+    with hold(directory, f"split-{split}") as is_alone:
+        return _write_jobs(source, split, directory, jobs, num_processes, is_alone)
+
+
+def _write_jobs(
+    source: ImageSource, split: str, directory: str, jobs: list[ShardJob], num_processes: int, is_alone: bool
+) -> tuple[Manifest, list[Rejected]]:
     refuse_others_split(directory, split)
     for job in jobs:
         claim(job)
@@ -114,8 +123,9 @@ def write_split(
     manifest = _build_manifest(source, split, directory, ordered)
     entries = [tuple(entry) for record in ordered for entry in record.index]
     manifest = save_index(manifest, np.array(entries, dtype=INDEX_DTYPE))
-    save_manifest(manifest)
-    remove_stale_shards(directory, split, {job.name for job in jobs})
+    with hold(directory, "manifest"):  # another start may write another split
+        save_manifest(manifest)
+    remove_stale_shards(directory, split, {job.name for job in jobs}, is_alone=is_alone)
     rejected = sorted((item for record in ordered for item in record.rejected), key=lambda item: item.index)
     _list_left_out(Path(directory) / f"{split}.left_out.txt", rejected)
     return manifest, rejected
@@ -215,7 +225,9 @@ def _iterate_records(
     # Forked processes inherit the source: pickling it with every job would cost more than the job.
     context = multiprocessing.get_context("fork")
     workers = min(num_processes, len(jobs))
-    with ProcessPoolExecutor(workers, context, initializer=_Worker.start, initargs=(source,)) as pool:
+    with ProcessPoolExecutor(
+        workers, context, initializer=_Worker.start, initargs=(source, os.getpid())
+    ) as pool:
         try:
             for future in as_completed([pool.submit(_Worker.write, job) for job in jobs]):
                 yield future.result()
@@ -231,13 +243,21 @@ class _Worker:
     source: ImageSource
 
     @classmethod
-    def start(cls, source: ImageSource) -> None:
+    def start(cls, source: ImageSource, parent: int) -> None:
         cls.source = source
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: finish this shard, the parent starts no other
 
     @classmethod
     def write(cls, job: ShardJob) -> ShardRecord:
         return write_shard(cls.source, job)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process soon after its parent: of a killed one it would wait for work for ever, with its lock."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY_S)
+    os._exit(1)
 
 
 def write_shard(source: ImageSource, job: ShardJob) -> ShardRecord:
