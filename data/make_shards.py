@@ -155,7 +155,7 @@ def _add_sets_of_sets(commands: argparse._SubParsersAction[Parser]) -> None:
     tail.add_argument("shards", help="folder of the whole set")
     tail.add_argument("--split", default="train", help="the split to thin out; the others are kept whole")
     tail.add_argument(
-        "--imbalance", type=float, default=100.0, help="largest class over smallest, 10 to 1,000"
+        "--imbalance", type=float, default=100.0, help="largest class over smallest, such as 10 to 1,000"
     )
     tail.add_argument("--out", required=True)
     tail.add_argument("--seed", type=int, default=0)
@@ -196,8 +196,8 @@ def _check_options(options: argparse.Namespace) -> None:
         "shard_mib": 1,
         "processes": 1,
         "max_side": 0,
-        "imbalance": 1,
         "memory_mib": 1,
+        "seed": 0,
     }
     if not options.out:
         raise DataError("--out is empty; expected a folder for the shards; set --out")

@@ -104,13 +104,16 @@ class Manifest:
         return str(Path(self.directory) / shard.name)
 
 
-def load_manifest(directory: str, split: str, key: str = "data.split") -> Manifest:
+def load_manifest(
+    directory: str, split: str, key: str = "data.split", folder_key: str = "data.shards"
+) -> Manifest:
     """Returns one split of the manifest in a folder.
 
     Args:
         directory: the folder, or a brace list of some of its shards such as `DIR/train-{000000..000099}.tar`.
         split: which split.
         key: the option that named the split, for the message.
+        folder_key: the option or argument that named the folder, likewise.
 
     Raises:
         DataError: no such folder or manifest, an unreadable one, or no such split or shard in it.
@@ -118,37 +121,37 @@ def load_manifest(directory: str, split: str, key: str = "data.split") -> Manife
     pattern = ""
     if directory.endswith(".tar"):
         directory, pattern = str(Path(directory).parent), Path(directory).name
-    splits = _read_splits(directory)
+    splits = _read_splits(directory, folder_key)
     where = str(Path(directory) / MANIFEST_NAME)
     if split not in splits:
         known = ", ".join(sorted(splits)) or "none"
         raise DataError(f"{key} is {split!r}; expected one of {where}: {known}; set {key}")
     manifest = _split_from_dict(splits[split], directory, split, where)
-    return _restrict_to(manifest, set(braceexpand(pattern))) if pattern else manifest
+    return _restrict_to(manifest, set(braceexpand(pattern)), folder_key) if pattern else manifest
 
 
-def _restrict_to(manifest: Manifest, names: set[str]) -> Manifest:
+def _restrict_to(manifest: Manifest, names: set[str], key: str) -> Manifest:
     unknown = sorted(names - {shard.name for shard in manifest.shards})
     if unknown:
         raise DataError(
-            f"data.shards names {unknown[0]}; expected shards that the manifest lists; mend the list in data.shards"
+            f"{key} names {unknown[0]}; expected shards that the manifest lists; mend the list in {key}"
         )
     # The others stay, with nothing selected: sample ids count through all of them.
     shards = tuple(shard if shard.name in names else replace(shard, ordinals=()) for shard in manifest.shards)
     return replace(manifest, shards=shards)
 
 
-def split_names(directory: str) -> list[str]:
+def split_names(directory: str, folder_key: str = "data.shards") -> list[str]:
     """Returns the names of the splits in a folder's manifest, sorted; see `load_manifest`."""
-    return sorted(_read_splits(directory))
+    return sorted(_read_splits(directory, folder_key))
 
 
-def _read_splits(directory: str) -> dict[str, Any]:
+def _read_splits(directory: str, key: str) -> dict[str, Any]:
     path = Path(directory) / MANIFEST_NAME
     if not Path(directory).is_dir():
         raise DataError(
-            f"data.shards is {directory!r}; expected an existing folder of shards; write one with "
-            "python -m data.make_shards, or set data.shards"
+            f"{key} is {directory!r}; expected an existing folder of shards; write one with "
+            f"python -m data.make_shards, or set {key}"
         )
     if not path.is_file():
         raise DataError(

@@ -114,7 +114,7 @@ def verify(directory: str, *, num_decoded: int | None = NUM_DECODED, num_process
         DataError: no manifest, or an unreadable one.
     """
     findings: list[Finding] = []
-    for split in split_names(directory):
+    for split in split_names(directory, "DIRECTORY"):
         manifest = load_manifest(directory, split)
         index = load_index(manifest)
         if index is None:

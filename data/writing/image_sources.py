@@ -8,6 +8,7 @@ import io
 import json
 import re
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,7 +229,8 @@ def list_csv(
         known_classes: see `list_image_folder`.
 
     Raises:
-        DataError: no such file or column, a line with another number of columns, or one with an empty path or class.
+        DataError: no such file or column, two columns of one name, a line with another number of columns, or one with
+            an empty path or class.
     """
     if not Path(path).is_file():
         raise DataError(f"the CSV file is {path!r}; expected an existing file; pass its path")
@@ -239,6 +241,11 @@ def list_csv(
         raise DataError(
             f"line {reader.line_num + 1} of {path} is no CSV ({error}); expected rows; mend the file"
         ) from error
+    twice = next((name for name, number in Counter(filter(None, columns)).items() if number > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"{path} has {columns.count(twice)} columns {twice!r}; expected different names; mend the header"
+        )
     for column, option in ((image_column, "--image-column"), (label_column, "--label-column")):
         if column and column not in columns:
             named = ", ".join(columns) or "a header, but the file is empty"

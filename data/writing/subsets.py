@@ -20,6 +20,9 @@ from data.shards import (
 )
 from data.stream.samplers import select_long_tail, selected_labels
 
+_SOURCE = "SHARDS"  # the argument that names the whole set
+_MOST_IMBALANCE = 1_000_000  # no class of a set is that large, and infinity would leave nothing but ones
+
 
 def write_long_tail(
     source: str, directory: str, *, split: str = "train", imbalance: float = 100.0, seed: int = 0
@@ -34,12 +37,12 @@ def write_long_tail(
         seed: of the choice.
 
     Raises:
-        DataError: no labels, an imbalance below 1, or a folder that holds another set.
+        DataError: no labels, an imbalance out of bounds, or a folder that holds another set.
     """
     _check_place(source, directory, "long_tail", any)  # the other splits keep their notes
-    if not imbalance >= 1:
-        raise DataError(f"--imbalance is {imbalance}; expected at least 1; set --imbalance")
-    whole = load_manifest(source, split)
+    if not 1 <= imbalance <= _MOST_IMBALANCE:
+        raise DataError(f"--imbalance is {imbalance}; expected 1 to {_MOST_IMBALANCE:,}; set --imbalance")
+    whole = load_manifest(source, split, "--split", _SOURCE)
     labels = selected_labels(whole)
     if labels is None or (labels < 0).any():
         raise DataError(
@@ -74,6 +77,10 @@ def write_held_out(source: str, directory: str, *, share: float = 0.1, seed: int
     _check_place(source, directory, "held_out", all)
     if not 0 < share < 1:
         raise DataError(f"--share is {share}; expected more than 0 and less than 1; set --share")
+    if "train" not in (names := split_names(source, _SOURCE)):
+        raise DataError(
+            f"{_SOURCE} is {source}, which has {', '.join(names)}; expected a set with a split train; set {_SOURCE}"
+        )
     whole = load_manifest(source, "train")
     labels = selected_labels(whole)
     if labels is None or (labels < 0).any():

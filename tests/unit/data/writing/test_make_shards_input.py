@@ -125,6 +125,7 @@ MISTAKES = {
     "processes": (["--processes", "0"], "--processes is 0; expected at least 1"),
     "side": (["--max-side", "-5"], "--max-side is -5; expected at least 0"),
     "out": (["--out", "FILE"], "File exists"),
+    "seed": (["--seed", "-1"], "--seed is -1; expected at least 0; set --seed"),
 }
 
 
@@ -146,6 +147,8 @@ def test_options_that_cannot_work_are_one_line(tmp_path, image_bytes, capsys, mi
         ("path,kind\n0.png,a\n1.png,b,c\n", "row 3 of .* has another number of columns"),
         ("path,kind\n", "split 'train' has 0 images; expected at least 1"),
         ("", "has no column 'path'"),
+        ("path,kind,kind\n0.png,a,b\n", "list.csv has 2 columns 'kind'; expected different names; mend"),
+        ("path,kind,note,note\n0.png,a,b,c\n", "list.csv has 2 columns 'note'"),
     ],
 )
 def test_malformed_lists_are_one_line(tmp_path, image_bytes, capsys, text, expected):
@@ -155,6 +158,42 @@ def test_malformed_lists_are_one_line(tmp_path, image_bytes, capsys, text, expec
     assert run(*table, "--out", tmp_path / "out") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(expected, line)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        *[
+            (
+                "lt",
+                ["--imbalance", value],
+                rf"--imbalance is {value}; expected 1 to 1,000,000; set --imbalance$",
+            )
+            for value in ("inf", "1e\\+300", "nan", "0.5")
+        ],
+        ("lt", ["--seed", "-1"], "--seed is -1; expected at least 0; set --seed$"),
+        ("holdout", ["--seed", "-1"], "--seed is -1; expected at least 0; set --seed$"),
+        ("lt", ["--split", "val"], "--split is 'val'; expected one of .*: test; set --split$"),
+        (
+            "lt",
+            ["--split", "test", "nowhere"],
+            "SHARDS is 'nowhere'; expected an existing .*, or set SHARDS$",
+        ),
+        ("holdout", ["nowhere"], "SHARDS is 'nowhere'; expected an existing .*, or set SHARDS$"),
+        ("holdout", [], "SHARDS is .*, which has test; expected a set with a split train; set SHARDS$"),
+    ],
+)
+def test_a_sub_sample_s_mistakes_name_its_own_options(
+    tmp_path, image_bytes, capsys, command, options, expected
+):
+    write_images(tmp_path / "in", image_bytes, 2)
+    assert run("imagefolder", tmp_path / "in", "--split", "test", "--out", tmp_path / "whole") == 0
+    source = options[-1] if options[-1:] == ["nowhere"] else tmp_path / "whole"
+    given = [option.replace("\\", "") for option in options if option != "nowhere"]
+    assert run(command, source, *given, "--out", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(expected, line), line
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_image_without_annotation_and_other_categories_are_one_line(tmp_path, image_bytes, capsys):
@@ -183,7 +222,7 @@ def test_verify_answers_mistakes_in_one_line(make_set, tmp_path, capsys):
     shards = make_set([2])
     for arguments, expected in (
         ([shards, "--decode", "some"], "--decode is 'some'; expected a number of images a shard, or 'all'"),
-        ([str(tmp_path / "nowhere")], "expected an existing folder of shards"),
+        ([str(tmp_path / "nowhere")], "DIRECTORY is "),
         ([str(tmp_path / "nowhere"), "--write"], "is no folder"),
     ):
         assert verify_main(arguments) == 2
