@@ -10,6 +10,7 @@ python -m data.show_crops datasets/fashion-mnist --recipe grayscale-small --glob
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data.config import AugmentationConfig, DataConfig
-from data.usage import Parser
+from data.usage import Parser, ranges_of, read_number, whole
 from data.views.config import FULL_SCALE, RECIPES, PixelFormat
 
 if TYPE_CHECKING:
@@ -34,6 +35,15 @@ _BACKGROUND = 255
 _SHOWN_PERCENTILES = (2, 98)
 # What a picture says of its origin: others are not replaced.
 _SOFTWARE = ("Software", "data.show_crops")
+# Lines about a configuration, of which this program's options are a few, name those.
+_OWN_NAMES = {
+    "shards": "SHARDS",
+    "split": "--split",
+    "channels": "--channels",
+    "pixels": "--pixels",
+    "augmentation.": "--augment ",
+}
+_KEY = re.compile(rf"(?<![\w/.-])data\.({'|'.join(_OWN_NAMES)})")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         origin.add_text(*_SOFTWARE)
         Image.fromarray(arrange_crops(crops, config, options.bands)).save(options.out, pnginfo=origin)
     except (ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        said = _KEY.sub(lambda key: _OWN_NAMES[key[1]], " ".join(str(error).split()))
+        print(f"error: {said}", file=sys.stderr)
         return 2
     print(f"{options.out}: {options.images} images, recipe {options.recipe}")
     return 0
@@ -154,12 +165,18 @@ def _parse_augmentation(text: str) -> tuple[str, float | tuple[float, ...]]:
         raise argparse.ArgumentTypeError(
             f"{text!r} names no augmentation; expected one of {', '.join(known)}"
         )
-    values = tuple(float(number) for number in numbers.split(","))
-    if isinstance(known[name], tuple):
-        return name, values
-    if len(values) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has {len(values)} numbers; expected one")
-    return name, values[0]
+    ranges, given = ranges_of(AugmentationConfig, name), numbers.split(",")
+    if (
+        isinstance(known[name], tuple) and len(ranges) == 1
+    ):  # one for each global view, of which there may be any
+        ranges *= len(given)
+    if len(given) != len(ranges):
+        raise argparse.ArgumentTypeError(f"{text!r} has {len(given)} numbers; expected {len(ranges)}")
+    try:
+        values = tuple(map(read_number, given, ranges))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} holds {error}") from error
+    return name, values if isinstance(known[name], tuple) else values[0]
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -179,15 +196,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="options of data.augmentation in place of the recipe's: quarter_turns=1 jitter_strength=.2,.2,0,0",
     )
     parser.add_argument("--out", default="crops.png", type=Path)
-    parser.add_argument("--channels", type=int, default=3, help="data.channels")
+    parser.add_argument("--channels", type=whole(DataConfig, "channels"), default=3, help="data.channels")
     parser.add_argument("--pixels", choices=tuple(FULL_SCALE), default="uint8", help="data.pixels")
     parser.add_argument(
         "--bands", type=int, nargs=3, default=(), help="which channels are red, green and blue"
     )
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--local-crops", type=int, default=4)
-    parser.add_argument("--global-size", type=int, default=224)
-    parser.add_argument("--local-size", type=int, default=96)
+    parser.add_argument("--images", type=whole(DataConfig, "num_lanes"), default=8)
+    parser.add_argument("--local-crops", type=whole(DataConfig, "num_local_crops"), default=4)
+    parser.add_argument("--global-size", type=whole(DataConfig, "global_crop_size"), default=224)
+    parser.add_argument("--local-size", type=whole(DataConfig, "local_crop_size"), default=96)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 

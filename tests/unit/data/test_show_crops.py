@@ -40,7 +40,7 @@ def test_what_is_no_picture_of_ours_is_not_replaced(make_set, tmp_path, capsys):
 
 def test_a_wrong_folder_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.png")]) == 2
-    assert capsys.readouterr().err.startswith("error: data.shards is")
+    assert capsys.readouterr().err.startswith("error: SHARDS is")
 
 
 def test_options_of_the_augmentation_are_shown(make_set, tmp_path):
@@ -58,9 +58,51 @@ def test_options_of_the_augmentation_are_shown(make_set, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("tilt=1", "names no augmentation"), ("flip=1,2", "2 numbers"), ("flip=x", "flip=x")],
+    [
+        ("tilt=1", "names no augmentation"),
+        ("flip=1,2", "2 numbers"),
+        ("flip=x", "'flip=x' holds 'x'; expected a number in [0, 1]"),
+        ("flip=", "'flip=' holds ''; expected a number in [0, 1]"),
+        ("flip=nan", "expected a number in [0, 1]"),
+        ("global_blur=1,2", "'global_blur=1,2' holds '2'; expected a number in [0, 1]"),
+        ("global_crop_scale=0,1", "expected a number in (0, 1]"),
+        ("jitter_strength=.2,.2", "has 2 numbers; expected 4"),
+    ],
 )
 def test_no_option_of_the_augmentation_is_one_line(option, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(["nowhere", "--augment", option])
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--global-size", "0", "[1, 1e4]"),
+        ("--local-size", "1e3", "[1, 1e4]"),
+        ("--local-crops", "-1", "[0, 1000]"),
+        ("--images", "0", "[1, 1e6]"),
+        ("--channels", "0", "[1, 1e4]"),
+    ],
+)
+def test_a_number_out_of_its_option_s_range_is_one_line(option, value, rule, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["nowhere", option, value])
+    assert end.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(f"argument {option}: '{value}'; expected a whole number in {rule}")
+
+
+def test_a_mistake_names_this_program_s_options(make_set, tmp_path, capsys):
+    shards, out = make_set([6]), str(tmp_path / "x.png")
+    for options, said in (
+        (["--split", "val"], "--split is 'val'; expected one of"),
+        (
+            ["--augment", "blur_sigma=2,1"],
+            "--augment blur_sigma is (2.0, 1.0); expected smallest <= largest",
+        ),
+        (["--channels", "7"], "of --channels=7 and --pixels=uint8"),
+    ):
+        assert main([shards, "--out", out, *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line and "data.split" not in line and "data.augm" not in line
