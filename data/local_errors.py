@@ -10,6 +10,7 @@ from data.shards import DataError
 
 _OPEN_FILES = "raise the limit of open files (ulimit -n), or lower data.num_workers"
 _DISK = "make room on the disk, or choose another folder"
+_LARGE = "allow larger files (ulimit -f), or choose a folder on a file system that holds them"
 _RIGHTS = "give this user the right to read the files and to write the folder"
 _MEMORY = "lower data.num_workers, data.num_lanes or data.shuffle_window, or ask for more memory"
 _REMEDIES = {
@@ -21,6 +22,7 @@ _REMEDIES = {
     errno.EROFS: _RIGHTS,
     errno.ENOSPC: _DISK,
     errno.EDQUOT: _DISK,
+    errno.EFBIG: _LARGE,
 }
 # More than a decoder asks for at once for an ordinary image.
 _PROBE_BYTES = 64 * 1024 * 1024
@@ -44,6 +46,20 @@ def raise_if_local(error: BaseException, what: str) -> None:
         raise DataError(
             f"{what} cannot be used: {said}; expected that this machine lets it; {_REMEDIES[number]}"
         ) from error
+
+
+def line_of(error: BaseException, place: object) -> str:
+    """Returns what a program says of an error, in one line: of one of the machine's, the file and the remedy.
+
+    Args:
+        error: what was raised.
+        place: where the program writes, for errors that name no file.
+    """
+    try:
+        raise_if_local(error, str(getattr(error, "filename", None) or place))
+    except DataError as mendable:
+        error = mendable
+    return " ".join(str(error).split())
 
 
 def _is_about_memory(error: BaseException) -> bool:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # What a command needs is imported by its function: a usage line should not wait for torch.
+from data.local_errors import line_of
 from data.shards import MANIFEST_NAME, DataError, Manifest, load_manifest, split_names
 from data.usage import Parser
 
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check_options(options)
         options.run(options)
     except (ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {line_of(error, options.out)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on with the shards that are missing", file=sys.stderr)

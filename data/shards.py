@@ -266,11 +266,16 @@ def save_manifest(manifest: Manifest) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees all of it or none: temporary name, flush, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:  # a full disk's names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_index(manifest: Manifest) -> NDArray[Any] | None:

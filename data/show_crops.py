@@ -22,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data.config import AugmentationConfig, DataConfig
+from data.local_errors import line_of
 from data.usage import Parser, ranges_of, read_number, whole
 from data.views.config import FULL_SCALE, RECIPES, PixelFormat
 
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         origin.add_text(*_SOFTWARE)
         Image.fromarray(arrange_crops(crops, config, options.bands)).save(options.out, pnginfo=origin)
     except (ValueError, OSError) as error:
-        said = _KEY.sub(lambda key: _OWN_NAMES[key[1]], " ".join(str(error).split()))
+        said = _KEY.sub(lambda key: _OWN_NAMES[key[1]], line_of(error, options.out))
         print(f"error: {said}", file=sys.stderr)
         return 2
     print(f"{options.out}: {options.images} images, recipe {options.recipe}")

@@ -23,6 +23,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from data.config import DataConfig
+from data.local_errors import line_of
 from data.shards import DataError, Manifest, Shard, load_index, load_manifest, split_names
 from data.stream.mixing import measure_mixing, report_mixing
 from data.usage import Parser
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = options.statistics and not (options.write and findings)  # which leaves no manifest
         statistics = describe_statistics(options.directory, **how) if wanted else []
     except (ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {line_of(error, options.directory)}", file=sys.stderr)
         return 2
     for line in summarise(findings):
         print(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from data.shards import DataError, load_manifest
 from data.stream.open_files import FilePool
 from data.stream.pipeline import TrainingStream
 from data.stream.reader import ShardReader
+from data.verify_shards import main as verify_main
 from data.verify_shards import verify
 from data.views import decoding
 from data.views.decoding import BadImageError, decode_image
 from data.writing.image_sources import FileSource, ImageFile
+from tests.unit.data.conftest import encode_image
 
 ROOT = Path(__file__).resolve().parents[3]
 STREAM = {"seed": 0, "global_batch_size": 8, "micro_batch_size": 8, "rank": 0, "world_size": 1}
@@ -30,6 +33,7 @@ REMEDIES = {
     errno.ENOMEM: "memory",
     errno.EACCES: "right to read",
     errno.ENOSPC: "make room",
+    errno.EFBIG: "ulimit -f",
 }
 
 
@@ -123,6 +127,41 @@ def test_a_full_disk_is_one_line(tmp_path, image_bytes, capsys, monkeypatch):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+@pytest.fixture
+def small_files():
+    """No file may grow beyond two KiB, as on a full disk: a write is refused and names no file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_cannot_be_written_is_one_line_with_the_file_and_leaves_no_half(
+    tmp_path, make_set, capsys, request
+):
+    """Tars by this process and by others, and the small files beside them: index, manifest."""
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        (tmp_path / "in" / f"{number}.png").write_bytes(encode_image(number))
+    images, shards = ["imagefolder", str(tmp_path / "in"), "--samples-per-shard", "20"], make_set([1] * 30)
+    request.getfixturevalue("small_files")
+    for arguments, named in (
+        ([*images, "--out", "one", "--processes", "1"], "one/train-000000.tar"),
+        ([*images, "--out", "two", "--processes", "2"], "two/train-00000[01].tar"),
+        (["lt", shards, "--imbalance", "1", "--out", "tail"], "tail/manifest.json"),
+        (["holdout", shards, "--out", "cut"], "cut/manifest.json"),
+        (["reshuffle", shards, "--out", "again"], "again"),
+    ):
+        arguments[arguments.index("--out") + 1] = str(tmp_path / arguments[arguments.index("--out") + 1])
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(rf"error: \S+/{named} cannot be used: File too large; .*ulimit -f.*", line), line
+    assert verify_main([shards, "--write"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "/manifest.json cannot be used: File too large" in line
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_a_cache_on_a_full_disk_is_not_blamed_on_the_store(tmp_path, monkeypatch):
     from data.stream.remote import ShardCache
 
@@ -161,6 +200,7 @@ def test_lanes_do_not_need_a_descriptor_each(make_set):
     """64 lanes over 64 shards, where a process may have 40 files open."""
     shards = make_set([6] * 64)
     code = f"""
+import re
 import resource
 from data.config import DataConfig
 from data.stream.pipeline import TrainingStream
