@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from runtime.committed import find_damage, is_committed
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["teacher", "student"]
 _STEP_DIRECTORY = re.compile(
@@ -30,22 +35,20 @@ class ExportedFolder:
 def find_exported_folder(spec: str, role: Role = "teacher") -> ExportedFolder:
     """Returns the exported folder of a run directory, of a checkpoint, or `spec` itself.
 
+    Of a run, the newest checkpoint whose files of this role are as they were written; others are named in the log.
+
     Raises:
-        EncoderError: no such directory, no complete checkpoint, or the checkpoint does not hold this role.
+        EncoderError: no such directory, no whole checkpoint, or the checkpoint does not hold this role.
     """
     path = Path(spec)
     require_folder(path, spec)
     if (path / "checkpoints").is_dir():
-        found = [p for p in (path / "checkpoints").iterdir() if _STEP_DIRECTORY.fullmatch(p.name)]
-        complete = [p for p in found if (p / "COMMIT").is_file() and not (p / "REJECTED").exists()]
-        if not complete:
-            raise EncoderError(
-                f"encoder is {spec!r}; expected a complete checkpoint (with COMMIT) under checkpoints/; "
-                "let the run reach its first checkpoint or set encoder to another run"
-            )
-        path = max(complete, key=lambda p: int(p.name.removeprefix("step-")))
+        path = _find_newest_whole(path / "checkpoints", spec, role)
+    elif (path / role).is_dir():
+        require_whole(path / role)
     match = _STEP_DIRECTORY.fullmatch(path.name)
     if match is None:
+        require_whole(path)
         return ExportedFolder(path)
     folder = path / role
     if not folder.is_dir():
@@ -55,6 +58,32 @@ def find_exported_folder(spec: str, role: Role = "teacher") -> ExportedFolder:
         )
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
     return ExportedFolder(folder, run_dir.resolve() if run_dir else None, int(match.group(1)))
+
+
+def _find_newest_whole(checkpoints: Path, spec: str, role: Role) -> Path:
+    found = [p for p in checkpoints.iterdir() if _STEP_DIRECTORY.fullmatch(p.name)]
+    complete = [p for p in found if (p / "COMMIT").is_file() and not (p / "REJECTED").exists()]
+    for path in sorted(complete, key=lambda p: int(p.name.removeprefix("step-")), reverse=True):
+        damage = find_damage(path, role)
+        if damage is None:
+            return path
+        logger.warning("passing over checkpoint %s: %s", path, damage)
+    damaged = f", where {len(complete)} with COMMIT are damaged, for the reasons above" if complete else ""
+    raise EncoderError(
+        f"encoder is {spec!r}{damaged}; expected a complete checkpoint (with COMMIT) under checkpoints/; "
+        "let the run reach its first checkpoint or set encoder to another run"
+    )
+
+
+def require_whole(folder: Path) -> None:
+    """Raises EncoderError where a folder lies in a checkpoint and its files are not as they were written."""
+    checkpoint = folder.absolute().parent
+    damage = find_damage(checkpoint, folder.name) if is_committed(checkpoint) else None
+    if damage is not None:
+        raise EncoderError(
+            f"{checkpoint} is damaged: {damage}; expected what the run saved; set encoder to the run or to another "
+            "checkpoint"
+        )
 
 
 def name_folder(path: Path) -> str:

@@ -20,6 +20,7 @@ from evaluation.encoders.exported import (
     one_line,
     read_json,
     require_folder,
+    require_whole,
 )
 from evaluation.encoders.preprocessing import Preprocessing, from_timm_config
 from evaluation.tensor_files import checksum
@@ -34,6 +35,7 @@ def load_released(spec: WeightsSpec, options: LoadOptions) -> Encoder:
 def load_local_dir(spec: WeightsSpec, options: LoadOptions) -> Encoder:
     """Returns the encoder in a folder that `timm.models.save_for_hf` or an export of ours wrote."""
     require_folder(spec.path, spec.text)
+    require_whole(spec.path)
     return _load(spec.text, f"local-dir:{spec.name}", spec.path.name, options, ExportedFolder(spec.path))
 
 

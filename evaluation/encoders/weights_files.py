@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evaluation.encoders.backbones import NoFeatures
 from evaluation.encoders.encoder import Encoder, LoadOptions
-from evaluation.encoders.exported import EncoderError, one_line
+from evaluation.encoders.exported import EncoderError, one_line, require_whole
 from evaluation.encoders.preprocessing import NoPreprocessing
 from models.config import WeightsSpec
 from runtime.files import sha256_of
@@ -91,12 +91,14 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
 
     Raises:
         WeightsFileError: no such file, not a weights file, or a pickle that is more than data.
+        EncoderError: the file lies in a checkpoint that is damaged.
     """
     if not path.is_file():
         raise WeightsFileError(
             f"weights file is {str(path)!r}; expected an existing file; set encoder or prototypes.weights to "
             "PATH or PATH#TENSOR"
         )
+    require_whole(path.parent)  # prototypes of a run's checkpoint, named as a file
     content = _read_index(path) if path.name.endswith(".index.json") else _read_content(path)
     flat: dict[str, Tensor] = {}
     _flatten(content, "", flat, ())

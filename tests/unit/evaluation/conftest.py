@@ -7,6 +7,7 @@ import torch
 from models.config import HeadConfig, ModelConfig
 from models.heads import ProjectionHead
 from models.student_teacher import SelfSupervisedNetwork
+from runtime.files import sha256_of
 from tests.helpers.digits import write_digit_shards
 from training.checkpoints.exported_encoder import export_encoder
 
@@ -52,7 +53,7 @@ def write_run(run_dir: Path, *, seed: int = 0, num_prototypes: int = 64, with_pa
         patch_head = ProjectionHead(24, HeadConfig(num_layers=2, hidden_dim=20, projection_dim=8))
         save_file(patch_head.state_dict(), checkpoint / "teacher" / "patch_head.safetensors")
         save_file({"means": torch.randn(48, 8)}, checkpoint / "teacher" / "patch_prototypes.safetensors")
-    (checkpoint / "COMMIT").write_text("")
+    commit(checkpoint)
     lines = [
         {
             "step": step,
@@ -76,6 +77,18 @@ def write_run(run_dir: Path, *, seed: int = 0, num_prototypes: int = 64, with_pa
         line |= {"patch_prototypes/used": 0.3, "patch_prototypes/usage_rows": 5000, "patch_gmm/beta": 1.0}
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run_dir
+
+
+def commit(checkpoint: Path) -> None:
+    """Closes a checkpoint as a save does: hashes of all files in MANIFEST.json, its own in COMMIT."""
+    files = [
+        {"path": path.relative_to(checkpoint).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    ]
+    manifest = {"schema": 1, "step": int(checkpoint.name[5:]), "world_size": 1, "facts": {}, "files": files}
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    (checkpoint / "COMMIT").write_text(sha256_of(checkpoint / "MANIFEST.json") + "\n")
 
 
 @pytest.fixture(scope="session")

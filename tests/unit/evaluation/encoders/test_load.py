@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -7,6 +9,7 @@ from PIL import Image
 
 from evaluation.config import TransformConfig
 from evaluation.encoders.load import EncoderError, load_controls, load_encoder
+from evaluation.encoders.weights_files import read_weights_file
 
 GREY = Image.new("L", (28, 28), 128)
 COLOUR = Image.new("RGB", (64, 48), (255, 0, 0))
@@ -40,6 +43,36 @@ def test_features_are_the_networks_own(run_dir):
 def test_an_incomplete_checkpoint_is_passed_over(run_dir):
     (run_dir / "checkpoints" / "step-00000020" / "teacher").mkdir(parents=True)
     assert load_encoder(str(run_dir)).step == 10
+
+
+PARTS = ("model.safetensors", "config.json", "prototypes.safetensors", "projection_head.safetensors")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_damaged_checkpoint_is_passed_over_and_refused_where_it_is_named(name, run_dir, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    newest = run / "checkpoints" / "step-00000030"
+    shutil.copytree(run / "checkpoints" / "step-00000010", newest)
+    assert load_encoder(str(run)).step == 30 and not caplog.records
+    flip(newest / "teacher" / name)
+    assert load_encoder(str(run)).step == 10
+    assert f"passing over checkpoint {newest}: teacher/{name} does not match its SHA-256" in caplog.text
+    for spec in (newest, newest / "teacher", f"local-dir:{newest / 'teacher'}"):
+        with pytest.raises(EncoderError, match=rf"step-00000030 is damaged: teacher/{name} does not match"):
+            load_encoder(str(spec))
+    with pytest.raises(EncoderError, match="is damaged"):
+        read_weights_file(newest / "teacher" / "prototypes.safetensors")
+    for damage in (flip, Path.unlink):
+        damage(run / "checkpoints" / "step-00000010" / "MANIFEST.json")
+        with pytest.raises(EncoderError, match="where 2 with COMMIT are damaged.* expected a complete checkpoint"):
+            load_encoder(str(run))
 
 
 def test_a_random_timm_model_saved_to_disk_keeps_its_own_preprocessing(tmp_path):
