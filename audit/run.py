@@ -8,7 +8,8 @@ Every run is `pretrain.py` and `evaluate.py` with the arm's overrides, as a proc
 goes on where it was stopped: finished runs are kept, a half-trained one continues from its checkpoint. Every arm's
 configuration is read first, and runs of another one are refused. Writes `report/index.html`, its figures as PNG,
 `results.json`, `results.csv` and `results.md` into the audit's folder.
-Exit codes: 0 all runs are there, 1 some failed (their logs are named), 2 the user's mistake.
+Exit codes: 0 all runs are there, 1 some failed (their logs are named), 2 the user's mistake, 75 after SIGTERM or
+SIGHUP and 130 after Ctrl-C: the runs were asked to save and have ended, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from audit.cells import ROOT, Cell, audit_directory, iterate_cells
 from audit.checks import check_cells
 from audit.config import AuditConfig
 from evaluation.config import EvaluationConfig
+from runtime.children import Children
 from runtime.config import config_to_yaml, load_config
 from runtime.files import write_atomically
 from runtime.logging_setup import set_up_logging
-from runtime.program import EXIT_DONE, EXIT_FAULT, UserError
+from runtime.program import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from runtime.usage import asks_for_help, describe_usage
 
 logger = logging.getLogger(__name__)
@@ -66,7 +69,12 @@ def _audit(path: str, *rest: str) -> int:
     check_cells(config)
     failed: list[Cell] = []
     if not only_tables:
-        failed = run_missing(config)
+        with Children() as children:
+            failed = run_missing(config, children)
+        if children.stopped_by is not None:
+            name = children.stopped_by.name
+            print(f"stopped by {name}: the runs have ended; the same command goes on", file=sys.stderr)
+            return EXIT_INTERRUPTED if children.stopped_by == signal.SIGINT else EXIT_PREEMPTED
         check_cells(config)  # what has been run and measured since
     # Imported late: the programs above bring their own torch, and this one waits for them.
     from audit.write import write_audit
@@ -77,27 +85,29 @@ def _audit(path: str, *rest: str) -> int:
     return EXIT_FAULT if failed else EXIT_DONE
 
 
-def run_missing(config: AuditConfig) -> list[Cell]:
-    """Runs every chosen cell without results, some at once, and returns those that failed."""
+def run_missing(config: AuditConfig, children: Children) -> list[Cell]:
+    """Runs every chosen cell without results, some at once, and returns those that failed or were stopped."""
     cells = [cell for cell in iterate_cells(config, config.chosen_arms) if not cell.is_done]
     if not cells:
         return []
     cells[0].log.parent.mkdir(parents=True, exist_ok=True)
     logger.info("%d runs to do, %d at once; logs in %s", len(cells), config.processes, cells[0].log.parent)
     with ThreadPoolExecutor(config.processes) as pool:
-        succeeded = list(pool.map(_run_cell, cells))
+        succeeded = list(pool.map(partial(_run_cell, children), cells))
     return [cell for cell, success in zip(cells, succeeded, strict=True) if not success]
 
 
-def _run_cell(cell: Cell) -> bool:
+def _run_cell(children: Children, cell: Cell) -> bool:
     started = time.monotonic()
     threads = max(1, (os.cpu_count() or 1) // cell.config.processes)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with cell.log.open("a") as log:
         for command in cell.commands():
+            if children.stopped_by is not None:
+                return False
             log.write(f"$ {shlex.join(command[1:])}\n")
             log.flush()
-            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+            code = children.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
             if code != EXIT_DONE:
                 logger.error("%s: %s ended with code %d; see %s", cell.name, command[1], code, cell.log)
                 return False

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +15,7 @@ import torch
 
 from audit import run as audit
 from audit import write as audit_report
-from audit.cells import Cell, iterate_cells
+from audit.cells import ROOT, Cell, iterate_cells
 from audit.checks import check_cells
 from audit.config import AuditConfig
 from audit.run import run_missing, submit_commands
@@ -18,6 +23,7 @@ from audit.write import difference_rows, spread, write_audit
 from data.shards import load_manifest
 from evaluation.config import EvaluationConfig
 from evaluation.results import write_result
+from runtime.children import Children
 from runtime.config import config_to_dict, config_to_yaml, load_config
 from runtime.program import UserError, run_program
 from tests.helpers.digits import write_digit_shards
@@ -159,12 +165,8 @@ def test_finished_cells_are_not_run_again_and_failures_are_named(tmp_path, monke
     write_all(tmp_path)
     config = make_config(tmp_path, seeds=(0, 1, 2), processes=1)
     started = []
-
-    class Ended:
-        returncode = 1
-
-    monkeypatch.setattr(audit.subprocess, "run", lambda command, **_: started.append(command) or Ended())
-    assert [cell.name for cell in run_missing(config)] == ["joint-seed2", "full-seed2"]
+    monkeypatch.setattr(Children, "run", lambda self, command, **_: started.append(command) or 1)
+    assert [cell.name for cell in run_missing(config, Children())] == ["joint-seed2", "full-seed2"]
     assert all("run.seed=2" in command for command in started) and len(started) == 2
 
 
@@ -356,20 +358,57 @@ def test_tables_read_what_was_checked_and_nothing_beside_it(tmp_path):
 
 
 def test_a_cell_that_leaves_no_results_has_failed(tmp_path, monkeypatch):
-    class Ended:
-        returncode = 0
-
-    monkeypatch.setattr(audit.subprocess, "run", lambda command, **_: Ended())
+    monkeypatch.setattr(Children, "run", lambda self, command, **_: 0)
     config = make_config(tmp_path, seeds=(0,), processes=1)
-    assert [cell.name for cell in run_missing(config)] == ["joint-seed0", "full-seed0"]
+    assert [cell.name for cell in run_missing(config, Children())] == ["joint-seed0", "full-seed0"]
     with pytest.raises(
         UserError, match=r"^output_dir of configs/eval_fashion_mnist.yaml is '/x'; expected null"
     ):
         check_cells(replace(config, evaluate_overrides=("output_dir=/x",)))
 
 
+# An audit whose programs write that they run, save on SIGTERM and end with 75, as pretrain.py does.
+STOPPED = """
+import sys
+from pathlib import Path
+from audit import run
+from audit.cells import Cell
+from runtime.program import run_program
+program = '''
+import signal, sys, time
+from pathlib import Path
+place = Path(sys.argv[1])
+def save(*_):
+    time.sleep(0.5)
+    place.with_suffix(".saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+place.touch()
+time.sleep(60)
+'''
+Cell.commands = lambda cell: [[sys.executable, "-c", program, str(Path(sys.argv[1]) / cell.name)]] * 2
+sys.exit(run_program(run.main, sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGHUP", 75), ("SIGINT", 130)])
+def test_an_audit_that_is_stopped_waits_until_its_runs_have_saved(tmp_path, name, code):
+    options = ["configs/audit_fashion-mnist.yaml", f"output_dir={tmp_path / 'out'}", "processes=2"]
+    audit_of = [sys.executable, "-c", STOPPED, str(tmp_path), *options]
+    with subprocess.Popen(audit_of, cwd=ROOT, stderr=subprocess.PIPE, text=True) as started:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("*-seed0"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(started.pid, getattr(signal, name))
+        said = started.communicate(timeout=60)[1]
+    assert started.returncode == code, said
+    assert said.splitlines()[-1] == f"stopped by {name}: the runs have ended; the same command goes on"
+    assert len(list(tmp_path.glob("*-seed0"))) == len(list(tmp_path.glob("*.saved"))) == 2
+    assert "Traceback" not in said
+
+
 def test_a_mistake_in_the_last_arm_is_found_before_the_first_runs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(audit, "run_missing", lambda config: pytest.fail("something was run"))
+    monkeypatch.setattr(audit, "run_missing", lambda *_: pytest.fail("something was run"))
     path = tmp_path / "audit.yaml"
     text = "pretrain: configs/pretrain_vit-mini_fashion-mnist_full.yaml\nevaluate: configs/eval_fashion_mnist.yaml\n"
     path.write_text(text + "arms: {good: [], bad: [optim.epoks=3]}\n")

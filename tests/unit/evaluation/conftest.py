@@ -82,7 +82,11 @@ def write_run(run_dir: Path, *, seed: int = 0, num_prototypes: int = 64, with_pa
 def commit(checkpoint: Path) -> None:
     """Closes a checkpoint as a save does: hashes of all files in MANIFEST.json, its own in COMMIT."""
     files = [
-        {"path": path.relative_to(checkpoint).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        {
+            "path": path.relative_to(checkpoint).as_posix(),
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of(path),
+        }
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file()
     ]
