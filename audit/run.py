@@ -75,13 +75,15 @@ def _audit(path: str, *rest: str) -> int:
             name = children.stopped_by.name
             print(f"stopped by {name}: the runs have ended; the same command goes on", file=sys.stderr)
             return EXIT_INTERRUPTED if children.stopped_by == signal.SIGINT else EXIT_PREEMPTED
+        for cell in failed:
+            print(f"error: {cell.name} failed; read {cell.log}", file=sys.stderr)
+        if failed and not any(cell.is_done for cell in iterate_cells(config, tuple(config.arms))):
+            return EXIT_FAULT  # of which no page can be written
         check_cells(config)  # what has been run and measured since
     # Imported late: the programs above bring their own torch, and this one waits for them.
     from audit.write import write_audit
 
     print(write_audit(config))
-    for cell in failed:
-        print(f"error: {cell.name} failed; read {cell.log}", file=sys.stderr)
     return EXIT_FAULT if failed else EXIT_DONE
 
 

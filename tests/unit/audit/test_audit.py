@@ -419,6 +419,15 @@ def test_a_mistake_in_the_last_arm_is_found_before_the_first_runs(tmp_path, caps
         )
 
 
+def test_where_every_run_fails_each_is_named_with_its_log(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Children, "run", lambda self, command, **_: 1)
+    options = [f"output_dir={tmp_path}", "seeds=[0]", "only=[joint,full]"]
+    assert run_program(audit.main, ["configs/audit_fashion-mnist.yaml", *options]) == 1
+    logs = tmp_path / "audit-fashion-mnist" / "logs"
+    named = [f"error: {arm}-seed0 failed; read {logs / f'{arm}-seed0.log'}" for arm in ("joint", "full")]
+    assert capsys.readouterr().err.splitlines()[-2:] == named
+
+
 def test_an_audit_without_runs_is_a_mistake(tmp_path, capsys):
     code = run_program(audit.main, ["configs/audit_fashion-mnist.yaml", f"output_dir={tmp_path}", "--tables"])
     assert code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("error: ")

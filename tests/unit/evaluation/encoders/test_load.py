@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_where_it_is_named(name,
     for damage in (flip, Path.unlink):
         damage(run / "checkpoints" / "step-00000010" / "MANIFEST.json")
         with pytest.raises(
-            EncoderError, match="where 2 with COMMIT are damaged.* expected a complete checkpoint"
+            EncoderError, match=r"where 2 with COMMIT are damaged.* expected a complete checkpoint"
         ):
             load_encoder(str(run))
 
