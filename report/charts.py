@@ -261,9 +261,9 @@ def _bound(value: float) -> float:
 
 
 def file_name(text: str) -> str:
-    """Returns `text` as part of a file name: bad letters as underscores, too long a text cut uniquely."""
+    """Returns `text` as part of a file name: bad letters as underscores, too long a text cut; others stay others."""
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in text)
-    if len(name.encode()) <= _LONGEST_NAME:
+    if name == text and len(name.encode()) <= _LONGEST_NAME:
         return name
     kept = name.encode()[:_LONGEST_NAME].decode(errors="ignore")
     return f"{kept}-{hashlib.blake2b(text.encode(errors='surrogateescape'), digest_size=4).hexdigest()}"

@@ -1,4 +1,5 @@
 import json
+import re
 import os
 
 import numpy as np
@@ -224,4 +225,6 @@ def test_file_names_are_short_and_stay_unique():
     long = ["é" * 150 + "1", "é" * 150 + "2"]
     assert len({figures.file_name(text) for text in long}) == 2
     assert all(len(figures.file_name(text).encode()) < 140 for text in long)
-    assert figures.file_name("a run/ö") == "a_run_ö"
+    assert figures.file_name("a_run-ö") == "a_run-ö"
+    assert re.fullmatch("a_run_ö-[0-9a-f]{8}", figures.file_name("a run/ö"))
+    assert len({figures.file_name(text) for text in ("a b", "a_b", "a.b", "a/b")}) == 4
