@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, Any]) 
     Two processes that write the same path do not meet: each has a temporary name of its own, and the last rename wins.
 
     Raises:
-        OSError: the disk is full or not writable; the temporary file is removed.
+        OSError: the disk is full or not writable; it names `path`, and the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest = checksum(tensors)
@@ -44,7 +46,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, Any]) 
             save_file(tensors, temporary, metadata={"about": json.dumps(about), "sha256": digest})
         temporary.replace(path)
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({' '.join(str(error).split())[:200]})") from error
+        system = re.search(r"code: (\d+)|os error (\d+)", str(error))
+        number = int(system[1] or system[2]) if system else errno.EIO
+        said = os.strerror(number) if system else " ".join(str(error).split())[:200]
+        raise OSError(number, said, str(path)) from error
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return digest

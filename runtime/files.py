@@ -36,7 +36,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         content: bytes, or text that is written as UTF-8.
 
     Raises:
-        OSError: the disk is full or not writable; `path` is untouched and the temporary file is removed.
+        OSError: the disk is full or not writable; it names `path`, which is untouched, and the temporary file is gone.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -46,8 +46,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # a write names none, and opening the temporary one
         raise
     fsync_directory(path.parent)
 

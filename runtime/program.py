@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -17,6 +18,8 @@ EXIT_FAULT = 1
 EXIT_USER_MISTAKE = 2
 EXIT_INTERRUPTED = 130  # a shell's own number for Ctrl-C
 EXIT_PREEMPTED = 75  # sysexits' EX_TEMPFAIL: the state is saved, please start the same command again
+# What a disk refuses and its user can mend.
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +35,10 @@ class Fault(RuntimeError):
 def run_program(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Returns the exit code of `main`, turning a user's mistake into one line on stderr and exit code 2.
 
-    `ValueError` is this repository's word for "what the user can mend" while a program is being set up; once
-    training runs, `main` itself lets only `UserError` through and everything else is a fault (exit code 1,
-    with its traceback). The traceback of a mistake goes to the log at debug level.
+    `ValueError` is this repository's word for "what the user can mend" while a program is being set up, and a disk
+    that is full or not ours to use is a mistake too; once training runs, `main` itself lets only `UserError` through
+    and everything else is a fault (exit code 1, with its traceback). The traceback of a mistake goes to the log at
+    debug level.
 
     One rank of several that fails does not return: its process ends at once, without the interpreter's orderly end
     and without a collective. Leaving a process group can wait for ranks that wait for this one; when the process is
@@ -57,20 +61,29 @@ def _run(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     try:
         return main(arguments)
     except (ValueError, Fault) as error:
-        logger.debug("what one line explains, with its traceback", exc_info=True)
-        rank = os.environ.get("RANK", "0")
-        prefix = "error: " if rank == "0" else f"error on rank {rank}: "
-        print(prefix + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return EXIT_FAULT if isinstance(error, Fault) else EXIT_USER_MISTAKE
+        return _explain(str(error), EXIT_FAULT if isinstance(error, Fault) else EXIT_USER_MISTAKE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            what = f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
+            return _explain(
+                f"{what}; expected room and rights there; make room, or set another place", EXIT_USER_MISTAKE
+            )
         if logging.getLogger().handlers:
             logger.exception("a fault ends this process")
         else:
             traceback.print_exc()
         return EXIT_FAULT
+
+
+def _explain(text: str, code: int) -> int:
+    logger.debug("what one line explains, with its traceback", exc_info=True)
+    rank = os.environ.get("RANK", "0")
+    prefix = "error: " if rank == "0" else f"error on rank {rank}: "
+    print(prefix + " ".join(text.split()), file=sys.stderr, flush=True)
+    return code
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -90,12 +103,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def faults_unless(*users_mistakes: type[ValueError]) -> Iterator[None]:
     """Inside this block a `ValueError` is a fault, with its traceback, unless it is one of `users_mistakes`.
 
+    So is what a disk refuses: the code says whether a scheduler tries again.
+
     Raises:
-        RuntimeError: in the place of any other ValueError.
+        RuntimeError: in the place of any other ValueError, and of such an OSError.
     """
     try:
         yield
-    except ValueError as error:
-        if isinstance(error, (UserError, *users_mistakes)):
+    except (ValueError, OSError) as error:
+        is_refused = isinstance(error, OSError) and error.errno in _REFUSED
+        if isinstance(error, (UserError, *users_mistakes)) or (isinstance(error, OSError) and not is_refused):
             raise
         raise RuntimeError(f"fault: {error}") from error
