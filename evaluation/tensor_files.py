@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import uint8 as torch_uint8
 
@@ -74,3 +74,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     if stated != checksum(tensors):
         raise DamagedFileError(f"{path} does not hold what was written: its checksum differs")
     return tensors, stated
+
+
+def read_exported(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a file in an exported folder.
+
+    Raises:
+        DamagedFileError: the file is cut, or no tensor file.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise DamagedFileError(
+            f"{path} cannot be read as safetensors ({said}); expected what was exported; export the encoder again"
+        ) from error

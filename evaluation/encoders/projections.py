@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from evaluation.encoders.exported import read_json
+from evaluation.tensor_files import read_exported
 from models.config import HeadConfig
 from models.heads import UNIT_LENGTH, ProjectionHead
 from runtime.config import read_yaml
@@ -71,12 +71,12 @@ def load_projection_head(folder: Path, name: str = HEAD_FILE) -> ProjectionHead 
     Its sizes are read from its tensors.
 
     Raises:
-        ValueError: the tensors are no projection head of this project.
+        ValueError: the file cannot be read, or its tensors are no projection head of this project.
     """
     path = folder / name
     if not path.is_file():
         return None
-    state = load_file(path)
+    state = read_exported(path)
     is_unit = state.pop(UNIT_LENGTH, None) is not None
     linear = [name for name, tensor in state.items() if name.endswith(".weight") and tensor.ndim == 2]
     if not linear or not all(name.startswith("mlp.") for name in linear):
@@ -110,7 +110,7 @@ def project(folder: Path, features: Float[Tensor, "B D"], space: Space) -> Float
         return None
     projections = torch.cat([head(block) for block in features.split(_BLOCK)])
     path = folder / space.prototypes
-    saved = load_file(path) if path.is_file() else {}
+    saved = read_exported(path) if path.is_file() else {}
     if "input_shift" in saved:
         projections = projections - saved["input_shift"]
     if "input_scale" in saved:

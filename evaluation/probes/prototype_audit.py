@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from evaluation.encoders.projections import PROTOTYPES_FILE
+from evaluation.tensor_files import read_exported
 from prototypes.diagnostics import UsageCounter, count_unique, effective_rank, find_directions, mean_cosine
 from runtime.record import read_record
 
@@ -46,6 +46,7 @@ def load_exported_prototypes(folder: Path, name: str = PROTOTYPES_FILE) -> dict[
 
     Raises:
         AuditError: the folder has no prototypes.
+        DamagedFileError: they cannot be read.
     """
     path = folder / name
     if not path.is_file():
@@ -53,7 +54,7 @@ def load_exported_prototypes(folder: Path, name: str = PROTOTYPES_FILE) -> dict[
             f"{folder} has no {name}; expected an exported encoder of this project or a weights file; "
             "remove prototypes from probes or set encoder"
         )
-    tensors = load_file(path)
+    tensors = read_exported(path)
     found = {role: tensors[name].float() for name, role in _ROLES.items() if name in tensors}
     if "teacher" not in found:
         raise AuditError(

@@ -17,6 +17,7 @@ from evaluation.encoders.projections import (
     project,
 )
 from evaluation.features.patches import PatchTokens
+from evaluation.probes.prototype_audit import load_exported_prototypes
 from models.config import HeadConfig, ModelConfig, OutputsConfig
 from models.heads import UNIT_LENGTH, ProjectionHead
 from models.student_teacher import SelfSupervisedNetwork
@@ -64,6 +65,23 @@ def test_what_is_compared_with_prototypes_is_what_the_run_had_terms_on(tmp_path,
     if objective:
         (tmp_path / "config.yaml").write_text(f"objective: {objective}\n")
     assert find_spaces(tmp_path, tmp_path) == expected
+
+
+@pytest.mark.parametrize("name", [HEAD_FILE, PROTOTYPES_FILE])
+@pytest.mark.parametrize("left", [0, 5, 60])
+def test_an_exported_file_that_was_cut_is_named_in_one_line(tmp_path, name, left):
+    head = ProjectionHead(5, HeadConfig(num_layers=2, hidden_dim=6, projection_dim=4))
+    save_file(head.state_dict(), tmp_path / HEAD_FILE)
+    save_file({"means": torch.randn(3, 4)}, tmp_path / PROTOTYPES_FILE)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:left])
+    message = (
+        rf"^\S*/{name} cannot be read as safetensors \(.*\); expected what .*; export the encoder again$"
+    )
+    with pytest.raises(ValueError, match=message):
+        project(tmp_path, torch.randn(2, 5), INSTANCE)
+    read = load_projection_head if name == HEAD_FILE else load_exported_prototypes
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
