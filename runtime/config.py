@@ -64,8 +64,14 @@ def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     the file's own counts, then the last base's; sections are merged key by key, lists are replaced.
     """
     for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise ConfigError(f"override is {override!r}; expected key.sub=value; write it with one '='")
+        key, equals, _ = override.partition("=")
+        if not equals or not all(name.strip() for name in key.split(".")):
+            rule = "key.sub=value; write it with one '=', and a name on both sides of a dot"
+            raise ConfigError(f"override is {_shown(override)}; expected {rule}")
+        if _find_missing(_parse_override(override)):
+            raise ConfigError(
+                f"override is {_shown(override)}; expected a value; write one in the place of ???"
+            )
     layers = list(_read_layers(yaml_path))
     try:
         return _merge(layers, overrides)
@@ -82,6 +88,24 @@ def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             rule = f"key.sub=value with a value in YAML ({_one_line(error)}); quote or mend it"
             raise ConfigError(f"override is {overrides[number - 1]!r}; expected {rule}") from error
     raise AssertionError("what fails with all overrides fails with one of them")
+
+
+def _parse_override(override: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+    except Exception:  # of which `read_yaml` says more
+        return None
+
+
+def _find_missing(values: Any, key: str = "") -> str:
+    """Returns the dotted key of a ???, which OmegaConf takes for "to be said later" and merges away; empty if none."""
+    if isinstance(values, Mapping):
+        found = [_find_missing(item, f"{key}.{name}" if key else str(name)) for name, item in values.items()]
+    elif isinstance(values, list):
+        found = [_find_missing(item, key) for item in values]
+    else:
+        return key if values == "???" else ""
+    return next(filter(None, found), "")
 
 
 def _merge(layers: Sequence[dict[Any, Any]], overrides: Sequence[str]) -> dict[str, Any]:
@@ -106,8 +130,10 @@ def _read_layers(path: str, named_by: tuple[Path, ...] = ()) -> Iterator[dict[An
     if not isinstance(values, dict):
         kind = type(values).__name__
         raise ConfigError(f"{path} holds a {kind}; expected key: value lines; mend the file")
-    bases = values.pop("base", None) or []
-    names = [bases] if isinstance(bases, str) else bases
+    if missing := _find_missing(values):
+        raise ConfigError(f"{missing} of {path} is ???; expected a value; write one, or take the key out")
+    bases = values.pop("base", None)
+    names = [] if bases is None else [bases] if isinstance(bases, str) else bases
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         rule = "a file's name, or a list of them"
         raise ConfigError(f"base of {path} is {_shown(bases)}; expected {rule}; set base in it")

@@ -64,6 +64,11 @@ MISTAKES = {
         r"base of \S*top.yaml is '\S*nowhere.yaml'; expected an existing YAML file",
     ),
     "number": ("base: 3", "base of .* is 3; expected a file's name"),
+    "zero": ("base: 0", "base of .* is 0; expected a file's name"),
+    "false": ("base: false", "base of .* is False; expected a file's name"),
+    "empty": ("base: ''", "base of .*; expected an existing YAML file"),
+    "left open": ("inner: {names: [a, '???']}", r"^inner.names of \S*top.yaml is \?\?\?; expected a value; "),
+    "left open below": ("base: e.yaml\nnumber: 3", r"^number of \S*e.yaml is \?\?\?; expected a value; "),
     "list of a section": ("base: [{a: 1}]", "expected a file's name"),
     "section": ("base: {file: a.yaml}", "expected a file's name"),
     "reference": ("base: '${number}'", "base of .*; expected an existing YAML file"),
@@ -75,7 +80,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(name, tmp_path):
     text, expected = MISTAKES[name]
-    write(tmp_path, top=text, a="base: b.yaml", b="base: a.yaml", c="numbr: 1", d="[1, 2]")
+    write(tmp_path, top=text, a="base: b.yaml", b="base: a.yaml", c="numbr: 1", d="[1, 2]", e="number: ???")
     with pytest.raises(ConfigError, match=expected) as error:
         load_config(Outer, str(tmp_path / "top.yaml"))
     assert "\n" not in str(error.value)
@@ -125,6 +130,28 @@ def test_a_mistake_in_an_override_is_not_the_files(overrides, message, tmp_path)
     with pytest.raises(ConfigError, match=r"broken\.yaml cannot be read as YAML: .*; mend the file$"):
         load_config(Outer, str(tmp_path / "broken.yaml"), overrides)
     assert load_config(Outer, str(tmp_path / "broken.yaml"), ["text=mended"]).text == "mended"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["number=???"],
+            r"^override is 'number=\?\?\?'; expected a value; write one in the place of \?\?\?$",
+        ),
+        (["inner={names: [a, '???']}"], r"^override is .*; expected a value; write one in the place of"),
+        (
+            [".inner.rate=1"],
+            r"^override is '\.inner\.rate=1'; expected key\.sub=value; .* on both sides of a dot$",
+        ),
+        (["inner..rate=1"], r"^override is 'inner\.\.rate=1'; expected key\.sub=value"),
+    ],
+)
+def test_an_override_has_a_name_and_a_value(overrides, message, tmp_path):
+    write(tmp_path, top="number: 1")
+    with pytest.raises(ConfigError, match=message):
+        load_config(Outer, str(tmp_path / "top.yaml"), overrides)
+    assert load_config(Outer, str(tmp_path / "top.yaml"), ["text=what ???"]).text == "what ???"
 
 
 @pytest.mark.parametrize("size", ["32x48", "28.0", "[32]", "[[32, 48]]", "true"])
