@@ -63,6 +63,14 @@ class AuditConfig:
                 refuse_unless(arm in self.arms, key, repr(arm), f"one of the arms {', '.join(self.arms)}")
         for probe in self.probes:
             refuse_unless(probe in PROBES, "probes", repr(probe), f"one of {', '.join(PROBES)}")
+        refuse_unless(bool(self.measured), "probes", "[]", "at least one, or a configuration in segment")
+        for override in self.evaluate_overrides:
+            refuse_unless(
+                override.partition("=")[0] not in ("encoder", "controls", "probes"),
+                "evaluate_overrides",
+                repr(override),
+                "none of encoder, controls and probes, which the audit sets from its runs and its own probes",
+            )
         refuse_unless(
             not (self.segment and "segmentation" in self.probes),
             "segment",

@@ -37,6 +37,9 @@ from runtime.usage import asks_for_help, describe_usage
 
 logger = logging.getLogger(__name__)
 
+# Of slurm.submit, with their values: how an array runs. What it runs, the audit says.
+_SUBMIT_OPTIONS = ("--cluster", "--nodes", "--gpus-per-node", "--partition", "--time", "--after")
+
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code of one audit."""
@@ -127,8 +130,9 @@ def submit_commands(config: AuditConfig, options: Sequence[str]) -> list[str]:
     evaluation's configuration, overrides included, into the audit's folder: that is what the jobs read.
 
     Raises:
-        UserError: `segment` names a second evaluation, and a job chains one.
+        UserError: `segment` names a second evaluation, and a job chains one, or an option is none that may be set.
     """
+    _check_submit_options(options)
     if config.segment:
         raise UserError(
             f"segment is {config.segment} with --slurm; expected none, as a job is followed by one evaluation; "
@@ -158,3 +162,15 @@ def submit_commands(config: AuditConfig, options: Sequence[str]) -> list[str]:
         command += ["--array", f"seeds={seeds}", *chained, *options]
         lines.append(shlex.join(command))
     return lines
+
+
+def _check_submit_options(options: Sequence[str]) -> None:
+    rest = iter(options)
+    for option in rest:
+        name, equals, _ = option.partition("=")
+        is_whole = equals or name not in _SUBMIT_OPTIONS or not next(rest, "--").startswith("--")
+        if not is_whole or (name not in _SUBMIT_OPTIONS and option != "--dry-run"):
+            raise UserError(
+                f"{option!r} stands behind --slurm; expected --dry-run, or one of {', '.join(_SUBMIT_OPTIONS)} with a "
+                "value; write what is of the audit before --slurm"
+            )

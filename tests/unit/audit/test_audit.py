@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from evaluation.results import write_result
 from runtime.children import Children
 from runtime.config import config_to_dict, config_to_yaml, load_config
 from runtime.program import UserError, run_program
+from slurm import submit as slurm_submit
 from tests.helpers.digits import write_digit_shards
 from training.config import PretrainConfig
 
@@ -206,11 +208,42 @@ def test_seeds_come_first_and_commands_hold_the_arm(tmp_path):
         ({"only": ("nobody",)}, "only"),
         ({"seeds": ()}, "seeds"),
         ({"probes": ("nothing",)}, "probes"),
+        ({"probes": ()}, "probes"),
+        *(
+            ({"evaluate_overrides": ("knn.k=[5]", override)}, "evaluate_overrides")
+            for override in ("probes=[linear]", "controls=[raw-pixels]", "encoder=outputs/other")
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, options, key):
     with pytest.raises(ValueError, match=rf"^{key} is .*; expected .*; set {key}$"):
         make_config(tmp_path, **options)
+
+
+def test_patches_alone_are_an_audit(tmp_path):
+    assert make_config(tmp_path, probes=(), segment="configs/eval_camvid.yaml").measured == ("segmentation",)
+
+
+def test_behind_slurm_stands_how_an_array_runs_and_not_what(tmp_path, capsys):
+    config = make_config(tmp_path)
+    for wrong in (
+        ["seeds=[4]"],
+        ["--dry-run", "seeds=[4]"],
+        ["--nodes"],
+        ["--time", "--dry-run"],
+        ["--tables"],
+    ):
+        with pytest.raises(
+            UserError, match=r"^'.*' stands behind --slurm; expected .*; write what is of the audit"
+        ):
+            submit_commands(config, wrong)
+    with pytest.raises(SystemExit):
+        slurm_submit._parse(["--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out.split("positional arguments")[1]))
+    ours = {"--help", "--array", "--evaluate", "--evaluate-config"}
+    assert known - ours == {*audit._SUBMIT_OPTIONS, "--dry-run"}
+    line = submit_commands(config, ["--nodes", "2", "--time=1:00:00", "--dry-run"])[0]
+    assert line.endswith("--nodes 2 --time=1:00:00 --dry-run")
 
 
 def claim(config, arm, seed):
