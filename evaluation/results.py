@@ -21,6 +21,23 @@ logger = logging.getLogger(__name__)
 
 RESULT_SCHEMA = 1
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "webdataset", "numpy")
+# What the report's tables read of a probe's figures.
+_OF_PATCHES: dict[str, type] = {"classifiers": dict, "per_class": list}
+_READ: dict[str, dict[str, type]] = {
+    "prototypes": {"roles": dict},
+    "knn": {"headline.k": int, "features": dict},
+    "few_shot": {"shots": dict, "feature": str},
+    "clustering": {"headline": dict},
+    "long_tail": {
+        "classifier": str,
+        "groups": dict,
+        "balanced_accuracy": dict,
+        "tail_minus_head": dict,
+        "per_class": list,
+    },
+    "segmentation": _OF_PATCHES,
+    "segmentation_linear": _OF_PATCHES,
+}
 
 
 def collect_provenance(
@@ -106,7 +123,7 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
     for path in sorted(directory.rglob("*.json")):
         try:
             content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             logger.warning("%s is left out of the report: %s", path, error)
             continue
         if isinstance(content, dict) and content.get("schema") == RESULT_SCHEMA and "probe" in content:
@@ -125,9 +142,19 @@ def _missing_part(result: dict[str, Any]) -> str:
     ]
     if not isinstance(result["probe"], str) or "/" in result["probe"]:
         missing.append("name of a probe")
-    if not missing and result["probe"] == "knn" and not isinstance(result["figures"].get("headline"), dict):
-        missing.append("figures.headline")
+    if not missing:
+        read: dict[str, type] = {"headline": dict} if "headline" in result["figures"] else {}
+        read |= _READ.get(result["probe"], {})
+        missing = [
+            f"figures.{name}" for name, kind in read.items() if not _holds(result["figures"], name, kind)
+        ]
     return ", ".join(missing)
+
+
+def _holds(figures: Any, dotted: str, kind: type) -> bool:
+    for name in dotted.split("."):
+        figures = figures.get(name) if isinstance(figures, dict) else None
+    return isinstance(figures, kind)
 
 
 def read_predictions(result: dict[str, Any]) -> dict[str, Tensor]:

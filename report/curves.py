@@ -118,7 +118,7 @@ def _draw_group(group: Group, runs: Mapping[str, Records]) -> Iterable[Chart]:
     width, height = _PANEL[0] * _COLUMNS, _PANEL[1] * rows + 0.45
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
     figure.suptitle(group.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
-    last = max(record["step"] for records in runs.values() for record in records)
+    last = max(1, *(record["step"] for records in runs.values() for record in records))
     for panel, key in zip(axes.flat, keys, strict=False):
         panel.set_xlim(-0.02 * last, 1.02 * last)
         is_share = group.shares and not key.startswith("cosine")

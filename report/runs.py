@@ -12,15 +12,18 @@ from typing import Any
 
 from data.members import readable
 from evaluation.results import read_results
+from report.charts import series
 from report.tables import Row
 from runtime.config import read_yaml
 from runtime.program import UserError
-from runtime.record import read_record
+from runtime.record import is_step, read_record
 
 _STEP_LINE = re.compile(r" step (\d+)/(\d+)\b")
 _PREEMPTED_LINE = "stopping at step"
 # A run whose ranks gave a sign of life this recently is taken to be running still.
 _ALIVE_S = 120.0
+# A step's mean time beyond this is none, as NaN is.
+_LONGEST_STEP_S = 1e9
 # Where a run is kept says nothing about what it does.
 _PLACES = ("run.name", "run.output_dir")
 
@@ -56,12 +59,17 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
     """Returns what is known of every run; names are made unique.
 
     Raises:
-        UserError: a directory is missing, or holds neither metrics nor results.
+        UserError: a directory is missing, holds neither metrics nor results, or its record cannot be read.
     """
     runs: list[Run] = []
     for path in run_dirs:
         resolved = path.resolve()
-        metrics = read_record(path)
+        try:
+            metrics = read_record(path)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be read ({error.strerror}); expected a run's record; mend or move it"
+            ) from error
         results = read_results(path / "results") if (path / "results").is_dir() else []
         if not metrics and not results:
             raise UserError(
@@ -89,9 +97,9 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
 def with_jobs(metrics: list[dict[str, Any]], in_training: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the record with the k-NN of checkpoints that jobs evaluated, under the key of the probe in process."""
     lines = [
-        {"step": result["encoder"]["step"], "eval/knn20_top1": result["figures"]["headline"]["top1"]}
+        {"step": result["encoder"]["step"], "eval/knn20_top1": result["figures"]["headline"].get("top1")}
         for result in in_training
-        if result["probe"] == "knn" and result["encoder"]["step"] is not None
+        if result["probe"] == "knn" and is_step(result["encoder"].get("step"))
     ]
     return [*metrics, *lines]
 
@@ -134,7 +142,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _run_row(run: Run) -> Row:
     prototypes = _section(run, "prototypes")
     console = _read_console(run.path)
-    speeds = [r["throughput/images_per_s"] for r in run.metrics if r.get("throughput/images_per_s")]
+    speeds = [speed for speed in series(run.metrics, "throughput/images_per_s")[1] if speed]
     mode = str(prototypes.get("mode", ""))
     return {
         "run": run.name,
@@ -176,10 +184,10 @@ def _read_console(path: Path) -> str:
 def _seconds_in_steps(metrics: Sequence[Mapping[str, Any]]) -> float:
     """Returns the seconds spent in steps: each line's mean step time stands for the steps since the line before."""
     seconds, before = 0.0, 0
-    for record in metrics:
-        if record.get("throughput/step_s"):
-            seconds += record["throughput/step_s"] * max(0, record["step"] - before)
-            before = record["step"]
+    for step, mean in zip(*series(metrics, "throughput/step_s"), strict=True):
+        if 0 < mean < _LONGEST_STEP_S:
+            seconds += mean * max(0, step - before)
+            before = step
     return seconds
 
 

@@ -147,9 +147,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     titles = list(rows[0])
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    lines += ["| " + " | ".join(row.get(title, "") for title in titles) + " |" for row in rows]
-    return "\n".join(lines)
+    body = [titles, *([row.get(title, "") for title in titles] for row in rows)]
+    head, *lines = ["| " + " | ".join(text.replace("|", r"\|") for text in cells) + " |" for cells in body]
+    return "\n".join([head, "|" + "---|" * len(titles), *lines])
 
 
 def summarise(paths: Sequence[Path]) -> str:

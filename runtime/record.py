@@ -10,6 +10,12 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "metrics.jsonl"
+_MOST_STEPS = 2**63  # beyond it nothing can be drawn
+
+
+def is_step(value: Any) -> bool:
+    """Returns whether a value read from a file is a number of updates."""
+    return type(value) is int and abs(value) < _MOST_STEPS
 
 
 def read_record(run_dir: Path) -> list[dict[str, Any]]:
@@ -27,7 +33,7 @@ def read_record(run_dir: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
-        if isinstance(line, dict) and type(line.get("step")) is int:
+        if isinstance(line, dict) and is_step(line.get("step")):
             lines.append(line)
         else:
             logger.warning("%s: left out what is no line of a record: %.60r", path, text)

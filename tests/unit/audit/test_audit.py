@@ -74,9 +74,14 @@ def write_run(directory: Path, *, used: float, right: list[bool]) -> None:
     per_class = [{"class": str(c), "group": group} for c, group in enumerate(GROUPS)]
     figures = {
         "prototypes": {"roles": {"teacher": teacher}},
-        "knn": {"headline": {"top1": sum(right) / 4, "predictions": "p"}},
+        "knn": {"headline": {"top1": sum(right) / 4, "predictions": "p", "k": 20}, "features": {}},
         "linear": {"headline": {"top1": sum(right) / 4, "predictions": "p"}},
-        "long_tail": {"headline": {}, "per_class": per_class},
+        "long_tail": {
+            "headline": {},
+            "per_class": per_class,
+            "classifier": "linear",
+            **{key: {} for key in ("groups", "balanced_accuracy", "tail_minus_head")},
+        },
     }
     provenance = {
         "manifest_hashes": {"shards:train": "a", "shards:test": "b"},

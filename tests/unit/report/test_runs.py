@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from report.runs import (
     load_runs,
     run_rows,
 )
+from report.tables import markdown_table
 from report.write import write_report
+from runtime.program import UserError
 
 
 def make_run(path, *, steps=12, total=12, tail="", mode="full", lr=0.1):
@@ -135,12 +138,13 @@ def test_lines_of_a_record_that_cannot_be_drawn_are_left_out_and_said(tmp_path, 
         b'{"step": null}',
         b"[1]",
         b"[" * 100_000,
+        b'{"step": 1' + b"0" * 400 + b"}",
         b'{"step": 13, "a": "caf\xe9"}',
     ]
     path.write_bytes(path.read_bytes() + b"\n".join(odd) + b"\n")
     (run,) = load_runs([path.parent])
     assert [record["step"] for record in run.metrics] == [4, 8, 12, 13]
-    assert sum("left out what is no line" in message for message in caplog.messages) == 4
+    assert sum("left out what is no line" in message for message in caplog.messages) == 5
 
 
 @pytest.mark.parametrize(
@@ -175,6 +179,10 @@ def test_a_name_that_is_no_utf8_can_be_written_into_the_page(tmp_path):
         lambda result: result.pop("figures"),
         lambda result: result.update(figures="x"),
         lambda result: result["figures"].pop("headline"),
+        lambda result: result["figures"]["headline"].pop("k"),
+        lambda result: result["figures"].pop("features"),
+        lambda result: result.update(probe="prototypes"),
+        lambda result: result.update(probe="linear", figures={"headline": []}),
         lambda result: result.pop("encoder"),
         lambda result: result.pop("provenance"),
         lambda result: result.update(probe=["knn"]),
@@ -188,7 +196,7 @@ def test_a_result_that_lacks_a_part_is_left_out_and_said(tmp_path, caplog, spoil
         "schema": RESULT_SCHEMA,
         "probe": "knn",
         "encoder": {"role": "teacher", "step": 12, "weights_sha256": "0"},
-        "figures": {"headline": {"top1": 0.5}},
+        "figures": {"headline": {"top1": 0.5, "k": 20}, "features": {}},
         "provenance": {"config": {}, "manifest_hashes": {}, "hardware": {}},
     }
     for name, result in (("whole", whole), ("spoilt", json.loads(json.dumps(whole)))):
@@ -198,6 +206,43 @@ def test_a_result_that_lacks_a_part_is_left_out_and_said(tmp_path, caplog, spoil
     (run,) = load_runs([path])
     assert [result["path"].name for result in run.results] == ["whole.json"]
     assert "spoilt.json is left out of the report: it has no" in caplog.text
+
+
+def test_a_result_of_brackets_alone_is_left_out_and_said(tmp_path, caplog):
+    path = make_run(tmp_path / "run")
+    (path / "results").mkdir()
+    (path / "results" / "x.json").write_text("[" * 100_000)
+    assert load_runs([path])[0].results == [] and "x.json is left out of the report" in caplog.text
+
+
+def test_a_record_that_is_a_folder_is_one_line(tmp_path):
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=r"^\S*metrics\.jsonl cannot be read \(Is a directory\); expected a run's"
+    ):
+        load_runs([tmp_path / "run"])
+
+
+def test_what_is_no_time_of_a_step_is_not_counted(tmp_path):
+    path = make_run(tmp_path / "run") / "metrics.jsonl"
+    odd = ('"a"', "null", "NaN", "Infinity", "1e300", "1" + "0" * 400, "[1]")
+    lines = [
+        f'{{"step": {20 + i}, "throughput/step_s": {v}, "throughput/images_per_s": "a"}}'
+        for i, v in enumerate(odd)
+    ]
+    path.write_text(path.read_text() + "\n".join(lines) + "\n")
+    (row,) = run_rows(load_runs([path.parent]))
+    assert (row["time in steps"], row["images/s"]) == ("0 min 24 s", "")
+
+
+def test_a_record_of_step_0_alone_is_drawn_without_a_warning():
+    with warnings.catch_warnings(action="error"):
+        assert len(list(curves.draw_curves({"run": [{"step": 0, "loss/total": 1.0}]}))) == 1
+
+
+def test_a_bar_in_a_name_stays_in_its_cell():
+    table = markdown_table([{"class": "a|b", "x|y": "1"}, {"class": "c"}])
+    assert table.splitlines() == [r"| class | x\|y |", "|---|---|", r"| a\|b | 1 |", "| c |  |"]
 
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
