@@ -68,7 +68,7 @@ def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if not equals or not all(name.strip() for name in key.split(".")):
             rule = "key.sub=value; write it with one '=', and a name on both sides of a dot"
             raise ConfigError(f"override is {_shown(override)}; expected {rule}")
-        if _find_missing(_parse_override(override)):
+        if _find_missing(parse_override(override)):
             raise ConfigError(
                 f"override is {_shown(override)}; expected a value; write one in the place of ???"
             )
@@ -90,7 +90,8 @@ def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     raise AssertionError("what fails with all overrides fails with one of them")
 
 
-def _parse_override(override: str) -> Any:
+def parse_override(override: str) -> Any:
+    """Returns `key.sub=value` as nested plain values; None where it cannot be parsed."""
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([override]))
     except Exception:  # of which `read_yaml` says more

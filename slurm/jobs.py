@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.config import EvaluationConfig
-from runtime.config import ConfigError
+from runtime.config import ConfigError, parse_override
 from runtime.provenance import find_commit
 from slurm.config import ClusterConfig
 from slurm.quoting import directive, log_pattern, quote, quote_all
@@ -64,7 +64,9 @@ def expand_array(specifications: Sequence[str]) -> list[tuple[str, list[str]]]:
     for text in specifications:
         key, _, values = text.partition("=")
         items = [item.strip() for item in values.split(",")]
-        if not key or not all(items) or len(set(items)) < len(items):
+        # 0 and 00 are one run: what counts is what the run is told.
+        told = [parse_override(f"{key}={item}") or item for item in items]
+        if not key or not all(items) or any(value in told[:place] for place, value in enumerate(told)):
             raise ConfigError(
                 f"--array is {text!r}; expected key=value,value with different values; pass --array seeds=0,1,2"
             )

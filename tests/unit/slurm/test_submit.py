@@ -161,6 +161,15 @@ def test_expand_array() -> None:
     for wrong in ("seeds", "=1", "seeds=", "seeds=1,,2", "seeds=1,1"):
         with pytest.raises(ConfigError, match="seeds=0,1,2"):
             expand_array([wrong])
+    for wrong in (
+        "run.seed=0,00",
+        "optim.lr=1e-3,0.001",
+        "optim.lr=1,1.0",
+        "seeds=1,0x1",
+        "model.name=a,'a'",
+    ):
+        with pytest.raises(ConfigError, match="expected key=value,value with different values"):
+            expand_array([wrong])
     for twice in (["seeds=0", "run.seed=1"], ["optim.lr=1", "optim.lr=2"], ["run.name=a,b"]):
         with pytest.raises(ConfigError, match="expected keys once each, and neither"):
             expand_array(twice)
