@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +40,50 @@ _THRESHOLDS = frozenset(
     }
 )
 _STAGES = (0, 1, 2, 3)
+_LARGEST = 2**63  # what a tensor's size can be
 _DTYPES = ("bfloat16", "torch.bfloat16")
 
 
+def _whole(least: int) -> tuple[str, Callable[[Any], bool]]:
+    return f"a whole number of at least {least}", lambda v: type(v) is int and least <= v < _LARGEST
+
+
+_SWITCH = ("true or false", lambda v: type(v) is bool)
+# What DeepSpeed documents of the two; it reads them when a step is profiled, and checks little.
+_SECTIONS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
+    "flops_profiler": {
+        "enabled": _SWITCH,
+        "recompute_fwd_factor": (
+            "a number of at least 0",
+            lambda v: type(v) in (int, float) and 0 <= v < math.inf,
+        ),
+        "profile_step": _whole(0),
+        "module_depth": _whole(-1),
+        "top_modules": _whole(1),
+        "detailed": _SWITCH,
+        "output_file": ("a file's name or null", lambda v: v is None or type(v) is str),
+    },
+    "comms_logger": {
+        **dict.fromkeys(("enabled", "prof_all", "verbose", "debug"), _SWITCH),
+        "prof_ops": ("a list of names", lambda v: type(v) is list and all(type(name) is str for name in v)),
+    },
+}
+
+
 def read_mechanics(path: str) -> dict[str, Any]:
-    """Returns the DeepSpeed mechanics in a JSON file; what is inside the sections beyond ours, DeepSpeed checks.
+    """Returns the DeepSpeed mechanics in a JSON file.
 
     Raises:
-        ValueError: no such file, no JSON object, a key that belongs into the YAML or that no run can have, a stage or
-            a precision that does not exist.
+        ValueError: no such file, no JSON object, a key that stands there twice, belongs into the YAML or that no run
+            can have, a value of another kind, a stage or a precision that does not exist.
     """
     option = f"engine.deepspeed_config is {path!r}"
     if not Path(path).is_file():
         raise ValueError(f"{option}; expected a JSON file; set engine.deepspeed_config")
     try:
-        mechanics = json.loads(Path(path).read_bytes())
+        mechanics = json.loads(Path(path).read_bytes(), object_pairs_hook=_once)
     except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{option}, which is no JSON ({error}); mend the file") from error
+        raise ValueError(f"{option}, which cannot be read as JSON ({error}); mend the file") from error
     if not isinstance(mechanics, dict):
         raise ValueError(f"{option}, which holds no JSON object; expected one such as those of ds_configs/")
     for key in sorted(mechanics.keys() - ALLOWED_KEYS):
@@ -69,6 +98,13 @@ def read_mechanics(path: str) -> dict[str, Any]:
     zero = mechanics.get("zero_optimization", {})
     for key, value in zero.items():
         _check_zero(path, key, value)
+    for section, kinds in _SECTIONS.items():
+        for key, value in mechanics.get(section, {}).items():
+            rule, holds = kinds.get(key, (f"only {', '.join(kinds)}", lambda _: False))
+            if not holds(value):
+                raise ValueError(
+                    f"{path} sets {section}.{key} to {value!r:.60}; expected {rule}; mend the file"
+                )
     autocast = mechanics.get("torch_autocast", {})
     is_plain = autocast.keys() <= {"enabled", "dtype"} and type(autocast.get("enabled", False)) is bool
     if not is_plain or autocast.get("dtype", "bfloat16") not in _DTYPES:
@@ -100,4 +136,13 @@ def _check_zero(path: str, key: str, value: Any) -> None:
 
 def _is_count(value: Any, least: int) -> bool:
     # JSON's 5e7 is a float, and its 1e999 infinite.
-    return type(value) in (int, float) and value >= least and float(value).is_integer()
+    return type(value) in (int, float) and least <= value < _LARGEST and value == int(value)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object; of a key that stands there twice, json takes the last without a word."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"key {name!r:.60} stands there twice")
+    return dict(pairs)
