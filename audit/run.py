@@ -114,7 +114,8 @@ def _run_cell(children: Children, cell: Cell) -> bool:
             log.flush()
             code = children.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
             if code != EXIT_DONE:
-                logger.error("%s: %s ended with code %d; see %s", cell.name, command[1], code, cell.log)
+                level = logging.ERROR if children.stopped_by is None else logging.INFO
+                logger.log(level, "%s: %s ended with code %d; see %s", cell.name, command[1], code, cell.log)
                 return False
     if not cell.is_done:
         logger.error("%s: the programs ended well and left no results in %s", cell.name, cell.directory)

@@ -21,7 +21,13 @@ logger = logging.getLogger(__name__)
 
 RESULT_SCHEMA = 1
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "webdataset", "numpy")
-# What the report's tables read of a probe's figures.
+# What the report reads of every result, and of a probe's figures.
+_READ_OF_ALL = {
+    "encoder.role": str,
+    "encoder.label": str,
+    "provenance.manifest_hashes": dict,
+    "provenance.config": dict,
+}
 _OF_PATCHES: dict[str, type] = {"classifiers": dict, "per_class": list}
 _READ: dict[str, dict[str, type]] = {
     "prototypes": {"roles": dict},
@@ -143,18 +149,17 @@ def _missing_part(result: dict[str, Any]) -> str:
     if not isinstance(result["probe"], str) or "/" in result["probe"]:
         missing.append("name of a probe")
     if not missing:
-        read: dict[str, type] = {"headline": dict} if "headline" in result["figures"] else {}
-        read |= _READ.get(result["probe"], {})
-        missing = [
-            f"figures.{name}" for name, kind in read.items() if not _holds(result["figures"], name, kind)
-        ]
+        figures: dict[str, type] = {"headline": dict} if "headline" in result["figures"] else {}
+        figures |= _READ.get(result["probe"], {})
+        read = _READ_OF_ALL | {f"figures.{name}": kind for name, kind in figures.items()}
+        missing = [name for name, kind in read.items() if not _holds(result, name, kind)]
     return ", ".join(missing)
 
 
-def _holds(figures: Any, dotted: str, kind: type) -> bool:
+def _holds(values: Any, dotted: str, kind: type) -> bool:
     for name in dotted.split("."):
-        figures = figures.get(name) if isinstance(figures, dict) else None
-    return isinstance(figures, kind)
+        values = values.get(name) if isinstance(values, dict) else None
+    return isinstance(values, kind)
 
 
 def read_predictions(result: dict[str, Any]) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _run_row(run: Run) -> Row:
-    prototypes = _section(run, "prototypes")
+    prototypes = section(run, "prototypes")
     console = _read_console(run.path)
     speeds = [speed for speed in series(run.metrics, "throughput/images_per_s")[1] if speed]
     mode = str(prototypes.get("mode", ""))
@@ -149,17 +149,17 @@ def _run_row(run: Run) -> Row:
         "status": _status(run, console),
         "mode": f"{mode}, {prototypes.get('estimator', '?')}" if mode == "full" else mode,
         "K": str(prototypes.get("num_prototypes", "")),
-        "seed": str(_section(run, "run").get("seed", "")),
+        "seed": str(section(run, "run").get("seed", "")),
         "time in steps": _duration(_seconds_in_steps(run.metrics)),
         "images/s": f"{statistics.median(speeds):.0f}" if speeds else "",
         "started": console[:16] if console[:4].isdigit() else "",
     }
 
 
-def _section(run: Run, name: str) -> Mapping[str, Any]:
+def section(run: Run, name: str) -> Mapping[str, Any]:
     """Returns a section of a run's configuration; empty where it is missing or no section."""
-    section = run.training.get(name)
-    return section if isinstance(section, Mapping) else {}
+    found = run.training.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _status(run: Run, console: str) -> str:

@@ -19,7 +19,7 @@ from report.charts import Chart
 from report.comparison import accuracy_rows
 from report.confusion import class_names, count_confusions
 from report.page import Section, render_page, require_own_folder
-from report.runs import Run, load_runs
+from report.runs import Run, flatten, load_runs, section
 from report.sections import table_sections
 from report.tables import Row, markdown_table
 from runtime.config import ConfigError, build_config
@@ -106,10 +106,8 @@ def _draw_panels(run: Run) -> list[Chart]:
 
 
 def _draw_crops(run: Run, safe: str) -> Chart:
-    values = {**run.training["data"], "num_workers": 0}
-    return panels.draw_crops(
-        build_config(DataConfig, values), run.training.get("run", {}).get("seed", 0), safe
-    )
+    values = {**section(run, "data"), "num_workers": 0}
+    return panels.draw_crops(build_config(DataConfig, values), section(run, "run").get("seed", 0), safe)
 
 
 def _draw_gallery(knn: dict[str, Any], safe: str) -> list[Chart | None]:
@@ -141,24 +139,22 @@ def provenance_rows(runs: Sequence[Run]) -> list[Row]:
     rows = []
     for run in runs:
         for result in run.results:
-            provenance = result["provenance"]
-            hardware = provenance["hardware"]
+            made, encoder, seconds = flatten(result["provenance"]), result["encoder"], result.get("seconds")
+            machine = f"{made.get('hardware.machine')}, {made.get('hardware.cpu_threads')} threads"
             rows.append(
                 {
                     "run": run.name,
                     "probe": result["probe"],
-                    "role": result["encoder"]["role"],
-                    "step": str(result["encoder"]["step"] or ""),
-                    "weights": result["encoder"]["weights_sha256"][:12],
-                    "commit": provenance["commit"],
-                    "config": provenance["config_hash"],
-                    "data": ", ".join(provenance["manifest_hashes"].values()),
-                    "torch": provenance["versions"]["torch"],
-                    "hardware": str(
-                        hardware.get("gpu", f"{hardware['machine']}, {hardware['cpu_threads']} threads")
-                    ),
-                    "seconds": f"{result['seconds']:.1f}",
-                    "finished": provenance["finished_utc"],
+                    "role": encoder["role"],
+                    "step": str(encoder.get("step") or ""),
+                    "weights": str(encoder.get("weights_sha256", ""))[:12],
+                    "commit": made.get("commit", ""),
+                    "config": made.get("config_hash", ""),
+                    "data": ", ".join(map(str, result["provenance"]["manifest_hashes"].values())),
+                    "torch": made.get("versions.torch", ""),
+                    "hardware": made.get("hardware.gpu", machine),
+                    "seconds": f"{seconds:.1f}" if isinstance(seconds, int | float) else "",
+                    "finished": made.get("finished_utc", ""),
                 }
             )
     return rows
@@ -169,7 +165,7 @@ def _to_csv(sections: list[Section]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["table", "row", "column", "value"])
-    for section in sections:
-        for index, row in enumerate(section.rows):
-            writer.writerows([section.title, index, column, value] for column, value in row.items())
+    for table in sections:
+        for index, row in enumerate(table.rows):
+            writer.writerows([table.title, index, column, value] for column, value in row.items())
     return buffer.getvalue()

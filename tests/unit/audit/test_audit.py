@@ -87,6 +87,7 @@ def write_run(directory: Path, *, used: float, right: list[bool]) -> None:
         "manifest_hashes": {"shards:train": "a", "shards:test": "b"},
         "hardware": {"machine": "x", "cpu_threads": 1},
         "commit": "c",
+        "config": {},
         "config_hash": "h",
         "versions": {"torch": "t"},
         "finished_utc": "now",

@@ -17,7 +17,7 @@ from report.runs import (
     run_rows,
 )
 from report.tables import markdown_table
-from report.write import write_report
+from report.write import provenance_rows, write_report
 from runtime.program import UserError
 
 
@@ -155,6 +155,7 @@ def test_a_configuration_without_its_sections_still_has_a_row(tmp_path, text):
     (path / "config.yaml").write_text(text)
     (row,) = run_rows(load_runs([path]))
     assert (row["status"], row["seed"]) == ("finished, 12 steps", "")
+    write_report([path], tmp_path / "page")  # without crops
 
 
 def test_a_loss_that_has_left_all_bounds_is_drawn():
@@ -184,6 +185,8 @@ def test_a_name_that_is_no_utf8_can_be_written_into_the_page(tmp_path):
         lambda result: result.update(probe="prototypes"),
         lambda result: result.update(probe="linear", figures={"headline": []}),
         lambda result: result.pop("encoder"),
+        lambda result: result["provenance"].pop("manifest_hashes"),
+        lambda result: result["encoder"].pop("label"),
         lambda result: result.pop("provenance"),
         lambda result: result.update(probe=["knn"]),
         lambda result: result.update(probe="../../knn"),
@@ -195,7 +198,7 @@ def test_a_result_that_lacks_a_part_is_left_out_and_said(tmp_path, caplog, spoil
     whole = {
         "schema": RESULT_SCHEMA,
         "probe": "knn",
-        "encoder": {"role": "teacher", "step": 12, "weights_sha256": "0"},
+        "encoder": {"role": "teacher", "label": "run", "step": 12, "weights_sha256": "0"},
         "figures": {"headline": {"top1": 0.5, "k": 20}, "features": {}},
         "provenance": {"config": {}, "manifest_hashes": {}, "hardware": {}},
     }
@@ -205,6 +208,7 @@ def test_a_result_that_lacks_a_part_is_left_out_and_said(tmp_path, caplog, spoil
         (path / "results" / f"{name}.json").write_text(json.dumps(result))
     (run,) = load_runs([path])
     assert [result["path"].name for result in run.results] == ["whole.json"]
+    assert len(provenance_rows([run])) == 1
     assert "spoilt.json is left out of the report: it has no" in caplog.text
 
 
