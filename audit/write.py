@@ -26,7 +26,10 @@ from runtime.files import write_atomically
 from runtime.program import UserError
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond the table the normal's.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
 _NORMAL95 = 1.960
 _SHOWN_EPS = ("0.025", "0.1", "0.5")
 _EARLY_SHARE = 0.2
@@ -73,7 +76,7 @@ def write_audit(config: AuditConfig) -> str:
             "Arms",
             "Mean over seeds, ± standard deviation. Read uniqueness beside usage, and both beside the cosine of the "
             "prototypes to their start: 1 has not moved. Used: in the E-step before a revival; of prototypes without "
-            "one, by the logits.",
+            "one, by the logits. u is of the prototypes as the run saved them: where an arm revives, after a revival.",
             arm_rows(figures),
         ),
         *(

@@ -136,6 +136,8 @@ def test_spread_of_three_is_students():
     assert found.mean == 2 and found.deviation == 1
     assert found.half_width == pytest.approx(4.303 / math.sqrt(3))
     assert spread([1.0]).half_width == math.inf
+    # Eleven seeds: the normal's quantile would be an eighth too narrow.
+    assert spread([float(seed) for seed in range(11)]).half_width == pytest.approx(2.228)
 
 
 def test_differences_are_paired_by_seed():
