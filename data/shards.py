@@ -6,6 +6,7 @@ nothing for five of six kinds of damage. The manifest's counts, sizes and hashes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -275,7 +276,8 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:  # a full disk's names no file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which would hide the reason
+            temporary.unlink()
 
 
 def load_index(manifest: Manifest) -> NDArray[Any] | None:

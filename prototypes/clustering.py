@@ -218,8 +218,8 @@ class PartialEstimator(SinkhornCodes):
 
     The teacher's table has a bias as a last column and free row lengths; its rows start as N(0, 1). The
     student's prototypes are trained by the encoder's loss; `coupling.tie` pulls them to the teacher's. The teacher's
-    "cosine" logits are those that the table is trained on, lengths and bias included, so that an objective with the
-    clustering's temperature takes its assignments as targets; "dot" logits and all figures are of unit rows.
+    "clustering" logits are those that the table is trained on, lengths and bias included: with the clustering's
+    temperature they give its own assignments. All others are of unit rows.
     """
 
     name = "partial"
@@ -254,10 +254,10 @@ class PartialEstimator(SinkhornCodes):
     ) -> tuple[Float[Tensor, "*batch Q"], Float[Tensor, "K Q"]]:
         """Returns rows and columns of the logits; see the base class."""
         rows, columns = super().logit_operands(projections, role, learned, kind)
-        if role == "student" or kind != "cosine":
+        if role == "student" or kind != "clustering":
             return rows, columns
         extended = self.extend_rows(rows.flatten(0, -2))
-        return extended.view(*rows.shape[:-1], -1), self.table()
+        return extended.view(*rows.shape[:-1], extended.shape[-1]), self.table()
 
     def auxiliary_loss(
         self,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
 Role = Literal["student", "teacher"]
-LogitKind = Literal["dot", "cosine", "posterior"]
+LogitKind = Literal["dot", "cosine", "clustering", "posterior"]
 
 STATE_SCHEMA = 1
 
@@ -154,7 +154,8 @@ class PrototypeEstimator(nn.Module, ABC):
             projections: projections of `role`; gradient flows through them.
             role: "student" or "teacher".
             learned: as in `prototypes`.
-            kind: "dot": projections . prototypes, as CARP; "cosine": unit projections . prototypes; "posterior": log
+            kind: "dot": projections . prototypes, as CARP; "cosine": unit projections . prototypes; "clustering":
+                those that a clustering trains its own prototypes on, "cosine" where there is none; "posterior": log
                 joint density times the mixture's beta, mixtures only. A temperature is the objective's affair.
 
         Raises:
@@ -165,7 +166,7 @@ class PrototypeEstimator(nn.Module, ABC):
                 f"logits are posterior with the mode {self.config.mode}; expected a mixture; "
                 "set prototypes.mode=full or objective.instance.logits=dot"
             )
-        if kind == "cosine":
+        if kind in ("cosine", "clustering"):
             projections = nn.functional.normalize(projections.float(), dim=-1)
         return projections, self.prototypes(role, learned)
 

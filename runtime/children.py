@@ -43,7 +43,8 @@ class Children:
 
     def run(self, command: Sequence[str], **options: Any) -> int:
         """Returns the exit code of a program that has ended; `options` are those of `subprocess.Popen`."""
-        with subprocess.Popen(command, **options) as child:
+        # A group of its own: the terminal sends Ctrl-C and its end to a whole group, and would kill what is to save.
+        with subprocess.Popen(command, process_group=0, **options) as child:
             self._running.append(child)
             if self.stopped_by is not None:  # while this one was being started
                 child.terminate()

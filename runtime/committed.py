@@ -29,5 +29,5 @@ def find_damage(folder: Path, part: str) -> str | None:
 
 
 def is_committed(folder: Path) -> bool:
-    """Returns whether a folder was closed, or one of the two files that close it is left."""
-    return (folder / _MANIFEST).is_file() or (folder / _COMMIT).is_file()
+    """Returns whether a folder has both files that close it: of a copy without them nothing can be compared."""
+    return (folder / _MANIFEST).is_file() and (folder / _COMMIT).is_file()

@@ -225,7 +225,7 @@ def check_before_images(config: PretrainConfig, process: Process) -> None:
 
 
 def require_kernels(config: PretrainConfig, device: torch.device) -> None:
-    """Raises ValueError unless what each mixture and compiled blocks ask for can be built and run on a device."""
+    """Raises ValueError unless mixtures, posterior logits and compiled blocks get what they ask for on a device."""
     if config.model.compile_blocks:
         on_cpu = (
             None if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler is found (CXX, or g++)"
@@ -235,6 +235,14 @@ def require_kernels(config: PretrainConfig, device: torch.device) -> None:
             raise ValueError(
                 f"model.compile_blocks is true and {missing}; expected one for torch.compile on {device.type}; set "
                 "model.compile_blocks=false"
+            )
+    for level in config.levels if config.engine.tf32 else ():
+        term = config.objective.instance if level == "instance" else config.objective.patch
+        if (
+            term.logits == "posterior"
+        ):  # differences of large numbers: with 10 bits a target moves by up to a tenth
+            raise ValueError(
+                f"engine.tf32 is true; expected false with objective.{level}.logits posterior; set engine.tf32"
             )
     for section in dict.fromkeys(config.levels.values()):
         options = config.prototypes_of(section)

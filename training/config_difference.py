@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from runtime.config import ConfigError, build_config, config_to_dict
@@ -105,7 +106,10 @@ def describe_difference(run_dir: object, saved: dict[str, Any], current: dict[st
     elif key in LENGTH:
         rule, remedy = "the same length or, with run.extend=true, a longer one", "set run.name to a new name"
     else:
-        rule, remedy = "the same configuration", "set run.name to a new name"
+        # As YAML writes it.
+        former = json.dumps(before)
+        rule = "the same configuration"
+        remedy = f"set {key}={former} to go on with that run, or run.name to a new name"
     return (
         f"{key} is {now!r}, but run directory {run_dir} was made with {before!r}; expected {rule}; {remedy}"
     )

@@ -78,8 +78,14 @@ _RUN_CONFIG, _RUN_FOLDERS = "config.yaml", ("checkpoints", "in_training")
 _STEP = re.compile(r"step-\d{8,}")
 
 
-def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
+def export_from_run(run: Path, out_dir: Path, which: str, named: Path | None = None) -> Path:
     """Exports one role of a run's newest whole checkpoint (or of the checkpoint `run`); returns the checkpoint.
+
+    Args:
+        run: the run, or a checkpoint.
+        out_dir: the folder to write.
+        which: the role.
+        named: what the user called OUT, where that is another place.
 
     Raises:
         UserError: no run, no whole checkpoint, `out_dir` holds something else than an export, lies in a checkpoint or
@@ -106,7 +112,7 @@ def export_from_run(run: Path, out_dir: Path, which: str) -> Path:
         beside["patch_prototypes"] = load_tensors(own)
     prototypes, manifest = load_tensors(exported / PROTOTYPES_NAME), load_manifest(checkpoint)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with _writing(out_dir, temporary):
+    with _writing(named or out_dir, temporary):
         export_encoder(
             backbone,
             temporary,
@@ -197,7 +203,7 @@ def export_onnx(run: Path, out: Path, which: str) -> tuple[Path, str]:
         tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary,
     ):
         folder = Path(temporary) / "encoder"
-        checkpoint = export_from_run(run, folder, which)
+        checkpoint = export_from_run(run, folder, which, out)
         backbone, _ = load_exported(folder)
         facts = load_manifest(checkpoint)["facts"] | {
             "role": which,

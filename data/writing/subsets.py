@@ -134,8 +134,10 @@ def _write(manifests: list[Manifest]) -> list[Manifest]:
 
 def _relocate(manifest: Manifest, directory: str) -> Manifest:
     """Returns a manifest that finds its tars from another folder."""
-    # The system goes up from where a link leads.
-    way = os.path.relpath(os.path.realpath(manifest.directory), os.path.realpath(directory))
+    way, source = os.path.relpath(manifest.directory, directory), os.path.realpath(manifest.directory)
+    # The system goes up from where a link leads. Where both ways work, the shorter names stay what they were.
+    if os.path.realpath(Path(directory) / way) != source:
+        way = os.path.relpath(source, os.path.realpath(directory))
     shards = tuple(replace(shard, name=str(Path(way) / shard.name)) for shard in manifest.shards)
     index_path = str(Path(way) / manifest.index_path) if manifest.index_path else ""
     return replace(manifest, directory=directory, shards=shards, index_path=index_path)

@@ -64,6 +64,9 @@ def _find_newest_whole(checkpoints: Path, spec: str, role: Role) -> Path:
     found = [p for p in checkpoints.iterdir() if _STEP_DIRECTORY.fullmatch(p.name)]
     complete = [p for p in found if (p / "COMMIT").is_file() and not (p / "REJECTED").exists()]
     for path in sorted(complete, key=lambda p: int(p.name.removeprefix("step-")), reverse=True):
+        if not is_committed(path):  # a copy of COMMIT and the encoder alone
+            logger.warning("checkpoint %s has no MANIFEST.json: its files cannot be compared with it", path)
+            return path
         damage = find_damage(path, role)
         if damage is None:
             return path

@@ -143,6 +143,8 @@ class PatchTerm(TargetTerm):
     def __init__(self, config: PatchConfig, **shared: Any) -> None:
         super().__init__(config, **shared)
         self.by_position = config.name == "capi"
+        if self.by_position and self.kinds["teacher"] == "cosine":
+            self.kinds["teacher"] = "clustering"  # CAPI hands the student the clustering's assignments
 
     def forward(self, batch: RankBatch, *, step: int, micro_step: int = 0) -> dict[str, Tensor]:
         """See `Term`. Collective."""

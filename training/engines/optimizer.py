@@ -22,8 +22,7 @@ def build_optimizer(student: TrainedNetwork, config: OptimConfig) -> torch.optim
     """Returns AdamW or LARS over the student's parameter groups; rates are set per step by `set_schedule_`."""
     groups = build_parameter_groups(student, config)
     if config.optimizer == "lars":
-        # You et al. 2017: a rate for each layer. Every matrix has one, prototypes included, whether it decays or not;
-        # timm would leave out what does not.
+        # You et al. 2017: a rate for each layer. timm gives one to what decays; prototypes have theirs too.
         for group in groups:
             group["always_adapt"] = group["decays"] or group["can_freeze"]
         return timm.optim.Lars(

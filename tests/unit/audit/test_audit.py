@@ -436,11 +436,13 @@ sys.exit(run_program(run.main, sys.argv[2:]))
 def test_an_audit_that_is_stopped_waits_until_its_runs_have_saved(tmp_path, name, code):
     options = ["configs/audit_fashion-mnist.yaml", f"output_dir={tmp_path / 'out'}", "processes=2"]
     audit_of = [sys.executable, "-c", STOPPED, str(tmp_path), *options]
-    with subprocess.Popen(audit_of, cwd=ROOT, stderr=subprocess.PIPE, text=True) as started:
+    with subprocess.Popen(
+        audit_of, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as started:
         deadline = time.monotonic() + 60
         while len(list(tmp_path.glob("*-seed0"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.kill(started.pid, getattr(signal, name))
+        os.killpg(started.pid, getattr(signal, name))  # as a terminal does
         said = started.communicate(timeout=60)[1]
     assert started.returncode == code, said
     assert said.splitlines()[-1] == f"stopped by {name}: the runs have ended; the same command goes on"

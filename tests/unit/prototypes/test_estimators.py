@@ -230,16 +230,22 @@ def test_views_beside_patches_are_balanced_among_themselves(mode, name):
     assert torch.equal(found.handle.wait(), expected.handle.wait())
 
 
-def test_the_teacher_s_cosine_logits_of_partial_are_those_that_it_clusters_by():
+def test_the_teacher_s_clustering_logits_are_those_that_it_clusters_by():
     """CAPI hands the student the clustering's own assignments: at unit length they said next to nothing."""
     estimator = build(make_config(16, 8, mode="partial"))
     take_step(estimator, clustered_rows(64, 8))
     rows = torch.randn(2, 5, 8)
-    operands, columns = estimator.logit_operands(rows, "teacher", kind="cosine")
+    operands, columns = estimator.logit_operands(rows, "teacher", kind="clustering")
     unit = torch.nn.functional.normalize(rows, dim=-1)
     expected = unit @ estimator.means[:, :8].T + estimator.means[:, 8]
     torch.testing.assert_close(operands @ columns.T, expected)
     assert 2 < columns[:, :8].norm(dim=1).mean() < 4  # the root of 8, not 1
+    assert estimator.logit_operands(rows[:0, 0], "teacher", kind="clustering")[0].shape == (
+        0,
+        9,
+    )  # nothing hidden
+    operands, columns = estimator.logit_operands(rows, "teacher", kind="cosine")
+    torch.testing.assert_close(operands @ columns.T, unit @ estimator.prototypes("teacher").T)
     operands, columns = estimator.logit_operands(rows, "teacher", kind="dot")
     torch.testing.assert_close(operands @ columns.T, rows @ estimator.prototypes("teacher").T)
 

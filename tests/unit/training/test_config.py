@@ -24,7 +24,6 @@ DEMO = Path(__file__).parents[3] / "configs/pretrain_vit-mini_fashion-mnist_full
             "objective.instance.name=dino data.num_global_crops=1 data.num_local_crops=0",
             "num_global_crops is 1",
         ),
-        ("engine.tf32=true objective.instance.logits=posterior", "engine.tf32 is true"),
     ],
 )
 def test_what_nothing_reads_is_refused(override, named):

@@ -225,6 +225,16 @@ def test_shards_that_a_start_refuses_the_dry_run_refuses(override, message, tmp_
         describe_run(tiny(f"data.shards={shards}", override), two)
 
 
+def test_tf32_is_refused_beside_the_posterior():
+    """Not where a configuration is read: a run that was made so may go on without."""
+    asked = ("engine.tf32=true", "objective.instance.logits=posterior")
+    with pytest.raises(
+        ValueError, match=r"engine\.tf32 is true; expected false with objective\.instance\.logits"
+    ):
+        describe_run(tiny(*asked), ALONE)
+    assert "1 ranks" in describe_run(tiny(*asked[1:]), ALONE)
+
+
 def test_lanes_that_a_start_refuses_are_refused_where_there_are_no_shards_yet():
     asked = ("data.shards=/nowhere", "run.dry_run_world_size=16", "data.num_workers=8")
     assert "16 ranks" in describe_run(tiny(*asked, "data.num_lanes=128"), ALONE)

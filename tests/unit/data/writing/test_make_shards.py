@@ -318,6 +318,9 @@ def test_a_sub_sample_behind_a_link_finds_its_tars(tmp_path, image_bytes):
         assert run(command, tmp_path / "whole", "--out", out) == 0
         assert verify(str(out)) == [] and verify(str(out.resolve())) == []
     assert run("lt", tmp_path / "whole", "--out", tmp_path / "far" / "away" / "whole") == 2
+    # Where the names as written lead there too they stay: a set's hash is of them.
+    assert run("lt", tmp_path / "whole", "--out", tmp_path / "plain") == 0
+    assert load_manifest(str(tmp_path / "plain"), "train").shards[0].name.startswith("../whole/train-")
 
 
 @pytest.fixture
