@@ -410,7 +410,10 @@ def test_a_cell_that_leaves_no_results_has_failed(tmp_path, monkeypatch):
 
 # An audit whose programs write that they run, save on SIGTERM and end with 75, as pretrain.py does.
 STOPPED = """
-import sys
+import signal, sys
+# Whoever runs the tests may ignore these, as nohup does, and then the audit does too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from audit import run
 from audit.cells import Cell
