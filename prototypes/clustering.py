@@ -123,15 +123,13 @@ class SinkhornCodes(PrototypeEstimator):
         """
         if all(held.group is None for held in self._held):
             return None, 1
-        without = torch.cat(
-            [held.rows.new_full((len(held.rows),), held.group is None) for held in self._held]
-        )
-        known = [
-            torch.zeros_like(held.weight).long() if held.group is None else held.group for held in self._held
+        parts = [
+            torch.full_like(held.weight, -1, dtype=torch.int64) if held.group is None else held.group
+            for held in self._held
         ]
-        group = torch.cat(known)
+        group = torch.cat(parts)
         number = count_groups(group, self.context.collectives)
-        return torch.where(without.bool(), number, group), number + 1
+        return torch.where(group < 0, number, group), number + 1
 
     @torch.no_grad()
     def commit(self, observation: Observation) -> None:

@@ -308,6 +308,10 @@ class ObjectiveConfig:
     koleo_weight: Annotated[float, "[0, 1e6]"] = 0.0
     """Weight of KoLeo, which pushes the embeddings of a rank's images apart, in each global view (DINOv2: .1)."""
 
+    def term(self, level: Level) -> InstanceConfig | PatchConfig:
+        """Returns the options of a level's term."""
+        return self.instance if level == "instance" else self.patch
+
     def __post_init__(self) -> None:
         require(
             self.instance.name != "none" or self.patch.name != "none",

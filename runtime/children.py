@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+from runtime.preemption import put_back
+
 
 class Children:
     """Runs programs, several at once from threads; inside its block no signal leaves one of them behind.
@@ -38,8 +40,7 @@ class Children:
         traceback: TracebackType | None,
     ) -> None:
         """Puts the former handlers back."""
-        for number, handler in self._former.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        put_back(self._former)
 
     def run(self, command: Sequence[str], **options: Any) -> int:
         """Returns the exit code of a program that has ended; `options` are those of `subprocess.Popen`."""

@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -92,9 +92,7 @@ class PreemptionFlag:
         traceback: TracebackType | None,
     ) -> None:
         """Puts the former handlers back."""
-        for number, handler in self._former.items():
-            # None stands for a handler that was not installed from Python and cannot be put back from it.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        put_back(self._former)
         self._former.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -102,6 +100,13 @@ class PreemptionFlag:
         if self._signal_name is None and os.getpid() == self._owner_pid:
             self._raised_at = time.monotonic()
             self._signal_name = signal.Signals(number).name
+
+
+def put_back(former: Mapping[signal.Signals, Any]) -> None:
+    """Sets the handlers that `signal.signal` returned, by signal."""
+    for number, handler in former.items():
+        # None stands for a handler that was not installed from Python and cannot be put back from it.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def ignore_preemption_signals(signals: Sequence[str] = DEFAULT_SIGNALS) -> None:

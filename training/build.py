@@ -237,10 +237,8 @@ def require_kernels(config: PretrainConfig, device: torch.device) -> None:
                 "model.compile_blocks=false"
             )
     for level in config.levels if config.engine.tf32 else ():
-        term = config.objective.instance if level == "instance" else config.objective.patch
-        if (
-            term.logits == "posterior"
-        ):  # differences of large numbers: with 10 bits a target moves by up to a tenth
+        # Its logits are differences of large numbers: with 10 bits a target moves by up to a tenth.
+        if config.objective.term(level).logits == "posterior":
             raise ValueError(
                 f"engine.tf32 is true; expected false with objective.{level}.logits posterior; set engine.tf32"
             )

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from data.config import DataConfig
 from models.config import ModelConfig, OutputsConfig
 from prototypes.config import Level, ObjectiveConfig, PrototypesConfig
+from prototypes.mixture.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,9 +270,9 @@ class PretrainConfig:
             )
         model, data = self.model, self.data
         rule = f"data.channels {data.channels}"
-        _refuse_unless(model.channels == data.channels, "model.channels", model.channels, rule)
+        require(model.channels == data.channels, "model.channels", model.channels, rule)
         rule = f"data.global_crop_size {data.global_crop_size}"
-        _refuse_unless(model.height_and_width == data.global_size, "model.image_size", model.image_size, rule)
+        require(model.height_and_width == data.global_size, "model.image_size", model.image_size, rule)
 
     @property
     def outputs(self) -> OutputsConfig:
@@ -323,12 +324,12 @@ class PretrainConfig:
                 "patch_prototypes is a section; expected null unless objective has a term on views and one on patches; "
                 "set patch_prototypes=null"
             )
-        has_pairs = self.data.num_global_crops + self.data.num_local_crops > 1
-        rule = f"2 and more, or local crops: objective.instance.name {self.objective.instance.name} compares views"
-        has_pairs |= self.objective.instance.name == "none"
-        _refuse_unless(has_pairs, "data.num_global_crops", self.data.num_global_crops, rule)
+        data, loss = self.data, self.objective.instance.name
+        rule = f"2 and more, or local crops: objective.instance.name {loss} compares views"
+        has_pairs = loss == "none" or data.num_global_crops + data.num_local_crops > 1
+        require(has_pairs, "data.num_global_crops", data.num_global_crops, rule)
         for level, section in self.levels.items():
-            term = self.objective.instance if level == "instance" else self.objective.patch
+            term = self.objective.term(level)
             prototypes = self.prototypes_of(section)
             own_head = level == "patch" and self.model.patch_head is not None
             head = self.model.patch_head if own_head else self.model.head
@@ -374,10 +375,10 @@ class PretrainConfig:
             )
         fits = self.model.patch_size in (None, masks.patch_size)
         rule = f"model.patch_size {self.model.patch_size}"
-        _refuse_unless(fits, "data.masks.patch_size", masks.patch_size, rule)
+        require(fits, "data.masks.patch_size", masks.patch_size, rule)
         unseen = self.data.num_local_crops if self.objective.instance.name == "none" else 0
         rule = "0, as no term of the objective sees local crops"
-        _refuse_unless(unseen == 0, "data.num_local_crops", unseen, rule)
+        require(unseen == 0, "data.num_local_crops", unseen, rule)
         if self.objective.instance.name == "none" and self.model.patch_head is not None:
             raise ValueError(
                 "model.patch_head is a section; expected null, as model.head projects nothing but patches; "
@@ -389,8 +390,3 @@ class PretrainConfig:
         if self.optim.steps is not None:
             return self.optim.steps
         return max(1, round(self.optim.epochs * num_samples / self.batch.global_batch_size))
-
-
-def _refuse_unless(holds: bool, key: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{key} is {value}; expected {rule}; set {key}")
