@@ -77,3 +77,7 @@ class ReplicaEngine(Engine):
     def load_state(self, state: Any) -> None:
         """Not part of the race."""
         raise NotImplementedError
+
+    def write_parameter(self, name: str, whole: Tensor) -> None:
+        """Not part of the race."""
+        raise NotImplementedError

@@ -60,6 +60,9 @@ class CouplingConfig:
 
     strength: Annotated[float, "[0, 1]"] = 0.0
     """kappa from 0 (`full`: the mixture alone) to 1 (`joint`: the loss alone); mode `full`."""
+    start: Literal["directions", "means"] = "directions"
+    """Where the prototypes begin that the loss trains beside a mixture: "directions" (random ones) or "means" (random
+    ones until `gmm.init` has placed the mixture's means; these are written over them then)."""
     tie: Annotated[float, "[0, 1e6]"] = 0.0
     """Weight of |C_student - sg(C_teacher)|^2 per prototype; mode `partial`."""
 
@@ -115,6 +118,13 @@ class PrototypesConfig:
             "prototypes.coupling.strength",
             self.coupling.strength,
             "0 unless prototypes.mode is full with a mixture",
+        )
+        require(
+            self.coupling.start == "directions"
+            or (self.coupling.strength > 0 and self.gmm.init.method != "sphere"),
+            "prototypes.coupling.start",
+            self.coupling.start,
+            "directions unless prototypes.coupling.strength is above 0 and prototypes.gmm.init.method places features",
         )
         require(
             self.coupling.tie == 0 or self.mode == "partial",

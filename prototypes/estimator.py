@@ -141,6 +141,13 @@ class PrototypeEstimator(nn.Module, ABC):
         """
         return None
 
+    def learned_start(self) -> Float[Tensor, "K P"] | None:
+        """Returns the unit rows to be written over the learned prototypes of student and teacher after this step.
+
+        None in every step but the one that has found them, the same on all ranks; valid as `assignment` is.
+        """
+        return None
+
     def logit_operands(
         self,
         projections: Float[Tensor, "*batch P"],

@@ -63,8 +63,13 @@ class PrototypeSet:
 
     def learned(self, output: NetworkOutput) -> Tensor | None:
         """Returns the rows [K, P] that the loss trains, as a network gave them; None where it trains none."""
-        own = self.section == "patch_prototypes"
-        return output.learned_patch_prototypes if own else output.learned_prototypes
+        rows: Tensor | None = getattr(output, self.learned_name)
+        return rows
+
+    @property
+    def learned_name(self) -> str:
+        """What `TrainedNetwork` and `NetworkOutput` call those rows."""
+        return f"learned_{self.section}"
 
     def observe(
         self, teacher: NetworkOutput, patches: MaskedPatches | None, *, by_position: bool

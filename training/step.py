@@ -178,6 +178,10 @@ class TrainingStep:
             part.accept()
         grad_norm = self.engine.step(schedule)
         self.engine.update_teacher(schedule.ema_momentum)
+        for one in self.sets:
+            start = one.estimator.learned_start()
+            if start is not None:
+                self.engine.write_parameter(f"{one.learned_name}.weight", start)
         return True, grad_norm
 
     def _prepare(self, crops: Crops) -> MicroBatch:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import PrototypesConfig
 from ..coupling import couple
 from ..estimator import EstimatorContext
+from ..learned import LearnedPrototypes
 from ..random_numbers import draw_unit_vectors
 from . import moments
 from .candidate import CandidateTables
@@ -32,6 +33,7 @@ class UpdatingMixture(ObservingMixture):
 
     Attributes:
         traced_means: where about a thousand of the means started.
+        has_just_begun: whether the last accepted step has placed the last of them.
     """
 
     traced_means: Tensor
@@ -41,6 +43,7 @@ class UpdatingMixture(ObservingMixture):
         self._candidate = CandidateTables()
         self._candidate_rows = CandidateTables()
         self._touched_rows: TouchedRows | None = None
+        self.has_just_begun = False
         self.register_buffer("traced_means", traced(self.means).clone())
 
     def accept_candidate(self) -> None:
@@ -51,13 +54,29 @@ class UpdatingMixture(ObservingMixture):
         else:
             self._touched_rows.write(self)
 
+    def build_learned(self) -> nn.Module | None:
+        """Returns learned prototypes where the coupling is on.
+
+        They start at the random directions of the seed, as means do by `init.method` sphere. Means that start from
+        features leave them there, unless `coupling.start` is "means"; see `learned_start`.
+        """
+        if self.config.coupling.strength == 0:
+            return None
+        return LearnedPrototypes(self.num_prototypes, self.dim, self.context.seed)
+
+    def learned_start(self) -> Float[Tensor, "K P"] | None:
+        """Returns the directions of the means in the step that has placed the last of them; see the base class."""
+        if self.config.coupling.start == "directions" or not self.has_just_begun:
+            return None
+        return nn.functional.normalize(self.means, dim=1)
+
     def cosines_to_start(self, prototypes: Float[Tensor, "K P"]) -> Float[Tensor, " k"]:
         """Returns those of about a thousand prototypes; a mixture starts where its rows were placed.
 
         What a revival has moved counts as moved.
         """
         start = nn.functional.normalize(self.traced_means, dim=1)
-        if self.config.coupling.strength > 0:
+        if self.config.coupling.strength > 0 and self.config.coupling.start == "directions":
             learned = draw_unit_vectors(self.num_prototypes, self.dim, self.context.seed)
             start = couple(traced(learned).to(start.device), start, self.config.coupling.strength)
         return nn.functional.cosine_similarity(start, traced(prototypes), dim=1)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import PrototypesConfig
 from ..coupling import couple
 from ..estimator import Assignment, EstimatorContext, Observation, Role
-from ..learned import LearnedPrototypes, require_learned
+from ..learned import require_learned
 from ..statistics import Collectives, FlatStatistics, Handle, drop_non_finite, full_precision
 from . import initialisation, moments, sparse
 from .annealing import CRITICAL_REFRESH_STEPS, Annealing, compute_critical_beta
@@ -228,6 +228,7 @@ class OnlineMixture(UpdatingMixture):
         self._publication.settle()
         for name, value in self._next_scalars.items():
             setattr(self, name, value)
+        self.has_just_begun = False
         if "collected" in self._next_scalars:
             self._begin_from_rows()
         self.step += 1
@@ -249,16 +250,6 @@ class OnlineMixture(UpdatingMixture):
             self._reset_tables()
 
     # ---------------------------------------------------------------- what is read from it
-
-    def build_learned(self) -> nn.Module | None:
-        """Returns learned prototypes where the coupling is on.
-
-        They start at the random directions of the seed, as means do by `init.method` sphere; means that start from
-        features leave them there.
-        """
-        if self.config.coupling.strength == 0:
-            return None
-        return LearnedPrototypes(self.num_prototypes, self.dim, self.context.seed)
 
     def prototypes(self, role: Role, learned: Float[Tensor, "K P"] | None = None) -> Float[Tensor, "K P"]:
         """Returns the unit means, one tensor shared by student and teacher, without gradient.
@@ -385,6 +376,7 @@ class OnlineMixture(UpdatingMixture):
         self.traced_means.copy_(traced(self.means))
         if self.collected.seen == self.num_prototypes:
             self.reset_components()
+            self.has_just_begun = True
 
     def _publish_candidate(self) -> None:
         if self._touched_rows is None:

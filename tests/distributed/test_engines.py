@@ -25,6 +25,7 @@ FAST = [
     *({"scenario": "ema_reference", "engine": e} for e in ("zero3", "fsdp2")),
     *({"scenario": "live_bytes", "engine": e} for e in ENGINES),
     *({"scenario": "first_moves", "engine": e} for e in ENGINES),
+    *({"scenario": "writes_a_parameter", "engine": e} for e in ENGINES),
     *({"scenario": "waits", "engine": e, "mode": "full"} for e in ENGINES),
     *(
         {"scenario": "options_change_nothing", "engine": e, "activation_checkpointing": True}
@@ -184,6 +185,17 @@ def test_the_patch_embedding_moves_at_its_own_rate(two_ranks: list[dict[str, Any
     embedding = moves.pop("student/network.backbone.patch_embed.proj.weight")
     blocks = [move for name, move in moves.items() if "backbone.blocks" in name]
     assert len(blocks) == 8 and 0.15 < embedding / statistics.median(blocks) < 0.25
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_parameter_is_overwritten_and_trains_on(two_ranks: list[dict[str, Any]], engine: str) -> None:
+    (found,) = iterate(two_ranks, scenario="writes_a_parameter", engine=engine)
+    name = "learned_prototypes.weight"
+    assert found["changed"] == [f"student/{name}", f"teacher/{name}"] and found["written"]
+    least, most = found["moved"]
+    assert (
+        least > 0 and most < 0.05
+    )  # a step of AdamW at 1e-2; an fp32 copy that was left goes back by about 1
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -322,6 +322,24 @@ def first_moves(engine_name: str, process: Process, work: Path) -> dict[str, Any
     return {"moves": {n: move for n, move in moves.items() if n.startswith("student/")}}
 
 
+def writes_a_parameter(engine_name: str, process: Process, work: Path) -> dict[str, Any]:
+    """What overwriting a parameter between two steps changes, and whether the next step moves what was written."""
+    engine = build_engine(engine_name, process, work)
+    train_step(engine, 0, process)
+    before = whole_state(engine)
+    name = "learned_prototypes.weight"
+    whole = torch.randn(before[f"student/{name}"].shape, generator=torch.Generator().manual_seed(7))
+    engine.write_parameter(name, whole.to(process.device))
+    after = whole_state(engine)
+    train_step(engine, 1, process)
+    moved = (whole_state(engine)[f"student/{name}"] - whole).abs()
+    return {
+        "changed": differing(before, after),
+        "written": all(torch.equal(after[f"{role}/{name}"], whole) for role in ("student", "teacher")),
+        "moved": [float(moved.min()), float(moved.max())],
+    }
+
+
 def live_bytes(engine_name: str, process: Process, work: Path) -> dict[str, Any]:
     """Bytes of all live tensors that an engine has made, at the end of a backward pass; its bucket left out."""
     before = _storages()
@@ -588,6 +606,7 @@ SCENARIOS: dict[str, Any] = {
         one_step,
         resume_step,
         waits,
+        writes_a_parameter,
         probe_with_unequal_parts,
     )
 }

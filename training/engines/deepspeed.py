@@ -227,6 +227,13 @@ class DeepSpeedEngine(Engine):
                 moments["step"].copy_(state["optimizer/step"])
         self._refresh_persistent()
 
+    @torch.no_grad()
+    def write_parameter(self, name: str, whole: Tensor) -> None:
+        """See `Engine`."""
+        for module in (self.student, self.teacher):
+            self._set_parameter(dict(module.named_parameters())[name], whole)
+        self._refresh_persistent()
+
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         shape_of = whole_shape if self.stage == 3 else lambda p: tuple(p.shape)
         shapes = {name: shape_of(p) for name, p in _named_by_role(self.student, self.teacher)}

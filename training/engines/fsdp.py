@@ -141,6 +141,12 @@ class FSDPEngine(Engine):
                     _set_whole_(moments[moment], state[f"optimizer/{name}/{moment}"])
                 moments["step"].copy_(state["optimizer/step"])
 
+    @torch.no_grad()
+    def write_parameter(self, name: str, whole: Tensor) -> None:
+        """See `Engine`."""
+        for parameters in (self._student_parameters, self._teacher_parameters):
+            _set_whole_(parameters[name], whole)
+
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for role, parameters in (
             ("student", self._student_parameters),

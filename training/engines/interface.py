@@ -150,6 +150,17 @@ class Engine(ABC):
             ValueError: a name is missing, unknown, or of another shape.
         """
 
+    @abstractmethod
+    def write_parameter(self, name: str, whole: Tensor) -> None:
+        """Overwrites a parameter of the student and the teacher's copy of it; the optimizer's moments stay.
+
+        Collective; call between steps.
+
+        Args:
+            name: as the student's module has it.
+            whole: the full tensor, the same on every rank.
+        """
+
     def replicated_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (name, tensor) of what must be bitwise equal on all ranks; shards have no replica."""
         return iter(())

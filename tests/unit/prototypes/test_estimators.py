@@ -411,6 +411,31 @@ def test_a_mixture_starts_where_its_rows_were_placed():
     assert float(estimator.cosines_to_start(estimator.prototypes("teacher", learned)).max()) < 1 - 1e-5
 
 
+def test_learned_prototypes_may_start_at_the_means():
+    config = make_config(16, 8, init=InitialisationConfig(method="data"))
+    coupling = CouplingConfig(strength=1.0, start="means")
+    estimator = build(dataclasses.replace(config, coupling=coupling))
+    starts = []
+    for step in range(3):
+        take_step(estimator, clustered_rows(10, 8, seed=step))
+        starts.append(estimator.learned_start())
+        if step == 1:
+            means = torch.nn.functional.normalize(estimator.means, dim=1)
+    # Of 16 means ten come from the first step, six from the second; no other step knows a start.
+    assert starts[0] is None and starts[2] is None
+    torch.testing.assert_close(starts[1], means)
+    torch.testing.assert_close(estimator.cosines_to_start(starts[1]), torch.ones(16))
+
+
+@pytest.mark.parametrize(
+    "options", [{"strength": 0.0}, {"strength": 1.0, "init": "sphere"}], ids=["no coupling", "no features"]
+)
+def test_a_start_at_the_means_needs_both(options):
+    config = make_config(16, 8, init=InitialisationConfig(method=options.pop("init", "data")))
+    with pytest.raises(ValueError, match=r"prototypes\.coupling\.start is means; expected directions unless"):
+        dataclasses.replace(config, coupling=CouplingConfig(start="means", **options))
+
+
 @pytest.mark.parametrize("method", ["data", "data_spread"])
 def test_starts_from_features(method):
     init = InitialisationConfig(method=method, warmup_fraction=0.0)
