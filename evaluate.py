@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> int:
     # Inside `run_program`, so that Ctrl-C is one line from here on.
     from evaluation.config import EvaluationConfig
     from runtime.config import load_config
+    from runtime.requirements import require_packages
     from runtime.usage import asks_for_help, describe_usage
 
     if asks_for_help(arguments):
@@ -30,6 +31,9 @@ def main(arguments: list[str]) -> int:
             "no configuration given; expected CONFIG.yaml [encoder=SPEC] [key.sub=value ...]; see configs/eval_*.yaml, "
             "or --help"
         )
+    require_packages(
+        "torch", "torchvision", "timm", "accelerate", "omegaconf", "numpy", "pillow", "safetensors"
+    )
     config = load_config(EvaluationConfig, arguments[0], arguments[1:])
     # Imported once the configuration is known to be right: torch takes seconds.
     from evaluation.harness import evaluate

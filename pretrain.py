@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     # Inside `run_program`, so that Ctrl-C is one line from here on.
     from runtime.config import load_config
     from runtime.preemption import PreemptionFlag
+    from runtime.requirements import require_packages
     from runtime.usage import asks_for_help, describe_usage
     from training.config import PretrainConfig
 
@@ -41,7 +42,12 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             "no configuration given; expected CONFIG.yaml [key.sub=value ...]; see configs/, or --help"
         )
+    require_packages(
+        "torch", "torchvision", "webdataset", "timm", "omegaconf", "numpy", "pillow", "safetensors"
+    )
     config = load_config(PretrainConfig, arguments[0], arguments[1:])
+    if config.engine.name == "deepspeed":
+        require_packages("deepspeed")
     # Before the slow imports, because until then the signals kill; and for the whole process, because a rank that
     # is still tearing down when srun passes a signal on must not die of it.
     return pretrain(config, PreemptionFlag().install())

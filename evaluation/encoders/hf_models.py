@@ -21,6 +21,7 @@ from evaluation.encoders.preprocessing import Preprocessing, ProcessorTransform
 from evaluation.encoders.timm_models import load_local_dir
 from evaluation.tensor_files import checksum
 from models.config import WeightsSpec
+from runtime.requirements import require_packages
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -201,6 +202,7 @@ def load_hub_model(spec: str, name: str) -> nn.Module:
         EncoderError: it cannot be loaded, its type is unknown, or the checkpoint lacks weights of it.
     """
     # Imported here: transformers takes seconds to load and most evaluations do not need it.
+    require_packages("transformers")
     from transformers import AutoConfig, AutoModel
 
     try:
