@@ -25,12 +25,15 @@ def load_splits(config: EvaluationDataConfig, test_key: str = "data.test_split")
             "data.shards is null; expected a folder of shards, or one of images in data.images; set one"
         )
     train = load_manifest(config.shards, config.train_split, "data.train_split")
-    test = load_manifest(config.test_shards or config.shards, config.test_split, test_key)
-    for manifest in (train, test):
+    test_folder_key = "data.test_shards" if config.test_shards else "data.shards"
+    test = load_manifest(
+        config.test_shards or config.shards, config.test_split, test_key, folder_key=test_folder_key
+    )
+    for manifest, folder_key in ((train, "data.shards"), (test, test_folder_key)):
         if not manifest.classes:
             raise SplitError(
                 f"{manifest.directory} has no class names for split {manifest.split!r}; expected labelled shards; "
-                "make them with labels or set data.shards"
+                f"make them with labels or set {folder_key}"
             )
     require_same_classes(train, test)
     shared = _count_shared(train, test)
