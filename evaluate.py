@@ -18,9 +18,11 @@ from runtime.program import UserError, run_program
 def main(arguments: list[str]) -> int:
     """Returns the exit code of one evaluation."""
     # Inside `run_program`, so that Ctrl-C is one line from here on.
+    from runtime.requirements import ENCODER_PACKAGES, require_packages
+
+    require_packages(*ENCODER_PACKAGES, "webdataset", "accelerate")
     from evaluation.config import EvaluationConfig
     from runtime.config import load_config
-    from runtime.requirements import require_packages
     from runtime.usage import asks_for_help, describe_usage
 
     if asks_for_help(arguments):
@@ -31,9 +33,6 @@ def main(arguments: list[str]) -> int:
             "no configuration given; expected CONFIG.yaml [encoder=SPEC] [key.sub=value ...]; see configs/eval_*.yaml, "
             "or --help"
         )
-    require_packages(
-        "torch", "torchvision", "timm", "accelerate", "omegaconf", "numpy", "pillow", "safetensors"
-    )
     config = load_config(EvaluationConfig, arguments[0], arguments[1:])
     # Imported once the configuration is known to be right: torch takes seconds.
     from evaluation.harness import evaluate

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     """Returns the exit code of one pretraining job."""
     # Inside `run_program`, so that Ctrl-C is one line from here on.
+    from runtime.requirements import ENCODER_PACKAGES, require_packages
+
+    require_packages(*ENCODER_PACKAGES, "webdataset")
     from runtime.config import load_config
     from runtime.preemption import PreemptionFlag
-    from runtime.requirements import require_packages
     from runtime.usage import asks_for_help, describe_usage
     from training.config import PretrainConfig
 
@@ -42,9 +44,6 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             "no configuration given; expected CONFIG.yaml [key.sub=value ...]; see configs/, or --help"
         )
-    require_packages(
-        "torch", "torchvision", "webdataset", "timm", "omegaconf", "numpy", "pillow", "safetensors"
-    )
     config = load_config(PretrainConfig, arguments[0], arguments[1:])
     if config.engine.name == "deepspeed":
         require_packages("deepspeed")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from data.views.config import FULL_SCALE
 from runtime.program import UserError, run_program
 from runtime.progress import describe_progress
+from runtime.requirements import ENCODER_PACKAGES, require_packages
 from runtime.usage import HelpFormatter
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Runs the command line and returns its exit code."""
     options = parse(arguments)
+    require_packages(*ENCODER_PACKAGES, "accelerate")
     # Imported once the command line is known to be right: torch takes seconds.
     from evaluation.features.processes import start_processes
     from runtime.logging_setup import set_up_logging

@@ -72,7 +72,8 @@ class PrototypeEstimator(nn.Module, ABC):
     One step calls, in this order, `observe` (once per micro-batch), `commit`, `prototypes`, and after the
     finite check that all ranks agree on `accept` or `discard`. `observe` uses the state of the previous step;
     `commit` writes a candidate and publishes its prototypes; `accept` makes the candidate the state,
-    `discard` drops it and leaves every state tensor as it was, bit for bit.
+    `discard` drops it and leaves every state tensor as it was, bit for bit. After `accept`, what `learned_start`
+    returns, if anything, is to be written over the learned prototypes.
 
     Attributes:
         num_prototypes: K.

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from runtime.ranges import parse_range
+from runtime.wording import name_in_place, one_line, shown
 
 ConfigT = TypeVar("ConfigT")
 
@@ -67,10 +68,10 @@ def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         key, equals, _ = override.partition("=")
         if not equals or not all(name.strip() for name in key.split(".")):
             rule = "key.sub=value; write it with one '=', and a name on both sides of a dot"
-            raise ConfigError(f"override is {_shown(override)}; expected {rule}")
+            raise ConfigError(f"override is {shown(override)}; expected {rule}")
         if _find_missing(parse_override(override)):
             raise ConfigError(
-                f"override is {_shown(override)}; expected a value; write one in the place of ???"
+                f"override is {shown(override)}; expected a value; write one in the place of ???"
             )
     layers = list(_read_layers(yaml_path))
     try:
@@ -83,9 +84,9 @@ def read_yaml(yaml_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         except Exception as error:
             if number == 0:
                 raise ConfigError(
-                    f"{yaml_path} cannot be read as YAML: {_one_line(error)}; mend the file"
+                    f"{yaml_path} cannot be read as YAML: {one_line(error)}; mend the file"
                 ) from error
-            rule = f"key.sub=value with a value in YAML ({_one_line(error)}); quote or mend it"
+            rule = f"key.sub=value with a value in YAML ({one_line(error)}); quote or mend it"
             raise ConfigError(f"override is {overrides[number - 1]!r}; expected {rule}") from error
     raise AssertionError("what fails with all overrides fails with one of them")
 
@@ -118,7 +119,7 @@ def _read_layers(path: str, named_by: tuple[Path, ...] = ()) -> Iterator[dict[An
     """Yields the contents of a file's bases and of the file, without the key `base`; what counts most comes last."""
     if not _is_file(path):
         what = f"base of {named_by[-1]}" if named_by else "configuration file"
-        raise ConfigError(f"{what} is {_shown(path)}; expected an existing YAML file; pass its path")
+        raise ConfigError(f"{what} is {shown(path)}; expected an existing YAML file; pass its path")
     here = Path(path)
     if here.resolve() in {other.resolve() for other in named_by}:
         circle = " -> ".join(map(str, (*named_by, here)))
@@ -127,7 +128,7 @@ def _read_layers(path: str, named_by: tuple[Path, ...] = ()) -> Iterator[dict[An
         # Untrusted tags cannot construct objects: OmegaConf's loader derives from yaml.SafeLoader.
         values = OmegaConf.to_container(OmegaConf.load(here))
     except Exception as error:  # on malformed text OmegaConf and PyYAML raise whatever their parsers meet
-        raise ConfigError(f"{path} cannot be read as YAML: {_one_line(error)}; mend the file") from error
+        raise ConfigError(f"{path} cannot be read as YAML: {one_line(error)}; mend the file") from error
     if not isinstance(values, dict):
         kind = type(values).__name__
         raise ConfigError(f"{path} holds a {kind}; expected key: value lines; mend the file")
@@ -137,7 +138,7 @@ def _read_layers(path: str, named_by: tuple[Path, ...] = ()) -> Iterator[dict[An
     names = [] if bases is None else [bases] if isinstance(bases, str) else bases
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         rule = "a file's name, or a list of them"
-        raise ConfigError(f"base of {path} is {_shown(bases)}; expected {rule}; set base in it")
+        raise ConfigError(f"base of {path} is {shown(bases)}; expected {rule}; set base in it")
     for name in names:
         yield from _read_layers(str(here.parent / name), (*named_by, here))
     yield values
@@ -163,8 +164,8 @@ def without_former(config_class: type, values: Mapping[str, Any], prefix: str = 
     for name in [name for name in values if name in former]:
         neutral, remedy = former[name]
         if kept.pop(name) != neutral:
-            rule = f"no such option, which former versions had, or {_shown(neutral)}"
-            raise ConfigError(f"{prefix}{name} is {_shown(values[name])}; expected {rule}; {remedy}")
+            rule = f"no such option, which former versions had, or {shown(neutral)}"
+            raise ConfigError(f"{prefix}{name} is {shown(values[name])}; expected {rule}; {remedy}")
         logger.warning("%s%s is an option of former versions; its value changes nothing", prefix, name)
     for name, hint in type_hints(config_class).items():
         section = section_class(hint) or section_class(_without_none(hint))
@@ -258,7 +259,7 @@ def _build_section(config_class: type, values: Any, prefix: str, known_keys: set
     if not isinstance(values, Mapping):
         where = prefix.rstrip(".") or "the configuration"
         raise ConfigError(
-            f"{where} is {_shown(values)}; expected a section of key: value lines; set {prefix}<key>"
+            f"{where} is {shown(values)}; expected a section of key: value lines; set {prefix}<key>"
         )
     hints = type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
@@ -280,7 +281,7 @@ def _build_section(config_class: type, values: Any, prefix: str, known_keys: set
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(name_in_place(one_line(error), prefix)) from error
 
 
 def _unknown_key_message(key: str, siblings: list[str], prefix: str, known_keys: set[str]) -> str:
@@ -311,7 +312,7 @@ def _convert(annotation: Any, value: Any, key: str, whole: Any = None) -> Any:
         if number in allowed:
             return number
         rule = allowed.describe(key.rsplit(".", 1)[-1])
-        raise ConfigError(f"{key} is {_shown(number)}; expected {rule}; set {_settable(key)}")
+        raise ConfigError(f"{key} is {shown(number)}; expected {rule}; set {_settable(key)}")
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
@@ -325,7 +326,7 @@ def _convert(annotation: Any, value: Any, key: str, whole: Any = None) -> Any:
         near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(
-            f"{key} is {_shown(value)}; expected one of {', '.join(map(str, arguments))}; set {_settable(key)}{hint}"
+            f"{key} is {shown(value)}; expected one of {', '.join(map(str, arguments))}; set {_settable(key)}{hint}"
         )
     if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         if len(arguments) == 2 and arguments[1] is Ellipsis:
@@ -342,7 +343,7 @@ def _convert(annotation: Any, value: Any, key: str, whole: Any = None) -> Any:
     elif annotation in (bool, int) and type(value) is annotation:  # a bool is no int here
         return value
     raise ConfigError(
-        f"{key} is {_shown(value)} ({type(value).__name__}); expected {describe_type(whole)}; set {_settable(key)}"
+        f"{key} is {shown(value)} ({type(value).__name__}); expected {describe_type(whole)}; set {_settable(key)}"
     )
 
 
@@ -352,7 +353,7 @@ def _finite(value: float, key: str) -> float:
     except OverflowError:  # an integer beyond the largest float
         number = math.inf
     if not math.isfinite(number):
-        raise ConfigError(f"{key} is {_shown(value)}; expected a finite number; set {_settable(key)}")
+        raise ConfigError(f"{key} is {shown(value)}; expected a finite number; set {_settable(key)}")
     return number
 
 
@@ -360,26 +361,17 @@ def _plain(value: str, key: str) -> str:
     if _HOME.match(value):
         rule = "a path that is written out, because no shell expands ~ here"
         raise ConfigError(
-            f"{key} is {_shown(value)}; expected {rule}; set {_settable(key)} with $HOME or in full"
+            f"{key} is {shown(value)}; expected {rule}; set {_settable(key)} with $HOME or in full"
         )
     if _NOT_PLAIN.search(value):
         rule = "one line of text without control characters and ${"
-        raise ConfigError(f"{key} is {_shown(value)}; expected {rule}; set {_settable(key)}")
+        raise ConfigError(f"{key} is {shown(value)}; expected {rule}; set {_settable(key)}")
     return value
 
 
 def _settable(key: str) -> str:
     """Returns the key that a user sets: an element of a list is set with its list."""
     return key.partition("[")[0]
-
-
-def _shown(value: Any) -> str:
-    """Returns a value as messages show it: a line of bounded length."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not print integers of more than 4,300 digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _is_file(path: str) -> bool:
@@ -391,7 +383,3 @@ def _is_file(path: str) -> bool:
 
 def _has_no_default(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runtime.program import UserError, run_program
+from runtime.requirements import ENCODER_PACKAGES, exit_without_packages
 from runtime.usage import HelpFormatter
 
 
@@ -52,6 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":  # usage and mistakes are answered before the slow imports
     parse(sys.argv[1:])
+    exit_without_packages(*ENCODER_PACKAGES)
 
 import torch
 
@@ -72,7 +74,7 @@ from training.checkpoints.files import MANIFEST_NAME, load_manifest
 from training.checkpoints.state_files import ConsolidatedState, load_tensors
 from training.checkpoints.store import check_checkpoint, find_latest_checkpoint
 from training.config import PretrainConfig
-from training.onnx_file import require_packages, write_onnx
+from training.onnx_file import require_onnx, write_onnx
 
 _RUN_CONFIG, _RUN_FOLDERS = "config.yaml", ("checkpoints", "in_training")
 _STEP = re.compile(r"step-\d{8,}")
@@ -194,7 +196,7 @@ def export_onnx(run: Path, out: Path, which: str) -> tuple[Path, str]:
     Raises:
         UserError: see `export_from_run` and `write_onnx`.
     """
-    require_packages()
+    require_onnx()
     target = _check_place(out)
     if not target.parent.is_dir():
         raise UserError(f"OUT is {out}; expected a file in an existing folder; set OUT")

@@ -47,7 +47,7 @@ class _Outputs(nn.Module):
         return embedding, patches if norm is None else norm(patches)
 
 
-def require_packages() -> None:
+def require_onnx() -> None:
     """Raises UserError unless the packages that write and run ONNX files are installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -76,7 +76,7 @@ def write_onnx(
         UserError: a package or an operator is missing, the weights are too many for one file, `out` exists, or its
             outputs differ from the backbone's.
     """
-    require_packages()
+    require_onnx()
     size = sum(tensor.numel() * tensor.element_size() for tensor in backbone.state_dict().values())
     if size > _LARGEST_BYTES:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,9 @@ def schedule_at(config: PretrainConfig, num_samples: int, step: int) -> StepSche
 
 
 def check_length(config: PretrainConfig, num_samples: int) -> None:
-    """Refuses a set that is smaller than a batch; warns where the warm-up does not end within the run.
+    """Refuses a set that is smaller than a batch.
+
+    Warns where the learning rate's warm-up, or a mixture's start from features, does not end within the run.
 
     Raises:
         ValueError: every batch would hold the same images several times.
@@ -63,6 +66,24 @@ def check_length(config: PretrainConfig, num_samples: int) -> None:
             steps,
             steps / warmup,
         )
+    for section in dict.fromkeys(config.levels.values()):
+        own = config.prototypes_of(section)
+        init = own.gmm.init
+        if not own.has_mixture or init.method == "sphere":
+            continue
+        waits = int(init.warmup_fraction * steps) if init.method == "data_spread" else 0
+        rows = config.rows_per_image(section) * config.batch.global_batch_size
+        placed = waits + math.ceil(own.num_prototypes / rows)
+        if placed > steps:
+            logger.warning(
+                "%s.gmm.init.method is %s, which has seen its %d features after step %d at the earliest; the run has "
+                "%d: its mixture stands still; set gmm.init, or a longer run",
+                section,
+                init.method,
+                own.num_prototypes,
+                placed,
+                steps,
+            )
 
 
 def report_extension(config: PretrainConfig, made_with: dict[str, Any], num_samples: int, step: int) -> None:

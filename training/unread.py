@@ -135,6 +135,8 @@ def find_idle(config: PretrainConfig) -> dict[str, str]:
     idle = {option: rule.beside for rule in _OF_RUN if not rule.holds(config) for option in rule.options}
     for section in dict.fromkeys(config.levels.values()):
         own = config.prototypes_of(section)
+        if config.model.init_head:  # a run's own prototypes go on
+            idle[f"{section}.coupling.start"] = "model.init_head=false"
         for rule in _OF_PROTOTYPES:
             if not rule.holds(own):
                 beside = f"{section}.{rule.beside}"

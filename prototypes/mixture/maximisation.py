@@ -17,6 +17,7 @@ from .candidate import CandidateTables
 from .expectation import ObservingMixture
 from .figures import traced
 from .forgetting import forget
+from .initialisation import Collected
 from .mixing import compute_rates, update_mixing_weights, update_usage
 from .model import iterate_chunks
 from .touched import Components, StepStatistics, TouchedRows
@@ -33,6 +34,7 @@ class UpdatingMixture(ObservingMixture):
 
     Attributes:
         traced_means: where about a thousand of the means started.
+        collected: how far a start from features has come.
         has_just_begun: whether the last accepted step has placed the last of them.
     """
 
@@ -43,6 +45,7 @@ class UpdatingMixture(ObservingMixture):
         self._candidate = CandidateTables()
         self._candidate_rows = CandidateTables()
         self._touched_rows: TouchedRows | None = None
+        self.collected = Collected()
         self.has_just_begun = False
         self.register_buffer("traced_means", traced(self.means).clone())
 
@@ -70,13 +73,19 @@ class UpdatingMixture(ObservingMixture):
             return None
         return nn.functional.normalize(self.means, dim=1)
 
+    @property
+    def _has_placed_learned(self) -> bool:
+        """Whether learned prototypes that were read in the last step were written before it."""
+        return self.collected.seen == self.num_prototypes and not self.has_just_begun
+
     def cosines_to_start(self, prototypes: Float[Tensor, "K P"]) -> Float[Tensor, " k"]:
         """Returns those of about a thousand prototypes; a mixture starts where its rows were placed.
 
         What a revival has moved counts as moved.
         """
         start = nn.functional.normalize(self.traced_means, dim=1)
-        if self.config.coupling.strength > 0 and self.config.coupling.start == "directions":
+        has_directions = self.config.coupling.start == "directions" or not self._has_placed_learned
+        if self.config.coupling.strength > 0 and has_directions:
             learned = draw_unit_vectors(self.num_prototypes, self.dim, self.context.seed)
             start = couple(traced(learned).to(start.device), start, self.config.coupling.strength)
         return nn.functional.cosine_similarity(start, traced(prototypes), dim=1)

@@ -47,7 +47,6 @@ class OnlineMixture(UpdatingMixture):
     def __init__(self, config: PrototypesConfig, context: EstimatorContext) -> None:
         super().__init__(config, context)
         self.is_initialised = False
-        self.collected = Collected()
         self._next_scalars: dict[str, Any] | None = None
         self._held: list[tuple[Tensor, Tensor]] = []
         self._num_bad = 0
@@ -81,6 +80,7 @@ class OnlineMixture(UpdatingMixture):
         responsibilities, which are per row.
         """
         del group
+        self.has_just_begun = False
         rows, kept_weight, num_bad = drop_non_finite(projections.detach().float(), weight, self._read)
         self._held.append((rows, rows.new_ones(len(rows)) if kept_weight is None else kept_weight.float()))
         self._num_bad += num_bad
@@ -228,9 +228,7 @@ class OnlineMixture(UpdatingMixture):
         self._publication.settle()
         for name, value in self._next_scalars.items():
             setattr(self, name, value)
-        self.has_just_begun = False
-        if "collected" in self._next_scalars:
-            self._begin_from_rows()
+        begins = "collected" in self._next_scalars and self._begin_from_rows()
         self.step += 1
         if not self._has_reference or moments.is_reference_step(self.step):
             self.move_reference()
@@ -238,6 +236,7 @@ class OnlineMixture(UpdatingMixture):
         elif self._touched_rows is not None:
             self.refresh_natural_(self._touched_rows.components)
         self._forget_observations()
+        self.has_just_begun = begins
         if self.step % CRITICAL_REFRESH_STEPS == 0 and self.is_initialised:
             self.annealing.beta_critical = compute_critical_beta(self.row_covariance)
         self.annealing.advance(self.step)
@@ -371,12 +370,13 @@ class OnlineMixture(UpdatingMixture):
             self._candidate_rows["means"], rows, self.gmm.init, self.collected
         )
 
-    def _begin_from_rows(self) -> None:
-        """Once all rows are placed every component starts afresh, as wide as the rows are now."""
+    def _begin_from_rows(self) -> bool:
+        """Once all rows are placed every component starts afresh, as wide as the rows are now: whether they are."""
         self.traced_means.copy_(traced(self.means))
         if self.collected.seen == self.num_prototypes:
             self.reset_components()
-            self.has_just_begun = True
+            return True
+        return False
 
     def _publish_candidate(self) -> None:
         if self._touched_rows is None:
@@ -388,4 +388,4 @@ class OnlineMixture(UpdatingMixture):
 
     def _forget_observations(self) -> None:
         self._held, self._num_bad, self._next_scalars = [], 0, None
-        self._batch, self._touched_rows = None, None
+        self._batch, self._touched_rows, self.has_just_begun = None, None, False

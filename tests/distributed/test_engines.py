@@ -192,6 +192,7 @@ def test_a_parameter_is_overwritten_and_trains_on(two_ranks: list[dict[str, Any]
     (found,) = iterate(two_ranks, scenario="writes_a_parameter", engine=engine)
     name = "learned_prototypes.weight"
     assert found["changed"] == [f"student/{name}", f"teacher/{name}"] and found["written"]
+    assert found["read"] <= 1e-6
     least, most = found["moved"]
     assert (
         least > 0 and most < 0.05

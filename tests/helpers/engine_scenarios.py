@@ -331,10 +331,15 @@ def writes_a_parameter(engine_name: str, process: Process, work: Path) -> dict[s
     whole = torch.randn(before[f"student/{name}"].shape, generator=torch.Generator().manual_seed(7))
     engine.write_parameter(name, whole.to(process.device))
     after = whole_state(engine)
+    crops = crops_of(1, 0, process, 1)
+    unit = nn.functional.normalize(whole, dim=1).to(process.device)
+    outputs = [engine.forward_student_without_graph(crops), engine.forward_teacher(crops)]
+    read = max(float((output.learned_prototypes - unit).abs().max()) for output in outputs)  # type: ignore[operator]
     train_step(engine, 1, process)
     moved = (whole_state(engine)[f"student/{name}"] - whole).abs()
     return {
         "changed": differing(before, after),
+        "read": read,
         "written": all(torch.equal(after[f"{role}/{name}"], whole) for role in ("student", "teacher")),
         "moved": [float(moved.min()), float(moved.max())],
     }

@@ -43,21 +43,55 @@ def test_old_and_missing_packages_are_one_line(bounds, monkeypatch):
     with pytest.raises(UserError) as caught:
         requirements.require_packages("torch", "timm", "accelerate")
     assert str(caught.value).startswith(
-        "torch is 2.9.0+cu128 (at least 2.9.1), timm is 1.0.4 (at least 1.0.31), accelerate is not installed "
-        "(at least 1.0.0); expected the versions of requirements-min.txt; run pip install"
+        "torch is 2.9.0+cu128 (at least 2.9.1), timm is 1.0.4 (at least 1.0.31), accelerate is not "
+        "installed, as pip counts (at least 1.0.0); expected the versions of requirements-min.txt; run pip install"
     )
 
 
-@pytest.mark.parametrize("program", ["pretrain.py", "evaluate.py"])
-def test_a_program_says_so_before_it_reads_its_configuration(program, tmp_path):
-    old = tmp_path / "timm-0.9.0.dist-info"
-    old.mkdir()
-    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.9.0\n")
+def test_metadata_without_a_version_are_no_package(bounds, monkeypatch):
+    installed(monkeypatch, torch=None)
+    with pytest.raises(
+        UserError, match=r"^torch is not installed, as pip counts \(at least 2\.9\.1\); expected"
+    ):
+        requirements.require_packages("torch")
+
+
+def pretend(folder, package, version):
+    info = folder / f"{package}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        ["pretrain.py", "no.yaml"],
+        ["evaluate.py", "no.yaml"],
+        ["-m", "training.export", "no-run", "out"],
+        ["-m", "evaluation.embed", "no-run", "images", "--out", "features.npz"],
+    ],
+    ids=lambda program: " ".join(program[:2]),
+)
+def test_a_program_says_so_before_anything_else(program, tmp_path):
+    pretend(tmp_path, "timm", "0.9.0")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(ROOT / program), "no.yaml"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, *program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2, done.stderr
     assert (
         done.stderr.startswith("error: timm is 0.9.0 (at least 1.0.31); expected")
         and done.stderr.count("\n") == 1
     )
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+def test_deepspeed_is_asked_for_where_it_is_used(engine, tmp_path):
+    pretend(tmp_path, "deepspeed", "0.14.0")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    options = [f"engine.name={engine}", "run.dry_run=true", "data.shards=/nowhere", "run.device=cpu"]
+    done = subprocess.run(
+        [sys.executable, "pretrain.py", "configs/pretrain_vits16_imagenet_full.yaml", *options],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ("deepspeed is 0.14.0" in done.stderr) == (engine == "deepspeed"), done.stderr

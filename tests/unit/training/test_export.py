@@ -203,7 +203,7 @@ def tree(root: Path) -> list[str]:
 def test_a_checkpoint_is_no_place_for_an_export(
     run_dir: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.export.require_packages", lambda: None)
+    monkeypatch.setattr("training.export.require_onnx", lambda: None)
     shutil.copytree(run_dir / "checkpoints" / "step-00000003", run_dir / "renamed")
     (run_dir / "link").symlink_to(run_dir / "checkpoints" / "step-00000003" / "teacher")
     before = tree(run_dir)

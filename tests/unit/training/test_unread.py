@@ -53,6 +53,13 @@ def test_named_until_it_is_read(option, leaves_out, reads):
         assert key not in find_unread(load(option, reads))
 
 
+def test_a_start_of_prototypes_is_not_read_where_a_run_s_go_on():
+    options = ("prototypes.coupling.start=means", "prototypes.coupling.strength=1", "model.init=/runs/mine")
+    found = find_unread(load(*options, "model.init_head=true"))
+    assert found["prototypes.coupling.start"] == "model.init_head=false"
+    assert "prototypes.coupling.start" not in find_unread(load(*options))
+
+
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("pretrain_*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_set_nothing_that_they_do_not_read(recipe):
     assert find_unread(load_config(PretrainConfig, str(recipe), [])) == {}
