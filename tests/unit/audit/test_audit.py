@@ -45,6 +45,9 @@ def make_config(tmp_path, **options):
         "seeds": (0, 1),
         "arms": {"joint": ("prototypes.mode=joint",), "full": ("prototypes.mode=full",)},
         "references": ("joint",),
+        # A checkout in which `make demo` ran has the configurations' own shards.
+        "overrides": (f"data.shards={tmp_path}/none",),
+        "evaluate_overrides": (f"data.shards={tmp_path}/none",),
     }
     return AuditConfig(**{**values, **options})
 
@@ -297,10 +300,15 @@ def test_runs_of_another_configuration_do_not_stand_among_todays(tmp_path):
 def test_results_of_another_protocol_or_other_images_do_not_stand_among_todays(tmp_path):
     config = make_config(tmp_path)
     claim(config, "full", 0)
-    check_cells(replace(config, evaluate_overrides=("data.num_workers=0", "features.reuse=false")))
+    check_cells(
+        replace(
+            config,
+            evaluate_overrides=(*config.evaluate_overrides, "data.num_workers=0", "features.reuse=false"),
+        )
+    )
     with pytest.raises(UserError, match=r"^knn.temperature is 0.5, but .*knn.json was measured with 0.07; "):
-        check_cells(replace(config, evaluate_overrides=("knn.temperature=0.5",)))
-    check_cells(replace(config, evaluate_overrides=("logistic.max_iterations=7",)))
+        check_cells(replace(config, evaluate_overrides=(*config.evaluate_overrides, "knn.temperature=0.5")))
+    check_cells(replace(config, evaluate_overrides=(*config.evaluate_overrides, "logistic.max_iterations=7")))
     other = claim(config, "joint", 0)
     check_cells(config)
     with pytest.raises(

@@ -47,6 +47,7 @@ def test_every_arm_takes_two_steps(path, shards, tmp_path):
         ]
         # A start that waits for K rows of an image each would outlast two steps.
         arguments += ["optim.warmup_epochs=0", "prototypes.gmm.init.method=sphere"]
+        arguments += ["prototypes.coupling.start=directions"]
         arguments += ["optim.ema_momentum=0"]  # learned prototypes of the teacher show what the student's did
         result = starts.run("pretrain", arguments)
         assert result.returncode == 0, f"{arm}: {result.stderr[-2000:]}"
