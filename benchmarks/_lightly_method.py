@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ _STRETCH_STEPS = 10  # of one figure of speed
 _QUEUE_ROWS, _QUEUE_STARTS = 3840, 0.075
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """What is trained: a loss of two views."""
 
     backbone: nn.Module
 
+    @abstractmethod
     def forward(self, views: list[Tensor], step: int) -> Tensor:
         """Returns the loss."""
-        raise NotImplementedError
 
     def after_backward(self, step: int) -> None:
         """Changes gradients; nothing to change but for `dino`."""

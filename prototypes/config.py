@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -195,7 +196,7 @@ _READ_BESIDE: dict[str, tuple[str, Callable[[TermSettings], bool]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TermConfig:
+class TermConfig(ABC):
     """What a term on views and one on patches have in common: logits, temperatures, and what keeps targets apart."""
 
     weight: Annotated[float, "[0, 1e6]"] = 1.0
@@ -227,9 +228,9 @@ class TermConfig:
     LEVEL: ClassVar[Level]
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Which loss."""
-        raise NotImplementedError
 
     def __post_init__(self) -> None:
         """Refuses options that the term does not read, unless they say what holds anyway."""

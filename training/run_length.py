@@ -71,9 +71,8 @@ def check_length(config: PretrainConfig, num_samples: int) -> None:
         init = own.gmm.init
         if not own.has_mixture or init.method == "sphere":
             continue
-        waits = int(init.warmup_fraction * steps) if init.method == "data_spread" else 0
         rows = config.rows_per_image(section) * config.batch.global_batch_size
-        placed = waits + math.ceil(own.num_prototypes / rows)
+        placed = init.first_step(steps) + math.ceil(own.num_prototypes / rows)
         if placed > steps:
             logger.warning(
                 "%s.gmm.init.method is %s, which has seen its %d features after step %d at the earliest; the run has "

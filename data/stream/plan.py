@@ -18,6 +18,7 @@ encoded samples.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -192,11 +193,11 @@ class EpochLayout:
     copies: NDArray[np.int64] | None
 
 
-class CopyCounts:
+class CopyCounts(ABC):
     """How often an epoch shows each sample so that classes get their shares: see `data.samplers`."""
 
     num_samples: int
 
+    @abstractmethod
     def draw(self, epoch: int, key: int) -> NDArray[np.int64]:
         """Returns the number of copies of every selected sample in one epoch; they sum to `num_samples`."""
-        raise NotImplementedError

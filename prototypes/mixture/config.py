@@ -96,6 +96,10 @@ class InitialisationConfig:
     warmup_fraction: Annotated[float, "[0, 1)"] = 0.01
     """Share of the training after which "data_spread" starts to collect."""
 
+    def first_step(self, total_steps: int) -> int:
+        """Returns the step whose features are the first that may become means."""
+        return 0 if self.method == "data" else int(self.warmup_fraction * total_steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparseConfig:

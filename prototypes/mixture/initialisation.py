@@ -26,7 +26,7 @@ def is_standing(config: InitialisationConfig, num_prototypes: int, collected: Co
 
 def is_collecting(config: InitialisationConfig, step: int, total_steps: int) -> bool:
     """Returns whether the rows of `step` may become means of a mixture that stands still."""
-    return config.method == "data" or step >= int(config.warmup_fraction * total_steps)
+    return step >= config.first_step(total_steps)
 
 
 def place_rows_(

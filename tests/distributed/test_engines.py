@@ -194,9 +194,8 @@ def test_a_parameter_is_overwritten_and_trains_on(two_ranks: list[dict[str, Any]
     assert found["changed"] == [f"student/{name}", f"teacher/{name}"] and found["written"]
     assert found["read"] <= 1e-6
     least, most = found["moved"]
-    assert (
-        least > 0 and most < 0.05
-    )  # a step of AdamW at 1e-2; an fp32 copy that was left goes back by about 1
+    # A step of AdamW at 1e-2; an fp32 copy that was left goes back by about 1.
+    assert least > 0 and most < 0.05
 
 
 @pytest.mark.parametrize("engine", ENGINES)

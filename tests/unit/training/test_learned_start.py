@@ -5,19 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from prototypes.build import build_objective
-from prototypes.config import CouplingConfig, ObjectiveConfig
-from prototypes.diagnostics import UsageCounter
+from prototypes.config import CouplingConfig
 from prototypes.mixture.config import InitialisationConfig
 from tests.unit.prototypes.building import build, make_config
-from tests.unit.training.test_step_figures import DIM, NUM, FixedEngine, batch_of
-from training.config import BatchConfig
+from tests.unit.training.test_step_figures import DIM, NUM, FixedEngine, batch_of, build_step
 from training.engines.interface import NetworkOutput
-from training.engines.synchronization import Synchronization
-from training.guards import LossSpikeGuard
-from training.prototype_sets import PrototypeSet
 from training.schedules import StepSchedule
-from training.step import TrainingStep
 
 SCHEDULE = StepSchedule(lr=0.1, weight_decay=0.0, ema_momentum=0.9)
 
@@ -54,14 +47,7 @@ def run(start, skipped=None, steps=5):
     )
     estimator = build(config)
     engine = RecordingEngine(estimator.build_learned()().detach())
-    training_step = TrainingStep(
-        engine=engine,
-        sets=[PrototypeSet("prototypes", ["instance"], estimator, UsageCounter(NUM))],
-        objective=build_objective(ObjectiveConfig(), config, seed=0),
-        batch=BatchConfig(),
-        synchronization=Synchronization(1),
-        spike_guard=LossSpikeGuard(None),
-    )
+    training_step = build_step(estimator, config, engine)
     cosines = []
     for index in range(steps):
         engine.finite = index != skipped

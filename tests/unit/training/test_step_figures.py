@@ -50,9 +50,9 @@ class FixedEngine:
         pass
 
 
-def build_step(estimator, config, finite=True):
+def build_step(estimator, config, engine):
     return TrainingStep(
-        engine=FixedEngine(finite),
+        engine=engine,
         sets=[PrototypeSet("prototypes", ["instance"], estimator, UsageCounter(NUM))],
         objective=build_objective(ObjectiveConfig(), config, seed=0),
         batch=BatchConfig(),
@@ -77,7 +77,7 @@ def test_uniqueness_usage_and_starvation_are_counted_before_the_revival(method):
     )
     config = make_config(NUM, DIM, size=4, revival=revival)
     estimator = build(config, num_observations_per_epoch=200 * ROWS)
-    training_step = build_step(estimator, config)
+    training_step = build_step(estimator, config, FixedEngine())
     revived = 0
     for index in range(12):
         batch, rows = batch_of(index)
@@ -107,7 +107,7 @@ def test_uniqueness_usage_and_starvation_are_counted_before_the_revival(method):
 
 def test_a_dropped_step_counts_for_no_figure():
     config = make_config(NUM, DIM, size=4)
-    training_step = build_step(build(config), config, finite=False)
+    training_step = build_step(build(config), config, FixedEngine(finite=False))
     batch, _ = batch_of(0)
     assert not training_step([batch], 0, StepSchedule(lr=0.1, weight_decay=0.0, ema_momentum=0.9)).applied
     assert training_step.sets[0].usage.counts.sum() == 0
