@@ -123,8 +123,8 @@ class SynchronizationConfig:
     cost rule decides once; the checkpoint keeps the choice).
     """
     reduction: Literal["fp32", "fp64", "fixed_order"] = "fp32"
-    """"fp32", "fp64" (sums in double precision) or "fixed_order" (bitwise independent of the number of ranks:
-    rows gathered and sorted; needs "all_gather").
+    """"fp32", "fp64" (sums in double precision) or "fixed_order" (bitwise independent of the number of ranks, of
+    equal numbers of threads: rows gathered and sorted; needs "all_gather").
     """
     bandwidth_gb_per_s: Annotated[float, "(0, 1e6]"] = 46.0
     """Effective bandwidth between ranks that the cost rule assumes."""

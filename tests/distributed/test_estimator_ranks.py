@@ -19,6 +19,15 @@ NUM_STEPS = 20
 BATCH = 48
 
 
+@pytest.fixture(autouse=True)
+def as_many_threads_as_a_rank():
+    """The one rank that others are held against rounds as they do: a product's bits depend on its threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_cases(world_size):
     """Names to (configuration, splits of the batch, whether a native gather is handed in)."""
     even = [BATCH // world_size] * world_size
